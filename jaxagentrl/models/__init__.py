@@ -1,0 +1,1 @@
+"""Flax models as pure functions on plain parameter trees. Nothing of reinforcement learning here."""
