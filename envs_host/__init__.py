@@ -1,0 +1,30 @@
+"""Text environments and the worker processes they run in. Nothing here imports jax."""
+
+import importlib
+
+from envs_host.types import TextEnv
+
+# Name -> "module:class". Modules are imported when first made: each needs its own library.
+ENVIRONMENTS = {
+    "textworld": "envs_host.textworld:TextWorldEnv",
+}
+
+
+def make(name: str, **kwargs) -> TextEnv:
+    """Makes an environment, ready for `reset`.
+
+    Args:
+        name: a name of `ENVIRONMENTS`, or "package.module:Class" for an environment of your own.
+        **kwargs: options of that environment.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    target = name if ":" in name else ENVIRONMENTS.get(name)
+    if target is None:
+        raise ValueError(
+            f"environment {name!r} is unknown: take one of {sorted(ENVIRONMENTS)}, or name a class "
+            "of your own as 'package.module:Class'."
+        )
+    module, _, attribute = target.partition(":")
+    return vars(importlib.import_module(module))[attribute](**kwargs)
