@@ -1,0 +1,267 @@
+"""Masked and grouped reductions, shared by the estimators and the losses.
+
+Three habits hold for everything here. Values off the mask are replaced *before* any arithmetic, so
+that NaN or infinity there reaches neither the value nor the gradient. Arithmetic is float32. A
+reduction over nothing is 0, not NaN. Where a statistic spans the global batch, `axis_name` names
+the mapped axis (of `vmap`, `pmap` or `shard_map`) that holds the rest of it.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxagentrl.types import Array
+
+AxisName = str | tuple[str, ...] | None
+
+
+def zero_off(x: Array, mask: Array) -> Array:
+    """`x` in float32 on the mask and exactly 0 off it, whatever `x` holds there.
+
+    >>> zero_off(jnp.array([1.0, jnp.nan]), jnp.array([True, False]))
+    Array([1., 0.], dtype=float32)
+    """
+    return jnp.where(mask, jnp.asarray(x).astype(jnp.float32), 0.0)
+
+
+def total(x: Array, axis_name: AxisName = None) -> Array:
+    """`x` summed over the mapped axis `axis_name`; `x` itself when there is none."""
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+
+def masked_sum(x: Array, mask: Array, *, axis=None, axis_name: AxisName = None) -> Array:
+    """Σ x over the mask.
+
+    Args:
+        x: [...] float.
+        mask: [...] bool, same shape.
+        axis: axes to sum, all by default.
+        axis_name: mapped axis to sum over as well.
+    """
+    chex.assert_equal_shape([x, mask])
+    chex.assert_type(mask, bool)
+    return total(jnp.sum(zero_off(x, mask), axis=axis), axis_name)
+
+
+def masked_count(mask: Array, *, axis=None, axis_name: AxisName = None) -> Array:
+    """Number of True entries, in float32 (exact to 16,777,216 per device)."""
+    chex.assert_type(mask, bool)
+    return total(jnp.sum(mask, axis=axis, dtype=jnp.float32), axis_name)
+
+
+def masked_mean(x: Array, mask: Array, *, axis=None, axis_name: AxisName = None) -> Array:
+    """Σ x / n over the mask, 0 where the mask is empty.
+
+    >>> masked_mean(jnp.array([1.0, 3.0, jnp.inf]), jnp.array([True, True, False]))
+    Array(2., dtype=float32)
+    """
+    count = masked_count(mask, axis=axis, axis_name=axis_name)
+    return masked_sum(x, mask, axis=axis, axis_name=axis_name) / jnp.maximum(count, 1.0)
+
+
+def masked_min(x: Array, mask: Array, *, axis_name: AxisName = None) -> Array:
+    """Smallest entry on the mask, 0 when there is none."""
+    chex.assert_equal_shape([x, mask])
+    smallest = jnp.min(jnp.where(mask, jnp.asarray(x).astype(jnp.float32), jnp.inf))
+    if axis_name is not None:
+        smallest = jax.lax.pmin(smallest, axis_name)
+    return jnp.where(masked_count(mask, axis_name=axis_name) > 0, smallest, 0.0)
+
+
+def masked_mean_and_var(
+    x: Array, mask: Array, *, ddof: int = 0, axis_name: AxisName = None
+) -> tuple[Array, Array]:
+    """Mean and variance over the whole mask: Σ (x − mean)² / (n − ddof).
+
+    Sums run over x − min(x), so that entries which are all equal have a variance of exactly 0 and
+    a mean of exactly their value.
+
+    Returns:
+        ([], []) float32; (0, 0) for an empty mask, variance 0 when n ≤ ddof.
+    """
+    shift = jax.lax.stop_gradient(masked_min(x, mask, axis_name=axis_name))
+    shifted = jnp.where(mask, zero_off(x, mask) - shift, 0.0)
+    mean = masked_mean(shifted, mask, axis_name=axis_name)
+    count = masked_count(mask, axis_name=axis_name)
+    squares = masked_sum(jnp.square(shifted - mean), mask, axis_name=axis_name)
+    return mean + shift, squares / jnp.maximum(count - ddof, 1.0)
+
+
+def positions(valid_mask: Array) -> Array:
+    """Position of each valid token in its row, counted from 0; 0 on padding.
+
+    >>> positions(jnp.array([False, True, True, False]))
+    Array([0, 0, 1, 0], dtype=int32)
+    """
+    chex.assert_type(valid_mask, bool)
+    counted = jnp.cumsum(valid_mask, axis=-1, dtype=jnp.int32) - 1
+    return jnp.where(valid_mask, counted, 0)
+
+
+def segment_mask(segment_ids: Array) -> Array:
+    """Which token may attend to which in packed rows: same segment, and not to the future.
+
+    Args:
+        segment_ids: [..., L] int, −1 on padding.
+
+    Returns:
+        [..., L, L] bool, entry (t, s) True where token t may attend to token s.
+    """
+    length = segment_ids.shape[-1]
+    same = segment_ids[..., :, None] == segment_ids[..., None, :]
+    causal = jnp.broadcast_to(jnp.tri(length, dtype=bool), same.shape)
+    return same & causal & (segment_ids >= 0)[..., :, None]
+
+
+# --- turns -------------------------------------------------------------------------------------
+
+
+def closed_turn_ends(action_mask: Array, turn_ends: Array) -> Array:
+    """Turn ends on the action mask, where the last action token of a row always ends its turn."""
+    chex.assert_equal_shape([action_mask, turn_ends])
+    chex.assert_type([action_mask, turn_ends], bool)
+    after = jnp.flip(jnp.cumsum(jnp.flip(action_mask, -1), axis=-1, dtype=jnp.int32), -1)
+    return action_mask & (turn_ends | (after == 1))
+
+
+def count_turns(action_mask: Array, turn_ends: Array) -> Array:
+    """Turn of each action token, counted from 0 by the turn ends before it.
+
+    >>> count_turns(jnp.ones(4, bool), jnp.array([False, True, False, True]))
+    Array([0, 0, 1, 1], dtype=int32)
+    """
+    ends = closed_turn_ends(action_mask, turn_ends)
+    return jnp.cumsum(ends, axis=-1, dtype=jnp.int32) - ends
+
+
+def turn_sum(x: Array, turn_ids: Array, mask: Array, *, num_turns: int) -> Array:
+    """Σ x over the masked tokens of each turn.
+
+    Args:
+        x: [..., L] float or bool.
+        turn_ids: [..., L] int; entries off the mask or out of [0, num_turns) are dropped.
+        mask: [..., L] bool.
+        num_turns: T, a static number.
+
+    Returns:
+        [..., T] float32.
+    """
+    chex.assert_equal_shape([x, turn_ids, mask])
+    return _scatter_turns(zero_off(x, mask), turn_ids, mask, num_turns, "add")
+
+
+def turn_last_position(turn_ids: Array, mask: Array, *, num_turns: int) -> Array:
+    """[..., T] int32, position of the last masked token of each turn; −1 for a turn without."""
+    place = jnp.broadcast_to(jnp.arange(mask.shape[-1], dtype=jnp.int32), mask.shape)
+    return _scatter_turns(place, turn_ids, mask, num_turns, "max")
+
+
+def turn_first_position(turn_ids: Array, mask: Array, *, num_turns: int) -> Array:
+    """[..., T] int32, position of the first masked token of each turn; −1 for a turn without."""
+    length = mask.shape[-1]
+    backwards = length - 1 - jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), mask.shape)
+    found = _scatter_turns(backwards, turn_ids, mask, num_turns, "max")
+    return jnp.where(found >= 0, length - 1 - found, -1)
+
+
+def take_positions(x: Array, places: Array) -> Array:
+    """x at `places` along the last axis, 0 where the place is −1.
+
+    Args:
+        x: [..., L] float.
+        places: [..., T] int, in [−1, L).
+    """
+    found = jnp.take_along_axis(x, jnp.maximum(places, 0), axis=-1)
+    return jnp.where(places >= 0, found, jnp.zeros_like(found))
+
+
+def spread_turns(per_turn: Array, turn_ids: Array, mask: Array) -> Array:
+    """Every masked token gets the number of its turn; 0 off the mask and out of range.
+
+    Args:
+        per_turn: [..., T] float.
+        turn_ids: [..., L] int.
+        mask: [..., L] bool.
+
+    Returns:
+        [..., L] float32.
+    """
+    inside = mask & (turn_ids >= 0) & (turn_ids < per_turn.shape[-1])
+    return zero_off(take_positions(per_turn, jnp.where(inside, turn_ids, -1)), inside)
+
+
+def _scatter_turns(x: Array, turn_ids: Array, mask: Array, num_turns: int, how: str) -> Array:
+    """Reduces [..., L] to [..., T] by turn; "max" starts from −1."""
+    batch_shape = mask.shape[:-1]
+    rows = mask.size // mask.shape[-1] if mask.shape[-1] else 0
+    inside = mask & (turn_ids >= 0) & (turn_ids < num_turns)
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    # One slot past the end takes everything that belongs to no turn; it is cut off again below.
+    slot = jnp.where(inside, turn_ids, num_turns).reshape(rows, -1)
+    x = x.reshape(rows, -1)
+    if how == "add":
+        out = jnp.zeros((rows, num_turns + 1), x.dtype).at[row, slot].add(x)
+    else:
+        out = jnp.full((rows, num_turns + 1), -1, x.dtype).at[row, slot].max(x)
+    return out[:, :num_turns].reshape(batch_shape + (num_turns,))
+
+
+# --- groups ------------------------------------------------------------------------------------
+
+
+def group_sum(
+    x: Array, group_ids: Array, *, num_groups: int, axis_name: AxisName = None
+) -> Array:
+    """Σ x over each group; rows whose id is out of [0, num_groups) are dropped.
+
+    Args:
+        x: [N] float.
+        group_ids: [N] int, neither sorted nor contiguous.
+        num_groups: static number of groups.
+        axis_name: mapped axis over which groups are spread.
+
+    Returns:
+        [num_groups] float32.
+    """
+    chex.assert_rank([x, group_ids], 1)
+    chex.assert_equal_shape([x, group_ids])
+    inside = in_group(group_ids, num_groups=num_groups)
+    slots = jnp.where(inside, group_ids, num_groups)
+    sums = jax.ops.segment_sum(zero_off(x, inside), slots, num_groups + 1)[:num_groups]
+    return total(sums, axis_name)
+
+
+def group_count(group_ids: Array, *, num_groups: int, axis_name: AxisName = None) -> Array:
+    """[num_groups] float32, number of rows in each group."""
+    ones = jnp.ones(group_ids.shape, jnp.float32)
+    return group_sum(ones, group_ids, num_groups=num_groups, axis_name=axis_name)
+
+
+def group_min(
+    x: Array, group_ids: Array, *, num_groups: int, axis_name: AxisName = None
+) -> Array:
+    """[num_groups] float32, smallest entry of each group; +inf for an empty one."""
+    chex.assert_rank([x, group_ids], 1)
+    inside = in_group(group_ids, num_groups=num_groups)
+    slots = jnp.where(inside, group_ids, num_groups)
+    smallest = jax.ops.segment_min(zero_off(x, inside), slots, num_groups + 1)[:num_groups]
+    return smallest if axis_name is None else jax.lax.pmin(smallest, axis_name)
+
+
+def take_group(per_group: Array, group_ids: Array) -> Array:
+    """Every row gets the number of its group; 0 for rows that belong to none.
+
+    Args:
+        per_group: [num_groups] float.
+        group_ids: [N] int.
+
+    Returns:
+        [N] float.
+    """
+    inside = in_group(group_ids, num_groups=per_group.shape[0])
+    return jnp.where(inside, per_group[jnp.where(inside, group_ids, 0)], 0.0)
+
+
+def in_group(group_ids: Array, *, num_groups: int) -> Array:
+    """[N] bool, False on rows whose id is out of range (padding rows)."""
+    return (group_ids >= 0) & (group_ids < num_groups)
