@@ -1,0 +1,337 @@
+"""The folder a run leaves behind: its layout, its config, and writes that a kill cannot tear.
+
+    config.json       the resolved config, package versions, facts recorded once (game hashes)
+    metrics.jsonl     one line per (phase, step)              tensorboard/   the same as events
+    checkpoints/      see checkpoints.py                      trajectories/  episodes, ids and text
+    tokenizer/        for runs that train their own           model/         Hugging Face format
+    curves.png  report.html
+
+A workdir belongs to one config: `open_workdir` writes it the first time and compares it ever after,
+so that a resumed run can never silently become another experiment.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TextIO
+
+VERSIONED_PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
+    "textworld",
+)
+_LAYOUT = (
+    "metrics.jsonl", "tensorboard", "checkpoints", "trajectories", "tokenizer", "model",
+    "curves.png", "report.html",
+)
+_MAX_LISTED = 8
+
+
+class WorkdirError(ValueError):
+    """The workdir cannot serve this run; the message names the folder and the way out."""
+
+
+@dataclasses.dataclass
+class Workdir:
+    """Paths inside one run's folder. Made by `open_workdir`.
+
+    Attributes:
+        root: the folder.
+        version_changes: one line per package whose version differs from the run's first start
+            (empty for a new run). The run may go on; the caller should say so aloud.
+    """
+
+    root: pathlib.Path
+    version_changes: tuple[str, ...] = ()
+    _lock: TextIO | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def config(self) -> pathlib.Path:
+        return self.root / "config.json"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> pathlib.Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.root / "checkpoints"
+
+    @property
+    def trajectories(self) -> pathlib.Path:
+        return self.root / "trajectories"
+
+    @property
+    def tokenizer(self) -> pathlib.Path:
+        return self.root / "tokenizer"
+
+    @property
+    def model(self) -> pathlib.Path:
+        return self.root / "model"
+
+    @property
+    def curves(self) -> pathlib.Path:
+        return self.root / "curves.png"
+
+    @property
+    def report(self) -> pathlib.Path:
+        return self.root / "report.html"
+
+    def record(self, name: str, value: Any) -> None:
+        """Keeps a fact that must never change during the run, such as the games' hashes.
+
+        The first call writes it under `name` in config.json; later ones compare.
+
+        Raises:
+            WorkdirError: `value` differs from what the run started with.
+        """
+        content = _read_json(self.config)
+        facts = content.setdefault("facts", {})
+        value = _as_json(value, f"the fact {name!r}")
+        if name not in facts:
+            facts[name] = value
+            write_atomic(self.config, json.dumps(content, indent=2) + "\n")
+            return
+        differences = _differences(facts[name], value, name)
+        if differences:
+            raise WorkdirError(
+                f"{self.root}: this run started with other {name} than it finds now: "
+                f"{_listed(differences)}. To go on, restore what it started with; to start again "
+                "with what is there now, use another --workdir."
+            )
+
+    def close(self) -> None:
+        """Lets another process use the folder. The end of the process does so too."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def open_workdir(
+    path: str | os.PathLike,
+    config: Mapping[str, Any],
+    *,
+    free_keys: Iterable[str] = (),
+) -> Workdir:
+    """Creates or re-opens a run's folder and locks it against a second process.
+
+    Args:
+        path: the folder; its parents are created.
+        config: the resolved config as nested dicts of JSON values.
+        free_keys: dotted keys (or prefixes of such) that may differ between starts because they
+            cannot change the result, for example "env.num_workers".
+
+    Raises:
+        WorkdirError: the folder cannot be written, is in use, is not a workdir, or belongs to
+            another config. Nothing in it is changed in any of these cases.
+    """
+    root = pathlib.Path(path).expanduser()
+    _make_writable(root)
+    lock = _lock(root)
+    config = _as_json(dict(config), "the config")
+    config_path = root / "config.json"
+    versions = _versions()
+    if not config_path.exists():
+        _refuse_foreign_folder(root)
+        content = {"config": config, "versions": versions, "facts": {}}
+        write_atomic(config_path, json.dumps(content, indent=2) + "\n")
+        return Workdir(root, _lock=lock)
+
+    content = _read_json(config_path)
+    if "config" not in content or "versions" not in content:
+        raise WorkdirError(
+            f"{config_path} was not written by a jaxagentrl run (it has no 'config' and "
+            "'versions'). Use another --workdir."
+        )
+    free = tuple(free_keys)
+    differences = [
+        line for line in _differences(content["config"], config, "")
+        if not any(_is_under(line.split(":", 1)[0], key) for key in free)
+    ]
+    if differences:
+        raise WorkdirError(
+            f"{root} holds a run of another config. {len(differences)} key(s) differ (there, then "
+            f"here): {_listed(differences)}. Use another --workdir, or the config the run was "
+            "started with; the old run has not been touched."
+        )
+    changes = _differences(content["versions"], versions, "")
+    _remove_leftovers(root)
+    return Workdir(root, version_changes=tuple(changes), _lock=lock)
+
+
+def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
+    """Writes a file so that a kill at any moment leaves the old content or the new one."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: str | os.PathLike) -> None:
+    """Makes renames and deletions inside a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A folder to write into that takes the place of `path` only when the block ends well.
+
+    A folder cannot be replaced by one rename, so a kill between the two renames leaves the new one
+    complete beside its place; the next `replacing_folder` or `finish_replacing` puts it there.
+    """
+    path = pathlib.Path(path)
+    finish_replacing(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
+    os.rename(temporary, path.with_name(f".{path.name}.complete"))
+    finish_replacing(path)
+
+
+def finish_replacing(path: str | os.PathLike) -> None:
+    """Puts a folder in place that a killed `replacing_folder` had completed. Else does nothing."""
+    path = pathlib.Path(path)
+    complete = path.with_name(f".{path.name}.complete")
+    if not complete.exists():
+        return
+    if path.exists():
+        shutil.rmtree(path)
+    os.rename(complete, path)
+    fsync_folder(path.parent)
+
+
+def _make_writable(root: pathlib.Path) -> None:
+    """Creates the folder and proves that a file can be written in it."""
+    probe = root / ".write_test"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot write to the workdir {root}: {error.strerror} ({error.filename}). Give "
+            "--workdir a folder that you can create files in, on a disk with free space."
+        ) from error
+
+
+def _lock(root: pathlib.Path) -> TextIO | None:
+    """Takes the folder's lock; the kernel gives it back however the process ends."""
+    file = open(root / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            return None   # some network drives have no locks; the run works without
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise WorkdirError(
+                f"{root} is in use by another running process. Wait for it or stop it, or use "
+                "another --workdir."
+            ) from error
+        raise
+    return file
+
+
+def _refuse_foreign_folder(root: pathlib.Path) -> None:
+    """Parts of a run without its config.json cannot be compared with this config."""
+    ours = [field for field in _LAYOUT if (root / field).exists()]
+    if ours:
+        raise WorkdirError(
+            f"{root} holds parts of a run ({_listed(ours)}) but no config.json, so it cannot be "
+            "told whose they are. Restore config.json, or use another --workdir."
+        )
+
+
+def _remove_leftovers(root: pathlib.Path) -> None:
+    """Clears what a killed process was writing when it died."""
+    for temporary in root.glob(".*.tmp"):
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink()
+
+
+def _versions() -> dict[str, str]:
+    """Python and the packages that can change a run's numbers."""
+    versions = {"python": platform.python_version()}
+    for package in VERSIONED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _as_json(value: Any, what: str) -> Any:
+    """The value as JSON gives it back (tuples become lists), so that comparisons are fair."""
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError as error:
+        raise WorkdirError(f"{what} holds a value that JSON cannot: {error}.") from error
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WorkdirError(
+            f"{path} cannot be read as JSON ({error}). It is written once by the run and not meant "
+            "to be edited; restore it, or use another --workdir."
+        ) from error
+    if not isinstance(content, dict):
+        raise WorkdirError(f"{path} holds {type(content).__name__}, expected an object.")
+    return content
+
+
+def _differences(old: Any, new: Any, key: str) -> list[str]:
+    """Lines "key: old → new" for every leaf that differs, absent ones included."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for name in sorted(set(old) | set(new)):
+            child = f"{key}.{name}" if key else name
+            if name not in old:
+                lines.append(f"{child}: (absent) → {_shown(new[name])}")
+            elif name not in new:
+                lines.append(f"{child}: {_shown(old[name])} → (absent)")
+            else:
+                lines += _differences(old[name], new[name], child)
+        return lines
+    # 1 == 1.0 == True in Python; a config where one became the other is still another config.
+    if old != new or isinstance(old, bool) != isinstance(new, bool):
+        return [f"{key}: {_shown(old)} → {_shown(new)}"]
+    return []
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_under(key: str, prefix: str) -> bool:
+    return key == prefix or key.startswith(prefix + ".")
+
+
+def _listed(lines: list[str]) -> str:
+    rest = len(lines) - _MAX_LISTED
+    return "; ".join(lines[:_MAX_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
