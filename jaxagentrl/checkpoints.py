@@ -8,8 +8,9 @@ A checkpoint is written under a name that `restore` ignores and renamed when it 
 kill at any moment leaves the old one or the new one. Folders are numbered in the order of saving:
 the latest is the highest number, whatever the step counts (imitation and RL count separately).
 
-Orbax spends about 3 ms per array however small, so leaves of at most 1 MiB that live whole on every
-device are packed as bytes into one array: a tiny run saves in a third of the time.
+Orbax spends about 3 ms per array however small, so leaves of at most 4 MiB that live whole on every
+device are packed as bytes into one array, and nothing is compressed (trained weights shrink by a
+tenth at best). On two CPU cores a 30 MB state of 43 leaves then saves in 60 ms instead of 250.
 """
 
 import json
@@ -30,7 +31,7 @@ from jaxagentrl import workdir
 FORMAT_VERSION = 1
 
 _FOLDER = re.compile(r"(\d{6,})_step_(\d+)")
-_PACK_LIMIT_BYTES = 1 << 20
+_PACK_LIMIT_BYTES = 4 << 20
 _MAX_LISTED = 12
 
 
@@ -149,7 +150,7 @@ def latest_step(directory: str | os.PathLike) -> int | None:
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

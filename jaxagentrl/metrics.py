@@ -132,7 +132,8 @@ class Writer:
             self._events[phase] = tensorboardX.SummaryWriter(
                 str(self._tensorboard / phase), purge_step=step, flush_secs=10)
         for key, value in numbers.items():
-            self._events[phase].add_scalar(key, value, step)
+            if math.isfinite(value):   # tensorboardX only warns; `write` raises after this
+                self._events[phase].add_scalar(key, value, step)
 
 
 def read(path: str | os.PathLike) -> list[Line]:

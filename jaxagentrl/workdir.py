@@ -138,36 +138,15 @@ def open_workdir(
     """
     root = pathlib.Path(path).expanduser()
     _make_writable(root)
-    lock = _lock(root)
     config = _as_json(dict(config), "the config")
-    config_path = root / "config.json"
-    versions = _versions()
-    if not config_path.exists():
-        _refuse_foreign_folder(root)
-        content = {"config": config, "versions": versions, "facts": {}}
-        write_atomic(config_path, json.dumps(content, indent=2) + "\n")
-        return Workdir(root, _lock=lock)
-
-    content = _read_json(config_path)
-    if "config" not in content or "versions" not in content:
-        raise WorkdirError(
-            f"{config_path} was not written by a jaxagentrl run (it has no 'config' and "
-            "'versions'). Use another --workdir."
-        )
-    free = tuple(free_keys)
-    differences = [
-        line for line in _differences(content["config"], config, "")
-        if not any(_is_under(line.split(":", 1)[0], key) for key in free)
-    ]
-    if differences:
-        raise WorkdirError(
-            f"{root} holds a run of another config. {len(differences)} key(s) differ (there, then "
-            f"here): {_listed(differences)}. Use another --workdir, or the config the run was "
-            "started with; the old run has not been touched."
-        )
-    changes = _differences(content["versions"], versions, "")
-    _remove_leftovers(root)
-    return Workdir(root, version_changes=tuple(changes), _lock=lock)
+    with contextlib.ExitStack() as on_error:
+        lock = _lock(root)
+        if lock is not None:
+            on_error.callback(lock.close)
+        changes = _write_or_compare_config(root, config, tuple(free_keys))
+        _remove_leftovers(root)
+        on_error.pop_all()
+    return Workdir(root, version_changes=changes, _lock=lock)
 
 
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
@@ -251,6 +230,36 @@ def _lock(root: pathlib.Path) -> TextIO | None:
             ) from error
         raise
     return file
+
+
+def _write_or_compare_config(
+    root: pathlib.Path, config: dict[str, Any], free_keys: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Writes config.json of a new workdir, compares that of an old one; returns version changes."""
+    path = root / "config.json"
+    versions = _versions()
+    if not path.exists():
+        _refuse_foreign_folder(root)
+        content = {"config": config, "versions": versions, "facts": {}}
+        write_atomic(path, json.dumps(content, indent=2) + "\n")
+        return ()
+    content = _read_json(path)
+    if "config" not in content or "versions" not in content:
+        raise WorkdirError(
+            f"{path} was not written by a jaxagentrl run (it has no 'config' and 'versions'). Use "
+            "another --workdir."
+        )
+    differences = [
+        line for line in _differences(content["config"], config, "")
+        if not any(_is_under(line.split(":", 1)[0], key) for key in free_keys)
+    ]
+    if differences:
+        raise WorkdirError(
+            f"{root} holds a run of another config. {len(differences)} key(s) differ (there → "
+            f"here): {_listed(differences)}. Use another --workdir, or the config the run was "
+            "started with; the old run has not been touched."
+        )
+    return tuple(_differences(content["versions"], versions, ""))
 
 
 def _refuse_foreign_folder(root: pathlib.Path) -> None:
