@@ -1,0 +1,104 @@
+"""From environment scores to one reward per turn.
+
+The public code of "A Practitioner's Guide to Multi-turn Agentic RL" divides dense rewards by the
+number of rewarded turns when the game was won and by 1 when it was lost, so that a lost game with
+six sub-goals earns 6 and a won one earns 1. Here every score is divided by the game's maximum, on
+wins and losses alike: with "single" and "dense" a win sums to 1 and a loss to less.
+"""
+
+import numpy as np
+
+from envs_host.types import StopReason
+from jaxagentrl.trajectory import Trajectory
+
+KINDS = ("single", "dense", "intermediate")
+
+
+def turn_rewards(
+    trajectory: Trajectory,
+    *,
+    kind: str,
+    invalid_penalty: float = 0.0,
+    no_end_of_turn_penalty: float = 0.0,
+    intermediate_scale: float | None = None,
+) -> np.ndarray:
+    """The reward of each turn, to be paid on the last action token of the turn.
+
+    Args:
+        trajectory: T ≥ 1 turns of an episode that the environment did not break.
+        kind: what the environment's part is.
+            "single": score / max_score on the last turn, 0 before.
+            "dense": increase of the score / max_score on the turn that brought it.
+            "intermediate": `intermediate_scale` times the environment's own progress signal
+            (TextWorld: +1 for a step along the winning policy, −1 for one away from it) on each
+            turn, plus the "single" reward. Steps away and back cancel, so wandering earns nothing;
+            keep scale × quest length below 1, or progress outweighs winning.
+        invalid_penalty: subtracted on each turn whose command the environment refused (0.1 in
+            GiGPO and RAGEN, 0 in the guide).
+        no_end_of_turn_penalty: subtracted on the last turn of an episode that stopped because an
+            action was cut before its end-of-turn token.
+        intermediate_scale: needed by "intermediate", refused by the other kinds.
+
+    Returns:
+        float32 [T].
+
+    Raises:
+        ValueError: unknown kind, a negative penalty, a scale that is missing or has no use, an
+            episode without turns, one that the environment broke, or a game without a maximum
+            score.
+    """
+    _check(trajectory, kind, invalid_penalty, no_end_of_turn_penalty, intermediate_scale)
+    rewards = np.zeros(trajectory.num_turns, np.float64)
+    if kind == "dense":
+        rewards += [turn.reward / trajectory.max_score for turn in trajectory.turns]
+    else:
+        rewards[-1] = trajectory.score / trajectory.max_score
+    if kind == "intermediate":
+        rewards += [intermediate_scale * turn.intermediate_reward for turn in trajectory.turns]
+    rewards -= [invalid_penalty * (not turn.valid_command) for turn in trajectory.turns]
+    if trajectory.stop_reason is StopReason.NO_END_OF_TURN:
+        rewards[-1] -= no_end_of_turn_penalty
+    return rewards.astype(np.float32)
+
+
+def _check(
+    trajectory: Trajectory,
+    kind: str,
+    invalid_penalty: float,
+    no_end_of_turn_penalty: float,
+    intermediate_scale: float | None,
+) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"reward kind must be one of {KINDS}, got {kind!r}")
+    for name, value in (
+        ("invalid_penalty", invalid_penalty),
+        ("no_end_of_turn_penalty", no_end_of_turn_penalty),
+    ):
+        if not value >= 0.0:
+            raise ValueError(f"{name} is subtracted and must be 0 or more, got {value}")
+    if kind == "intermediate" and intermediate_scale is None:
+        raise ValueError("reward kind 'intermediate' needs intermediate_scale, for instance 0.1")
+    if kind != "intermediate" and intermediate_scale is not None:
+        raise ValueError(
+            f"intermediate_scale={intermediate_scale} has no effect on reward kind {kind!r}; "
+            "leave it None or choose kind 'intermediate'"
+        )
+    if trajectory.stop_reason is StopReason.ENV_FAILURE:
+        raise ValueError(
+            f"the environment failed in {_name(trajectory)}: that is no outcome of the agent's; "
+            "drop the trajectory and count it"
+        )
+    if not trajectory.turns:
+        raise ValueError(f"{_name(trajectory)} has no turns, so nothing can be rewarded")
+    if not trajectory.max_score > 0.0:
+        raise ValueError(
+            f"{_name(trajectory)} has max_score {trajectory.max_score}; scores are divided by it, "
+            "so it must be above 0"
+        )
+
+
+def _name(trajectory: Trajectory) -> str:
+    return (
+        f"trajectory of task {trajectory.task.name} (group {trajectory.group}, member "
+        f"{trajectory.member})"
+    )
