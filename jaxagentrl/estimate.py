@@ -1,0 +1,101 @@
+"""From a scored batch to advantages and value targets: the algorithm, by the config's name.
+
+    gae                   PPO: token GAE across turns, with a critic
+    turn_gae              turn-level PPO
+    group_normalized      GRPO (scale "std") and Dr. GRPO (scale "none")
+    leave_one_out         RLOO
+    reinforce_plus_plus   REINFORCE++
+    rewards_to_go_group   dense turn rewards against the group at equal turn, without a critic
+
+KL in the reward is the k1 estimate of the scored policy against the reference, paid on every action
+token before anything else sees the rewards (algorithms of the seed paper, section 1.5).
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxagentrl import advantages, losses, masking
+from jaxagentrl.learner import Scores
+from jaxagentrl.types import Array, TrajectoryBatch
+
+NEEDS_CRITIC = ("gae", "turn_gae")
+NEEDS_GROUPS = ("group_normalized", "leave_one_out", "rewards_to_go_group")
+NAMES = (*NEEDS_CRITIC, *NEEDS_GROUPS, "reinforce_plus_plus")
+
+
+def make_estimate(
+    *,
+    name: str,
+    num_groups: int,
+    whiten: bool,
+    gae_lambda: float,
+    group_scale: str,
+    turn_horizon: str,
+    max_turns: int,
+    kl_in_reward: float,
+) -> Callable[[TrajectoryBatch, Scores, Array], tuple[Array, Array]]:
+    """Program (batch, scores, ref_logprobs) → (advantages [B, L], returns [B, L]).
+
+    Args:
+        name: see the module's docstring.
+        num_groups: static number of groups; padding rows carry this id.
+        whiten: standardize advantages over all action tokens of the batch.
+        gae_lambda: λ of the two GAE estimators; the others have none.
+        group_scale: "std" or "none", of group_normalized and rewards_to_go_group.
+        turn_horizon: "episode" or "turn", of rewards_to_go_group.
+        max_turns: static bound on turns, of rewards_to_go_group.
+        kl_in_reward: coefficient of −k1 on every action token; 0 for none.
+    """
+    if name not in NAMES:
+        raise ValueError(f"rl.advantage.name must be one of {', '.join(NAMES)}, got {name!r}.")
+
+    def to_advantages(rewards: Array, batch: TrajectoryBatch, values: Array) -> Array:
+        mask, discounts = batch.action_mask, batch.discounts
+        if name == "gae":
+            return advantages.gae(rewards, values, discounts, mask, gae_lambda=gae_lambda)
+        if name == "turn_gae":
+            return advantages.turn_gae(
+                rewards, values, discounts, mask, batch.turn_ends, gae_lambda=gae_lambda
+            )
+        if name == "reinforce_plus_plus":
+            return advantages.reinforce_plus_plus(rewards, discounts, mask)
+        if name == "rewards_to_go_group":
+            return advantages.rewards_to_go_group(
+                rewards,
+                discounts,
+                mask,
+                batch.turn_ids,
+                batch.group_ids,
+                num_groups=num_groups,
+                num_turns=max_turns,
+                horizon=turn_horizon,
+                baseline="leave_one_out" if group_scale == "none" else "mean",
+                scale=group_scale,
+            )
+        scores = masking.masked_sum(rewards, mask, axis=-1)
+        if name == "leave_one_out":
+            credit = advantages.leave_one_out(scores, batch.group_ids, num_groups=num_groups)
+        else:
+            credit = advantages.group_normalized(
+                scores, batch.group_ids, num_groups=num_groups, scale=group_scale
+            )
+        return advantages.spread(credit, mask)
+
+    @functools.partial(jax.jit)
+    def estimate(batch: TrajectoryBatch, scores: Scores, ref_logprobs: Array):
+        rewards = batch.rewards
+        if kl_in_reward:
+            k1 = losses.kl(
+                scores.logprobs, ref_logprobs, estimator="k1", action_mask=batch.action_mask
+            )
+            rewards = rewards - kl_in_reward * k1
+        credit = to_advantages(rewards, batch, scores.values)
+        returns = jnp.where(batch.action_mask, credit + scores.values, 0.0)
+        if whiten:
+            credit = advantages.whiten(credit, batch.action_mask)
+        return credit, returns
+
+    return estimate
