@@ -127,14 +127,14 @@ def make(tokenizer: Any, family: str = "chatml", *, system: str | None = None) -
             f"chat.make: {end_of_turn!r} is not a token of this tokenizer, it is split into "
             f"{len(end_of_turn_ids)}; add it as a special token or choose another family"
         )
-    special = (token for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     return ChatFormat(
         tokenizer=tokenizer,
         before_first=before_first,
         between=between,
         header=header,
         strips_user_text=strips,
-        control_tokens=tuple(sorted((token.content for token in special), key=lambda s: (len(s), s))),
+        control_tokens=tuple(sorted(special, key=lambda content: (len(content), content))),
         end_of_turn_id=int(end_of_turn_ids[0]),
     )
 
@@ -188,8 +188,8 @@ def _probe_between(
         )
     if not rest.endswith(_USER[1] + header):
         raise TemplateError(
-            f"chat.make: the chat template renders a later user message as {rest!r}, expected it to "
-            f"end with {_USER[1] + header!r}"
+            f"chat.make: the chat template renders a later user message as {rest!r}, expected "
+            f"it to end with {_USER[1] + header!r}"
         )
     return rest[len(end_of_turn) : -len(_USER[1] + header)]
 
@@ -232,9 +232,10 @@ def first_user_text(
         objective: what the game says must be done to win.
         observation: what the agent sees first.
         admissible: commands the game would accept now, to be shown; None shows none.
-        style: "paper" explains the role, the form of an answer and the goal, as in "A Practitioner's
-            Guide to Multi-turn Agentic RL" (arXiv 2510.01132), in words of our own; "brief" is the
-            objective and the observation and nothing else, for models trained from scratch.
+        style: "paper" explains the role, the form of an answer and the goal, as in arXiv
+            2510.01132 ("A Practitioner's Guide to Multi-turn Agentic RL") but in words of our own;
+            "brief" is the objective and the observation and nothing else, for models trained from
+            scratch.
     """
     _check_style(style)
     if style == "brief":

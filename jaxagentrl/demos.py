@@ -86,7 +86,7 @@ def replay(
     max_in_flight: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Replay]:
-    """Plays each task's walkthrough; results are in the order of tasks. Arguments as in `record`."""
+    """Plays each task's walkthrough; results in the order of tasks. Arguments as in `record`."""
     waiting = collections.deque(range(len(tasks)))
     live: dict[int, list[ResetResult | StepResult]] = {}
     replays: dict[int, Replay] = {}

@@ -4,6 +4,7 @@ A sampler's draws depend on its seed and its counters only, so that a run which 
 restored draws what it would have drawn.
 """
 
+import collections
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -34,8 +35,8 @@ def seed_ranges(ranges: Mapping[str, tuple[int, int]]) -> dict[str, range]:
     for name, (first, count) in ranges.items():
         if count < 1 or first < 0:
             raise SplitError(
-                f"split {name!r} has first seed {first} and {count} seeds; it needs a first seed of "
-                "0 or more and at least one"
+                f"split {name!r} has first seed {first} and {count} seeds; it needs a first seed "
+                "of 0 or more and at least one"
             )
     made = {name: range(first, first + count) for name, (first, count) in ranges.items()}
     for (name, seeds), (other, others) in itertools.combinations(made.items(), 2):
@@ -58,8 +59,8 @@ def check_splits(splits: Mapping[str, Sequence[Task]]) -> None:
         SplitError: with the names of the splits, and the seeds or tasks that they share.
     """
     for name, tasks in splits.items():
-        names = [task.name for task in tasks]
-        repeated = sorted({task for task in names if names.count(task) > 1})
+        counts = collections.Counter(task.name for task in tasks)
+        repeated = sorted(task for task, count in counts.items() if count > 1)
         if repeated:
             raise SplitError(f"split {name!r} holds tasks twice: {_some(repeated)}")
     for (name, tasks), (other, others) in itertools.combinations(splits.items(), 2):
@@ -228,7 +229,9 @@ def _check_state(
             f"{what}: a state needs {sorted(own)}, got {sorted(given)}; it was written by another "
             "version"
         )
-    differing = [f"{key} {given[key]!r} (here {own[key]!r})" for key in keys if given[key] != own[key]]
+    differing = [
+        f"{key} {given[key]!r} (here {own[key]!r})" for key in keys if given[key] != own[key]
+    ]
     if differing:
         raise StateError(
             f"{what}: the saved state is of another task set or seed: {', '.join(differing)}. "

@@ -91,7 +91,9 @@ def train(
         ValueError: no text, an unknown `names`, or a vocabulary too small for bytes and specials.
     """
     if names not in _PATTERNS:
-        raise ValueError(f"tokenizer.train: names must be one of {sorted(_PATTERNS)}, got {names!r}")
+        raise ValueError(
+            f"tokenizer.train: names must be one of {sorted(_PATTERNS)}, got {names!r}"
+        )
     special_tokens = [PADDING, START_OF_TURN, END_OF_TURN, *(GLUE if glue_tokens else ())]
     smallest = _BYTES + len(special_tokens)
     if vocab_size < smallest:
@@ -143,7 +145,9 @@ def load(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
         try:
             json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:  # covers both bad JSON and bad UTF-8
-            raise ValueError(f"{file} is not readable JSON ({error}); train or copy it again") from error
+            raise ValueError(
+                f"{file} is not readable JSON ({error}); train or copy it again"
+            ) from error
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -168,7 +172,9 @@ class _Counted:
             yield "assistant\n"
 
 
-def _save(bpe: tokenizers.Tokenizer, directory: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
+def _save(
+    bpe: tokenizers.Tokenizer, directory: pathlib.Path
+) -> transformers.PreTrainedTokenizerFast:
     directory.mkdir(parents=True, exist_ok=True)
     # Written by hand, not by save_pretrained, whose file differs between releases.
     config = {
