@@ -11,35 +11,44 @@ token of a terminated episode, so nothing is added after it; a truncated episode
 and `bootstrap_values` says what the rest of it is believed to be worth (0 ignores the rest).
 
 This module holds the recursions along one trajectory. The estimators that compare trajectories
-of a group live in `group_advantages` and are public here.
+of a group live in `group_advantages`, `turn_credit` and `anchors` and are public here.
 """
 
 import chex
-import jax
 import jax.numpy as jnp
 
 from jaxagentrl import masking
+from jaxagentrl.anchors import gigpo, gigpo_steps
 from jaxagentrl.group_advantages import (
     group_normalized,
     leave_one_out,
+    opo,
     reinforce_plus_plus_baseline,
-    rewards_to_go_group,
+    remax,
     spread,
     whiten,
 )
+from jaxagentrl.turn_credit import istar, mt_grpo, rewards_to_go_group, turn_returns
 from jaxagentrl.types import Array
 
 __all__ = [
     "bilevel_gae",
     "gae",
+    "gigpo",
+    "gigpo_steps",
     "group_normalized",
+    "istar",
     "leave_one_out",
+    "mt_grpo",
+    "opo",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
+    "remax",
     "rewards_to_go",
     "rewards_to_go_group",
     "spread",
     "turn_gae",
+    "turn_returns",
     "whiten",
 ]
 
@@ -93,7 +102,7 @@ def gae(
         carry = (jnp.where(is_action, adv, next_adv), jnp.where(is_action, v, next_value))
         return carry, jnp.where(is_action, adv, 0.0)
 
-    return _scan_back(step, (zero, bootstrap), [rewards, values, discounts, action_mask])
+    return masking.scan_back(step, (zero, bootstrap), [rewards, values, discounts, action_mask])
 
 
 def turn_gae(
@@ -201,7 +210,7 @@ def bilevel_gae(
         return (token, turn), jnp.where(is_action, adv, 0.0)
 
     start = ((zero, bootstrap), (zero, bootstrap))
-    return _scan_back(step, start, [rewards, values, action_mask, ends])
+    return masking.scan_back(step, start, [rewards, values, action_mask, ends])
 
 
 def rewards_to_go(rewards: Array, discounts: Array, action_mask: Array) -> Array:
@@ -260,17 +269,8 @@ def _clean_rows(rows: list[Array], action_mask: Array) -> list[Array]:
 
 def _scan_start(rows: list[Array], bootstrap_values: Array | float) -> tuple[Array, Array]:
     """The carry after the last token: zeros and the bootstrap values, both [...]."""
-    # Each row contributes a 0 (even where it is NaN), because `shard_map` wants the carry of a
-    # scan to vary over the same mesh axes at the start as at the end.
-    zero = sum(jnp.isnan(row[..., 0]).astype(jnp.float32) * 0.0 for row in rows)
+    zero = masking.zero_carry(rows)
     bootstrap = jnp.asarray(bootstrap_values).astype(jnp.float32)
     if bootstrap.ndim:
         chex.assert_equal_shape([bootstrap, zero])
     return zero, bootstrap + zero
-
-
-def _scan_back(step, start, rows: list[Array]) -> Array:
-    """Runs `step` over the last axis from right to left; returns its outputs as [..., L]."""
-    time_major = [jnp.moveaxis(jnp.asarray(row), -1, 0) for row in rows]
-    _, out = jax.lax.scan(step, start, tuple(time_major), reverse=True)
-    return jnp.moveaxis(out, 0, -1)

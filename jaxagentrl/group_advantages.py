@@ -49,12 +49,11 @@ def group_normalized(
     ...                  scale="none")
     Array([ 0.75, -0.25, -0.25, -0.25], dtype=float32)
     """
-    if scale not in ("std", "none"):
-        raise ValueError(f'scale: got {scale!r}, expected "std" (GRPO) or "none" (Dr.GRPO)')
-    centered, _ = _center(scores, group_ids, num_groups, axis_name)
+    check_choice("scale", scale, ("std", "none"))
+    centered, _ = center(scores, group_ids, num_groups, axis_name)
     if scale == "none":
         return centered
-    std = _group_std(centered, group_ids, num_groups, ddof, axis_name)
+    std = group_std(centered, group_ids, num_groups, ddof, axis_name)
     return centered / (masking.take_group(std, group_ids) + epsilon)
 
 
@@ -77,122 +76,70 @@ def leave_one_out(
     Returns:
         [B] float32.
     """
-    centered, size = _center(scores, group_ids, num_groups, axis_name)
+    centered, size = center(scores, group_ids, num_groups, axis_name)
     return centered * size / jnp.maximum(size - 1.0, 1.0)
 
 
-def rewards_to_go_group(
-    rewards: Array,
-    discounts: Array,
-    action_mask: Array,
-    turn_ids: Array,
+def remax(scores: Array, greedy_scores: Array) -> Array:
+    """ReMax: each score against that of the greedy (temperature 0) episode of the same task.
+
+        Aᵢ = Rᵢ − R_greedy
+
+    Li et al. 2024, https://arxiv.org/abs/2310.10505, eq. 6. Needs one more episode per task instead
+    of a group.
+
+    Args:
+        scores: [B] float.
+        greedy_scores: [B] float, the greedy score of each row's task.
+
+    Returns:
+        [B] float32.
+    """
+    chex.assert_equal_shape([scores, greedy_scores])
+    chex.assert_type([scores, greedy_scores], float)
+    return jnp.asarray(scores, jnp.float32) - jnp.asarray(greedy_scores, jnp.float32)
+
+
+def opo(
+    scores: Array,
+    lengths: Array,
     group_ids: Array,
     *,
     num_groups: int,
-    num_turns: int | None = None,
-    horizon: str = "episode",
-    baseline: str = "mean",
-    scale: str = "none",
-    ddof: int = 1,
-    epsilon: float = 1e-6,
     axis_name: masking.AxisName = None,
 ) -> Array:
-    """Dense turn rewards without a critic: each turn's reward-to-go against its group at equal turn.
+    """OPO: each score against its group's length-weighted mean.
 
-        Ĝᵢₖ = Rᵢₖ + γᵢₖ Ĝᵢ,ₖ₊₁          Aᵢₖ = Ĝᵢₖ − mean of Ĝⱼₖ over the group's rows j that have
-                                              a turn k
+        Aᵢ = Rᵢ − Σⱼ lⱼ Rⱼ / Σⱼ lⱼ
 
-    Rᵢₖ is the sum of the rewards on the action tokens of turn k, γᵢₖ the discount on its last one
-    (0 where the episode terminates). Summing dense rewards to one score per trajectory would throw
-    their density away. A turn index that only one row of the group reached has no baseline: 0.
+    The baseline of least variance when gradient norms grow with length. Hao et al. 2025,
+    https://arxiv.org/abs/2505.23585. Equal lengths give Dr.GRPO's advantage.
 
     Args:
-        rewards: [B, L] float.
-        discounts: [B, L] float, read on the last action token of each turn: γ per turn.
-        action_mask: [B, L] bool.
-        turn_ids: [B, L] int, turn a token belongs to.
+        scores: [B] float.
+        lengths: [B] float, action tokens of each trajectory.
         group_ids: [B] int.
         num_groups: static number of groups.
-        num_turns: static bound on turn ids, at most L and by default L. Tokens of turns beyond it
-            get 0, so give the run's turn limit or leave it out.
-        horizon: "episode" for rewards-to-go, "turn" for the turn's own immediate reward.
-        baseline: "mean", or "leave_one_out" for the mean of the other rows.
-        scale: "none", or "std" to divide by the std at equal group and turn.
-        ddof: degrees of freedom taken off in that std's variance.
-        epsilon: added to that std.
         axis_name: mapped axis over which groups are spread.
 
     Returns:
-        [B, L] float32, the same on all action tokens of a turn, 0 off the mask.
+        [B] float32.
     """
-    _check_choice("horizon", horizon, ("episode", "turn"))
-    _check_choice("baseline", baseline, ("mean", "leave_one_out"))
-    _check_choice("scale", scale, ("none", "std"))
-    chex.assert_rank([rewards, discounts, action_mask, turn_ids, group_ids], [2, 2, 2, 2, 1])
-    chex.assert_equal_shape([rewards, discounts, action_mask, turn_ids])
-    chex.assert_type([rewards, discounts, action_mask, turn_ids], [float, float, bool, int])
-    chex.assert_equal_shape_prefix([rewards, group_ids], 1)
-    num_turns = rewards.shape[1] if num_turns is None else num_turns
-    returns, present = turn_returns(
-        rewards, discounts, action_mask, turn_ids, num_turns=num_turns, horizon=horizon
+    chex.assert_rank([scores, lengths, group_ids], 1)
+    chex.assert_equal_shape([scores, lengths, group_ids])
+    chex.assert_type([scores, lengths, group_ids], [float, float, int])
+    # Shifting all scores of a group leaves A as it is, so start from the centered ones.
+    centered, _ = center(scores, group_ids, num_groups, axis_name)
+    inside = masking.in_group(group_ids, num_groups=num_groups)
+    weighted = masking.group_sum(
+        centered * masking.zero_off(lengths, inside),
+        group_ids,
+        num_groups=num_groups,
+        axis_name=axis_name,
     )
-    # One cell per (group, turn); absent turns and padding rows go to no cell.
-    inside = present & masking.in_group(group_ids, num_groups=num_groups)[:, None]
-    turns = jnp.arange(num_turns, dtype=jnp.int32)[None, :]
-    cells = jnp.where(inside, group_ids[:, None] * num_turns + turns, -1).reshape(-1)
-    num_cells = num_groups * num_turns
-    if baseline == "mean":
-        credit, _ = _center(returns.reshape(-1), cells, num_cells, axis_name)
-    else:
-        credit = leave_one_out(
-            returns.reshape(-1), cells, num_groups=num_cells, axis_name=axis_name
-        )
-    if scale == "std":
-        centered, _ = _center(returns.reshape(-1), cells, num_cells, axis_name)
-        std = _group_std(centered, cells, num_cells, ddof, axis_name)
-        credit = credit / (masking.take_group(std, cells) + epsilon)
-    return masking.spread_turns(credit.reshape(present.shape), turn_ids, action_mask)
-
-
-def turn_returns(
-    rewards: Array,
-    discounts: Array,
-    action_mask: Array,
-    turn_ids: Array,
-    *,
-    num_turns: int,
-    horizon: str = "episode",
-) -> tuple[Array, Array]:
-    """Reward-to-go (or immediate reward) of every turn, and which turns there are.
-
-    Args:
-        rewards: [..., L] float.
-        discounts: [..., L] float, read on the last action token of each turn.
-        action_mask: [..., L] bool.
-        turn_ids: [..., L] int.
-        num_turns: T, a static number.
-        horizon: "episode" for Ĝₖ = Rₖ + γₖ Ĝₖ₊₁, "turn" for Rₖ.
-
-    Returns:
-        ([..., T] float32 returns, 0 for absent turns; [..., T] bool, True for turns with an action).
-    """
-    last = masking.turn_last_position(turn_ids, action_mask, num_turns=num_turns)
-    present = last >= 0
-    turn_rewards = masking.turn_sum(rewards, turn_ids, action_mask, num_turns=num_turns)
-    if horizon == "turn":
-        return turn_rewards, present
-    gammas = masking.take_positions(masking.zero_off(discounts, action_mask), last)
-
-    def step(next_return, inputs):
-        reward, gamma, here = inputs
-        found = reward + gamma * next_return
-        # A turn without an action is skipped, as observation tokens are.
-        return jnp.where(here, found, next_return), jnp.where(here, found, 0.0)
-
-    time_major = tuple(jnp.moveaxis(x, -1, 0) for x in (turn_rewards, gammas, present))
-    start = jnp.isnan(turn_rewards[..., 0] + gammas[..., 0]).astype(jnp.float32) * 0.0
-    _, returns = jax.lax.scan(step, start, time_major, reverse=True)
-    return jnp.moveaxis(returns, 0, -1), present
+    weight = masking.group_sum(lengths, group_ids, num_groups=num_groups, axis_name=axis_name)
+    baseline = weighted / jnp.where(weight > 0, weight, 1.0)
+    return jnp.where(inside, centered - masking.take_group(baseline, group_ids), 0.0)
 
 
 def reinforce_plus_plus_baseline(
@@ -220,7 +167,7 @@ def reinforce_plus_plus_baseline(
     Returns:
         [B, L] float32, 0 off the mask.
     """
-    centered, _ = _center(scores, group_ids, num_groups, axis_name)
+    centered, _ = center(scores, group_ids, num_groups, axis_name)
     counted = action_mask & masking.in_group(group_ids, num_groups=num_groups)[:, None]
     return whiten(spread(centered, counted), counted, axis_name=axis_name)
 
@@ -275,7 +222,7 @@ def spread(scores: Array, action_mask: Array) -> Array:
     return masking.zero_off(jnp.asarray(scores)[..., None], action_mask)
 
 
-def _center(
+def center(
     scores: Array, group_ids: Array, num_groups: int, axis_name: masking.AxisName
 ) -> tuple[Array, Array]:
     """Scores less their group's mean, and the size of each row's group; both [B], 0 for padding.
@@ -295,7 +242,7 @@ def _center(
     return jnp.where(inside, shifted - mean, 0.0), masking.take_group(size, group_ids)
 
 
-def _group_std(
+def group_std(
     centered: Array,
     group_ids: Array,
     num_groups: int,
@@ -313,7 +260,8 @@ def _group_std(
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1.0)), 0.0)
 
 
-def _check_choice(name: str, got: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, got: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `got` is one of `choices`."""
     if got not in choices:
         expected = ", ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f"{name}: got {got!r}, expected one of {expected}")

@@ -1,4 +1,7 @@
-"""Policy-gradient losses, value loss, KL estimators and their aggregation.
+"""Policy-gradient losses, value loss, entropy and aggregation.
+
+KL estimators (`divergences`), corrections for sampler mismatch (`importance`) and implicit process
+rewards (`preference`) are public here too.
 
 Losses are per token and to be minimized; `aggregate` turns them into a scalar. The token axis is
 last, leading axes are batch, arithmetic is float32. `action_mask` is optional in the functions
@@ -15,10 +18,37 @@ import jax
 import jax.numpy as jnp
 
 from jaxagentrl import masking
+from jaxagentrl.divergences import (
+    MAX_LOG_RATIO,
+    adaptive_kl_coefficient,
+    fixed_kl_coefficient,
+    kl,
+    kl_loss,
+)
+from jaxagentrl.importance import importance_mask, importance_ratios, truncated_importance_weights
+from jaxagentrl.preference import implicit_step_rewards, trajectory_dpo
 from jaxagentrl.types import Array
 
-# exp of more than this is no longer a usable weight in float32 (verl clamps at the same place).
-MAX_LOG_RATIO = 20.0
+__all__ = [
+    "adaptive_kl_coefficient",
+    "aggregate",
+    "aggregation_weights",
+    "cispo",
+    "clipped_surrogate",
+    "entropy",
+    "fixed_kl_coefficient",
+    "implicit_step_rewards",
+    "importance_mask",
+    "importance_ratios",
+    "kl",
+    "kl_loss",
+    "policy_gradient",
+    "sequence_surrogate",
+    "trajectory_dpo",
+    "truncated_importance_weights",
+    "value_loss",
+]
+
 AGGREGATION_MODES = (
     "token_mean",
     "sequence_mean_token_mean",
@@ -59,7 +89,7 @@ def clipped_surrogate(
     Returns:
         [..., L] float32 loss per token.
     """
-    logprobs, old_logprobs, advantages = _clean(
+    logprobs, old_logprobs, advantages = masking.clean(
         [logprobs, old_logprobs, advantages], action_mask, differentiable=1
     )
     return _clip(_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high, dual_clip)
@@ -95,42 +125,22 @@ def sequence_surrogate(
         clip_low: ε below 1.
         clip_high: ε above 1.
         dual_clip: as in `clipped_surrogate`.
-        turn_ids: [..., L] int; given, each turn is a sequence of its own (iStar's step ratio).
+        turn_ids: [..., L] int in [0, L); given, each turn is a sequence of its own (iStar's step ratio).
             None: the trajectory is.
 
     Returns:
         [..., L] float32 loss per token, 0 off the mask.
     """
-    logprobs, old_logprobs, advantages = _clean(
+    logprobs, old_logprobs, advantages = masking.clean(
         [logprobs, old_logprobs, advantages], action_mask, differentiable=1
     )
-    mean = sequence_mean(logprobs - old_logprobs, action_mask, turn_ids=turn_ids)
+    summed = masking.sequence_sum(logprobs - old_logprobs, action_mask, turn_ids=turn_ids)
+    mean = summed * _inverse_length(action_mask, turn_ids)
     # Value of the sequence's ratio, gradient of the token's own log-prob.
     log_ratio = jax.lax.stop_gradient(mean - logprobs) + logprobs
     ratio = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     loss = _clip(ratio, advantages, clip_low, clip_high, dual_clip)
     return jnp.where(action_mask, loss, 0.0)
-
-
-def sequence_mean(x: Array, action_mask: Array, *, turn_ids: Array | None = None) -> Array:
-    """Mean over the action tokens of the row, or of the turn, given back to each of them.
-
-    Args:
-        x: [..., L] float.
-        action_mask: [..., L] bool.
-        turn_ids: [..., L] int, or None for the whole row.
-
-    Returns:
-        [..., L] float32, 0 off the mask.
-    """
-    if turn_ids is None:
-        mean = masking.masked_mean(x, action_mask, axis=-1)
-        return masking.zero_off(mean[..., None], action_mask)
-    length = action_mask.shape[-1]
-    ones = jnp.ones(action_mask.shape, jnp.float32)
-    sums = masking.turn_sum(x, turn_ids, action_mask, num_turns=length)
-    counts = masking.turn_sum(ones, turn_ids, action_mask, num_turns=length)
-    return masking.spread_turns(sums / jnp.maximum(counts, 1.0), turn_ids, action_mask)
 
 
 def cispo(
@@ -160,7 +170,7 @@ def cispo(
     Returns:
         [..., L] float32 loss per token.
     """
-    logprobs, old_logprobs, advantages = _clean(
+    logprobs, old_logprobs, advantages = masking.clean(
         [logprobs, old_logprobs, advantages], action_mask, differentiable=1
     )
     ratio = jnp.clip(_ratio(logprobs, old_logprobs), 1.0 - clip_low, 1.0 + clip_high)
@@ -180,7 +190,7 @@ def policy_gradient(
     Returns:
         [..., L] float32 loss per token.
     """
-    logprobs, advantages = _clean([logprobs, advantages], action_mask, differentiable=1)
+    logprobs, advantages = masking.clean([logprobs, advantages], action_mask, differentiable=1)
     return -advantages * logprobs
 
 
@@ -209,7 +219,7 @@ def value_loss(
     Returns:
         [..., L] float32 loss per token.
     """
-    values, old_values, returns = _clean(
+    values, old_values, returns = masking.clean(
         [values, old_values, returns], action_mask, differentiable=1
     )
     error = jnp.square(values - returns)
@@ -217,66 +227,6 @@ def value_loss(
         near = old_values + jnp.clip(values - old_values, -clip, clip)
         error = jnp.maximum(error, jnp.square(near - returns))
     return 0.5 * error
-
-
-def kl(
-    logprobs: Array, ref_logprobs: Array, *, estimator: str, action_mask: Array | None = None
-) -> Array:
-    """Per-token estimate of KL(π‖π_ref) from sampled tokens (Schulman's k1, k2, k3).
-
-    With u = log π − log π_ref and q = exp(−u):
-
-        k1 = u                  unbiased; the one to put in the *reward*
-        k2 = u²/2               biased value, but its gradient is that of KL(π‖π_ref)
-        k3 = q − 1 + u          unbiased and ≥ 0 as a value; its gradient is that of KL(π_ref‖π)
-        k3_straight_through     value of k3, gradient of k2; the one to put in the *loss*
-
-    http://joschu.net/blog/kl-approx.html; on the gradients https://arxiv.org/abs/2512.21852. All of
-    this holds on-policy, for the expectation over tokens drawn from π. The exponent is clamped to
-    ±20. For use as a loss call `kl_loss`, which refuses k1.
-
-    Args:
-        logprobs: [..., L] float, current policy.
-        ref_logprobs: [..., L] float, frozen reference.
-        estimator: "k1", "k2", "k3" or "k3_straight_through".
-        action_mask: [..., L] bool, optional.
-
-    Returns:
-        [..., L] float32 per token.
-
-    >>> kl(jnp.array([-1.0]), jnp.array([-1.5]), estimator="k2")
-    Array([0.125], dtype=float32)
-    """
-    logprobs, ref_logprobs = _clean([logprobs, ref_logprobs], action_mask, differentiable=1)
-    u = logprobs - ref_logprobs
-    k2 = 0.5 * jnp.square(u)
-    k3 = jnp.exp(jnp.clip(-u, -MAX_LOG_RATIO, MAX_LOG_RATIO)) - 1.0 + u
-    estimates = {
-        "k1": u,
-        "k2": k2,
-        "k3": k3,
-        "k3_straight_through": k2 + jax.lax.stop_gradient(k3 - k2),
-    }
-    if estimator not in estimates:
-        raise ValueError(f"estimator: got {estimator!r}, expected one of {', '.join(estimates)}")
-    return estimates[estimator]
-
-
-def kl_loss(
-    logprobs: Array, ref_logprobs: Array, *, estimator: str, action_mask: Array | None = None
-) -> Array:
-    """`kl` for use as a loss term; refuses "k1".
-
-    Raises:
-        ValueError: for "k1", whose gradient is zero on average: E[∇ log π] = 0, so the penalty
-            would be shown in the metrics and do nothing.
-    """
-    if estimator == "k1":
-        raise ValueError(
-            'estimator "k1" cannot be a loss: its gradient is E[∇ log π] = 0 on average, so it '
-            'regularizes nothing. Put k1 in the reward, or use "k2" or "k3_straight_through" here.'
-        )
-    return kl(logprobs, ref_logprobs, estimator=estimator, action_mask=action_mask)
 
 
 def entropy(logits: Array) -> Array:
@@ -322,8 +272,8 @@ def aggregate(
         mask: [B, L] bool.
         mode: one of the four above.
         constant: denominator of mode "constant"; an error with any other mode.
-        sequence_ids: [B, L] int; given, a sequence is a run of tokens of one id in one row, for
-            instance `turn_ids`. None: a sequence is a row.
+        sequence_ids: [B, L] int in [0, L); given, a sequence is the tokens of one id in one row,
+            for instance `turn_ids`. None: a sequence is a row.
         axis_name: mapped axis over which the batch is spread. The returned number is then the
             global loss on every device.
 
@@ -335,7 +285,8 @@ def aggregate(
     weights = aggregation_weights(
         mask, mode=mode, constant=constant, sequence_ids=sequence_ids, axis_name=axis_name
     )
-    return masking.masked_sum(weights * masking.zero_off(per_token, mask), mask, axis_name=axis_name)
+    weighted = weights * masking.zero_off(per_token, mask)
+    return masking.masked_sum(weighted, mask, axis_name=axis_name)
 
 
 def aggregation_weights(
@@ -380,14 +331,9 @@ def aggregation_weights(
 
 
 def _inverse_length(mask: Array, sequence_ids: Array | None) -> Array:
-    """[B, L] float32, 1 / (number of masked tokens in the token's sequence), 0 off the mask."""
-    if sequence_ids is None:
-        length = jnp.broadcast_to(masking.masked_count(mask, axis=-1)[:, None], mask.shape)
-    else:
-        chex.assert_equal_shape([mask, sequence_ids])
-        ones = jnp.ones(mask.shape, jnp.float32)
-        counts = masking.turn_sum(ones, sequence_ids, mask, num_turns=mask.shape[-1])
-        length = masking.spread_turns(counts, sequence_ids, mask)
+    """[..., L] float32, 1 / (masked tokens in the token's sequence), 0 off the mask."""
+    ones = jnp.ones(mask.shape, jnp.float32)
+    length = masking.sequence_sum(ones, mask, turn_ids=sequence_ids)
     return jnp.where(mask, 1.0 / jnp.maximum(length, 1.0), 0.0)
 
 
@@ -409,18 +355,3 @@ def _clip(
     if dual_clip is None:
         return loss
     return jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
-
-
-def _clean(rows: list[Array], action_mask: Array | None, *, differentiable: int) -> list[Array]:
-    """Float32 rows, 0 off the mask, with gradient through the first `differentiable` only."""
-    chex.assert_equal_shape(rows)
-    chex.assert_type(rows, float)
-    rows = [jnp.asarray(row).astype(jnp.float32) for row in rows]
-    if action_mask is not None:
-        chex.assert_equal_shape([rows[0], action_mask])
-        chex.assert_type(action_mask, bool)
-        rows = [jnp.where(action_mask, row, 0.0) for row in rows]
-    return [
-        row if index < differentiable else jax.lax.stop_gradient(row)
-        for index, row in enumerate(rows)
-    ]

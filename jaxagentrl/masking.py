@@ -24,6 +24,27 @@ def zero_off(x: Array, mask: Array) -> Array:
     return jnp.where(mask, jnp.asarray(x).astype(jnp.float32), 0.0)
 
 
+def clean(rows: list[Array], action_mask: Array | None, *, differentiable: int) -> list[Array]:
+    """Float32 rows, 0 off the mask, with gradient through the first `differentiable` only.
+
+    Args:
+        rows: arrays [...] float, all of one shape.
+        action_mask: [...] bool, or None where every entry counts.
+        differentiable: how many of the rows keep their gradient.
+    """
+    chex.assert_equal_shape(rows)
+    chex.assert_type(rows, float)
+    rows = [jnp.asarray(row).astype(jnp.float32) for row in rows]
+    if action_mask is not None:
+        chex.assert_equal_shape([rows[0], action_mask])
+        chex.assert_type(action_mask, bool)
+        rows = [jnp.where(action_mask, row, 0.0) for row in rows]
+    return [
+        row if index < differentiable else jax.lax.stop_gradient(row)
+        for index, row in enumerate(rows)
+    ]
+
+
 def total(x: Array, axis_name: AxisName = None) -> Array:
     """`x` summed over the mapped axis `axis_name`; `x` itself when there is none."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
@@ -113,6 +134,31 @@ def segment_mask(segment_ids: Array) -> Array:
     return same & causal & (segment_ids >= 0)[..., :, None]
 
 
+def zero_carry(rows: list[Array]) -> Array:
+    """[...] zeros to start a scan over the last axis of [..., L] rows.
+
+    Each row contributes a 0 (even where it is NaN), because `shard_map` wants the carry of a scan
+    to vary over the same mesh axes at the start as at the end.
+    """
+    return sum(jnp.isnan(row[..., 0]).astype(jnp.float32) * 0.0 for row in rows)
+
+
+def scan_back(step, start, rows: list[Array]) -> Array:
+    """Runs `step(carry, tokens) -> (carry, out)` over the last axis from right to left.
+
+    Args:
+        step: function of a carry and one entry of each row.
+        start: carry after the last token, of leaves [...].
+        rows: arrays [..., L].
+
+    Returns:
+        [..., L] outputs.
+    """
+    time_major = tuple(jnp.moveaxis(jnp.asarray(row), -1, 0) for row in rows)
+    _, out = jax.lax.scan(step, start, time_major, reverse=True)
+    return jnp.moveaxis(out, 0, -1)
+
+
 # --- turns -------------------------------------------------------------------------------------
 
 
@@ -188,6 +234,23 @@ def spread_turns(per_turn: Array, turn_ids: Array, mask: Array) -> Array:
     """
     inside = mask & (turn_ids >= 0) & (turn_ids < per_turn.shape[-1])
     return zero_off(take_positions(per_turn, jnp.where(inside, turn_ids, -1)), inside)
+
+
+def sequence_sum(x: Array, mask: Array, *, turn_ids: Array | None = None) -> Array:
+    """Σ x over the masked tokens of the row, or of the turn, given back to each of them.
+
+    Args:
+        x: [..., L] float.
+        mask: [..., L] bool.
+        turn_ids: [..., L] int; None for the whole row.
+
+    Returns:
+        [..., L] float32, 0 off the mask.
+    """
+    if turn_ids is None:
+        return zero_off(masked_sum(x, mask, axis=-1)[..., None], mask)
+    sums = turn_sum(x, turn_ids, mask, num_turns=mask.shape[-1])
+    return spread_turns(sums, turn_ids, mask)
 
 
 def _scatter_turns(x: Array, turn_ids: Array, mask: Array, num_turns: int, how: str) -> Array:
