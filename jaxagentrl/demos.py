@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from envs_host.pool import EnvPool
 from envs_host.types import EnvFailure, ResetResult, StepResult, StopReason, Task
 from jaxagentrl import chat
+from jaxagentrl.rollout import Pool
 from jaxagentrl.trajectory import Trajectory, Turn
 
 
@@ -39,7 +39,7 @@ class Replay:
         before = [self.reset, *self.steps[:-1]]  # what was seen before each command
         shown = [r.info.admissible_commands if show_admissible else None for r in before]
         first = chat.first_user_text(
-            self.task.objective, before[0].observation, shown[0], style=prompt_style
+            self.reset.info.objective, before[0].observation, shown[0], style=prompt_style
         )
         later = [
             chat.later_user_text(result.observation, commands, style=prompt_style)
@@ -50,13 +50,13 @@ class Replay:
 
 def record(
     tasks: Sequence[Task],
-    pool: EnvPool,
+    pool: Pool,
     chat_format: chat.ChatFormat,
     *,
     prompt_style: str,
     show_admissible: bool = False,
     max_in_flight: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[Trajectory]:
     """Replays the tasks' walkthroughs and records them as trajectories, in the order of tasks.
 
@@ -68,12 +68,12 @@ def record(
         show_admissible: whether the messages list the admissible commands; the pool's
             environments must have been asked for them.
         max_in_flight: episodes that are live at the same time.
-        progress: called with (episodes done, episodes in all) after each.
+        advance: called with 1 for every episode that ended.
 
     Raises:
         DemonstrationError: a walkthrough that does not win, or an environment that fails.
     """
-    replays = replay(tasks, pool, max_in_flight=max_in_flight, progress=progress)
+    replays = replay(tasks, pool, max_in_flight=max_in_flight, advance=advance)
     return encode(
         replays, chat_format, prompt_style=prompt_style, show_admissible=show_admissible
     )
@@ -81,10 +81,10 @@ def record(
 
 def replay(
     tasks: Sequence[Task],
-    pool: EnvPool,
+    pool: Pool,
     *,
     max_in_flight: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[Replay]:
     """Plays each task's walkthrough; results in the order of tasks. Arguments as in `record`."""
     waiting = collections.deque(range(len(tasks)))
@@ -106,8 +106,7 @@ def replay(
                 replays[index] = finished
                 del live[index]
                 pool.release(_handle(index))
-                if progress is not None:
-                    progress(len(replays), len(tasks))
+                advance(1)
     finally:
         for index in live:
             pool.release(_handle(index))
@@ -149,6 +148,7 @@ def encode(
                     intermediate_reward=step.info.intermediate_reward,
                     valid_command=step.info.valid_command,
                     score=step.info.score,
+                    anchor=seen[index].observation,
                 )
             )
         last = played.steps[-1].info
@@ -161,7 +161,7 @@ def encode(
                 stop_reason=StopReason.DONE,
                 won=last.won,
                 score=last.score,
-                max_score=last.max_score,
+                max_score=played.task.max_score,
             )
         )
     return trajectories

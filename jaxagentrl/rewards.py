@@ -36,7 +36,8 @@ def turn_rewards(
         invalid_penalty: subtracted on each turn whose command the environment refused (0.1 in
             GiGPO and RAGEN, 0 in the guide).
         no_end_of_turn_penalty: subtracted on the last turn of an episode that stopped because an
-            action was cut before its end-of-turn token.
+            action was cut before its end-of-turn token; it takes the place of `invalid_penalty`
+            there.
         intermediate_scale: needed by "intermediate", refused by the other kinds.
 
     Returns:
@@ -55,9 +56,10 @@ def turn_rewards(
         rewards[-1] = trajectory.score / trajectory.max_score
     if kind == "intermediate":
         rewards += [intermediate_scale * turn.intermediate_reward for turn in trajectory.turns]
-    rewards -= [invalid_penalty * (not turn.valid_command) for turn in trajectory.turns]
+    penalties = np.asarray([invalid_penalty * (not turn.valid_command) for turn in trajectory.turns])
     if trajectory.stop_reason is StopReason.NO_END_OF_TURN:
-        rewards[-1] -= no_end_of_turn_penalty
+        penalties[-1] = no_end_of_turn_penalty  # nothing was sent, so nothing was refused
+    rewards -= penalties
     return rewards.astype(np.float32)
 
 

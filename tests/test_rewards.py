@@ -66,6 +66,12 @@ def test_a_missing_end_of_turn_costs_on_the_last_turn_only():
     made = episode([0, 1, 0], won=False, reason=StopReason.NO_END_OF_TURN)
     got = rewards.turn_rewards(made, kind="dense", no_end_of_turn_penalty=0.25)
     np.testing.assert_allclose(got, [0, 0.5, -0.25])
+    # The command that was never sent does not count as a refused one as well.
+    made = episode([0, 0], won=False, reason=StopReason.NO_END_OF_TURN, valid=[False, False])
+    got = rewards.turn_rewards(
+        made, kind="single", invalid_penalty=0.5, no_end_of_turn_penalty=0.25
+    )
+    assert got.tolist() == [-0.5, -0.25]
     for reason in (StopReason.DONE, StopReason.TURN_LIMIT, StopReason.TOKEN_LIMIT):
         made = episode([0, 1, 0], won=False, reason=reason)
         got = rewards.turn_rewards(made, kind="dense", no_end_of_turn_penalty=0.25)
