@@ -125,8 +125,8 @@ def sequence_surrogate(
         clip_low: ε below 1.
         clip_high: ε above 1.
         dual_clip: as in `clipped_surrogate`.
-        turn_ids: [..., L] int in [0, L); given, each turn is a sequence of its own (iStar's step ratio).
-            None: the trajectory is.
+        turn_ids: [..., L] int in [0, L); given, each turn is a sequence of its own (iStar's step
+            ratio). None: the trajectory is.
 
     Returns:
         [..., L] float32 loss per token, 0 off the mask.
