@@ -56,7 +56,8 @@ def turn_rewards(
         rewards[-1] = trajectory.score / trajectory.max_score
     if kind == "intermediate":
         rewards += [intermediate_scale * turn.intermediate_reward for turn in trajectory.turns]
-    penalties = np.asarray([invalid_penalty * (not turn.valid_command) for turn in trajectory.turns])
+    refused = [not turn.valid_command for turn in trajectory.turns]
+    penalties = invalid_penalty * np.asarray(refused, np.float64)
     if trajectory.stop_reason is StopReason.NO_END_OF_TURN:
         penalties[-1] = no_end_of_turn_penalty  # nothing was sent, so nothing was refused
     rewards -= penalties

@@ -92,7 +92,9 @@ def test_special_tokens_and_template(trained):
         [{"role": "user", "content": "You are"}, {"role": "assistant", "content": "go east"}],
         tokenize=False,
     )
-    assert rendered == "<|im_start|>user\nYou are<|im_end|>\n<|im_start|>assistant\ngo east<|im_end|>\n"
+    assert rendered == (
+        "<|im_start|>user\nYou are<|im_end|>\n<|im_start|>assistant\ngo east<|im_end|>\n"
+    )
 
 
 def test_glue_tokens_are_cheap_and_the_text_is_chatml(tmp_path):

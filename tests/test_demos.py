@@ -1,0 +1,198 @@
+"""Walkthroughs become the trajectories that a rollout with the same commands would record."""
+
+import collections
+import json
+
+import numpy as np
+import pytest
+
+from envs_host.types import EnvFailure, Info, ResetResult, StepResult, StopReason, Task
+from jaxagentrl import batching, chat, demos, rollout, tokenizer
+from jaxagentrl.engine import TurnSample
+
+COMMANDS = ("go east", "open box7", "take F-key from box7")
+
+
+def make_task(seed, walkthrough=COMMANDS):
+    return Task(
+        env="scripted",
+        name=f"game-s{seed}",
+        params={},
+        seed=seed,
+        file="",
+        digest=f"{seed:08x}",
+        objective="Take it.",
+        max_score=2.0,
+        walkthrough=walkthrough,
+    )
+
+
+class ScriptedPool:
+    """Plays one game: the three commands, in order, win it with 2 points. Answers out of order."""
+
+    def __init__(self, failing=()):
+        self.failing = failing
+        self.answers = []
+        self.done = {}
+        self.tasks = {}
+        self.most_live = 0
+
+    def reset(self, handle, task):
+        assert handle not in self.tasks
+        self.tasks[handle] = task
+        self.done[handle] = []
+        self.most_live = max(self.most_live, len(self.tasks))
+        if task.seed in self.failing:
+            self.answers.append((handle, EnvFailure("crash", "scripted")))
+        else:
+            self.answers.append((handle, ResetResult(self.look(handle), self.info(handle, ""))))
+
+    def step(self, handle, text):
+        before = self.info(handle, "").score
+        if text == COMMANDS[len(self.done[handle])]:
+            self.done[handle].append(text)
+        info = self.info(handle, text)
+        result = StepResult(self.look(handle), info.score - before, info.won, False, info)
+        self.answers.append((handle, result))
+
+    def look(self, handle):
+        return f"Game {self.tasks[handle].seed}. Done: {len(self.done[handle])} of 3."
+
+    def info(self, handle, command):
+        done = len(self.done[handle])
+        score = float(done == 3) + float(done >= 1)
+        admissible = ("wait", *COMMANDS)
+        return Info(score, 2.0, done == 3, False, True, command, 1.0, admissible, "Take it.")
+
+    def poll(self, limit_s=None):
+        assert self.answers, "nothing was asked"
+        # Half of what is ready, latest first.
+        ready = len(self.answers) // 2 + 1
+        answers, self.answers = self.answers[-ready:][::-1], self.answers[:-ready]
+        return answers
+
+    def release(self, handle):
+        del self.tasks[handle]
+
+
+class WalkthroughEngine:
+    """An engine whose policy says the walkthrough, with the interface that `rollout` uses."""
+
+    num_waves = 2
+    slots_per_wave = 2
+    max_turn_tokens = 32
+    max_length = 1000
+
+    def __init__(self, chat_format):
+        self.chat_format = chat_format
+        self.lengths = collections.Counter()
+
+    def length(self, wave, slot):
+        return self.lengths[wave, slot]
+
+    def release(self, wave, slot):
+        self.lengths[wave, slot] = 0
+
+    def act(self, params, wave, requests):
+        samples = {}
+        for request in requests:
+            ids = self.chat_format.encode_action(COMMANDS[request.stream[-1]])
+            self.lengths[wave, request.slot] += len(request.new_ids) + len(ids)
+            zeros = np.zeros(len(ids), np.float32)
+            samples[request.slot] = TurnSample(ids=ids, logprobs=zeros, entropies=zeros)
+        return samples
+
+
+@pytest.fixture
+def chat_format(tmp_path):
+    texts = ["Game 1. Done: 0 of 3.", "Take it.", *COMMANDS]
+    return chat.make(tokenizer.train(texts * 3, vocab_size=400, directory=tmp_path))
+
+
+def test_a_demonstration_is_what_the_rollout_would_record(chat_format):
+    tasks = [make_task(seed) for seed in range(5)]
+    for style, admissible in (("brief", False), ("paper", True)):
+        options = {"prompt_style": style, "show_admissible": admissible}
+        recorded = demos.record(tasks, ScriptedPool(), chat_format, **options)
+        played = rollout.collect(
+            rollout.episodes(tasks, group_size=1, stream=(0,)),
+            pool=ScriptedPool(),
+            engine=WalkthroughEngine(chat_format),
+            params=None,
+            chat_format=chat_format,
+            max_turns=8,
+            temperature=1.0,
+            **options,
+        )
+        assert len(recorded) == 5 and not played.failures
+        for one, two in zip(recorded, played.trajectories, strict=True):
+            assert json.dumps(one.to_json(), sort_keys=True) == json.dumps(
+                two.to_json(), sort_keys=True
+            )
+
+
+def test_a_demonstration_by_hand(chat_format):
+    (made,) = demos.record([make_task(7)], ScriptedPool(), chat_format, prompt_style="brief")
+    assert (made.won, made.score, made.stop_reason) == (True, 2.0, StopReason.DONE)
+    assert [turn.action for turn in made.turns] == list(COMMANDS)
+    assert [turn.reward for turn in made.turns] == [1.0, 0.0, 1.0]
+    assert chat_format.decode(made.tokens) == (
+        "<|im_start|>user\nTake it.\nGame 7. Done: 0 of 3.<|im_end|>\n"
+        "<|im_start|>assistant\ngo east<|im_end|>\n"
+        "<|im_start|>user\nGame 7. Done: 1 of 3.<|im_end|>\n"
+        "<|im_start|>assistant\nopen box7<|im_end|>\n"
+        "<|im_start|>user\nGame 7. Done: 2 of 3.<|im_end|>\n"
+        "<|im_start|>assistant\ntake F-key from box7<|im_end|>"
+    )
+    batch = batching.to_batch([made], None, discount=1.0, length_buckets=[128], row_multiple=1)
+    trained = batch.tokens[batch.action_mask].tolist()
+    assert trained == [i for command in COMMANDS for i in chat_format.encode_action(command)]
+    assert not batch.rewards.any() and not batch.sampler_logprobs.any()
+
+
+def test_the_tokenizer_learns_from_the_same_replay():
+    replays = demos.replay([make_task(1), make_task(2)], ScriptedPool())
+    got = list(demos.texts(replays, prompt_style="brief"))
+    assert len(got) == 12
+    assert got[:3] == [
+        "Take it.\nGame 1. Done: 0 of 3.", "Game 1. Done: 1 of 3.", "Game 1. Done: 2 of 3."
+    ]  # fmt: skip
+    assert got[3:6] == list(COMMANDS)
+
+
+def test_limits_and_progress():
+    pool, ended = ScriptedPool(), []
+    replays = demos.replay(
+        [make_task(seed) for seed in range(10)], pool, max_in_flight=3, advance=ended.append
+    )
+    assert pool.most_live == 3 and not pool.tasks
+    assert ended == [1] * 10
+    assert [replay.task.seed for replay in replays] == list(range(10))
+    assert demos.replay([], pool) == []
+
+
+@pytest.mark.parametrize(
+    "walkthrough, message",
+    [
+        (COMMANDS[:2], "game-s1 does not win: after 2 of 2 commands .* the score is 1.0 of 2.0"),
+        (("go east", "dance", *COMMANDS[1:2]), "game-s1 does not win: after 3 of 3"),
+        ((), "game-s1 has no walkthrough"),
+    ],
+)
+def test_a_walkthrough_that_does_not_win_is_an_error(walkthrough, message):
+    pool = ScriptedPool()
+    with pytest.raises(demos.DemonstrationError, match=message):
+        demos.replay([make_task(0), make_task(1, walkthrough), make_task(2)], pool)
+    assert not pool.tasks  # the pool can be used on
+
+
+def test_a_walkthrough_may_win_early():
+    (replay,) = demos.replay([make_task(0, (*COMMANDS, "dance"))], ScriptedPool())
+    assert replay.commands == COMMANDS
+
+
+def test_an_environment_failure_is_named():
+    pool = ScriptedPool(failing=(2,))
+    with pytest.raises(demos.DemonstrationError, match="game-s2 .crash: scripted"):
+        demos.replay([make_task(seed) for seed in range(4)], pool)
+    assert not pool.tasks
