@@ -130,8 +130,8 @@ def restore(directory: str | os.PathLike, like: Any) -> tuple[Any, dict[str, Any
         arrays = _read_arrays(folder / "state", large, packed=len(large) < len(expected))
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(
-            f"the checkpoint {folder} is damaged and cannot be read: {error}. Remove that folder to "
-            "continue from the checkpoint before it."
+            f"the checkpoint {folder} is damaged and cannot be read: {error}. Remove that folder "
+            "to continue from the checkpoint before it."
         ) from error
     values = {}
     for name, leaf in expected.items():
@@ -163,7 +163,7 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
             raise TypeError(f"{name} of the state is {type(leaf).__name__}, expected an array")
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise TypeError(f"{name} of the state is a typed key, expected jax.random.key_data of it")
+            raise TypeError(f"{name} of the state is a typed key, expected its jax.random.key_data")
         leaves[name] = leaf
     return leaves
 

@@ -1,0 +1,258 @@
+"""Model folders: parity with transformers, exact round trips, and errors that list everything."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jaxagentrl import tokenizer as tokenizer_lib
+from jaxagentrl.models import decoder, pretrained
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SIZES = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, intermediate_size=56, rope_theta=5e4,
+             max_position_embeddings=128)
+TOKENS = np.array([[1, 5, 90, 33, 2, 7, 7, 64], [96, 0, 4, 4, 18, 50, 3, 21]], np.int32)
+
+CASES = {
+    "llama_tied": (transformers.LlamaConfig, dict(tie_word_embeddings=True)),
+    "llama_untied": (transformers.LlamaConfig, dict(tie_word_embeddings=False)),
+    "llama_wide_heads": (transformers.LlamaConfig, dict(tie_word_embeddings=False, head_dim=16)),
+    "qwen2_tied": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
+    "qwen2_wide_heads": (transformers.Qwen2Config, dict(tie_word_embeddings=False, head_dim=16)),
+    "qwen2_untied": (transformers.Qwen2Config, dict(tie_word_embeddings=False)),
+}
+
+
+def make_theirs(case, seed=0):
+    """A random model of transformers. Norms and biases are random too, else their place is untested."""
+    config_class, options = CASES[case]
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**SIZES, **options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(4.0)   # the initial 0.02 gives logits too small to tell errors apart
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """One folder per case, written by transformers itself."""
+    root = tmp_path_factory.mktemp("models")
+    for case in CASES:
+        make_theirs(case).save_pretrained(root / case)
+    return root
+
+
+def their_logits(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    for key, value in changes.items():
+        settings.pop(key, None)
+        if value is not ...:
+            settings[key] = value
+    path.write_text(json.dumps(settings))
+
+
+def copy_of(folder, tmp_path):
+    target = tmp_path / folder.name
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case, folders):
+    config, params = pretrained.load(folders / case)
+    logits = decoder.logits(config, params, jnp.asarray(TOKENS))
+    expected = their_logits(make_theirs(case))
+    assert np.abs(expected).max() > 1.0   # otherwise the tolerance would prove nothing
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    tree = jax.tree.structure(jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0)))
+    assert jax.tree.structure(params) == tree
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_is_bit_exact(case, folders, tmp_path):
+    config, params = pretrained.load(folders / case)
+    pretrained.save(tmp_path / "again", config, params)
+    config_again, params_again = pretrained.load(tmp_path / "again")
+    assert config_again == config
+    jax.tree.map(np.testing.assert_array_equal, params, params_again)
+    theirs = safetensors.numpy.load_file(folders / case / "model.safetensors")
+    ours = safetensors.numpy.load_file(tmp_path / "again" / "model.safetensors")
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        np.testing.assert_array_equal(theirs[name], ours[name])
+
+
+@pytest.mark.parametrize("case", ["llama_untied", "qwen2_tied"])
+def test_bfloat16_round_trip(case, folders, tmp_path):
+    config, params = pretrained.load(folders / case, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    pretrained.save(tmp_path / "half", config, params)
+    _, again = pretrained.load(tmp_path / "half", dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 20_000])
+def test_sharded_folder_loads_here_and_there(max_shard_bytes, folders, tmp_path):
+    config, params = pretrained.load(folders / "qwen2_untied")
+    pretrained.save(tmp_path / "sharded", config, params, max_shard_bytes=max_shard_bytes)
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
+    _, again = pretrained.load(tmp_path / "sharded")
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sharded").eval()
+    np.testing.assert_array_equal(their_logits(model), their_logits(make_theirs("qwen2_untied")))
+
+
+def test_shards_written_by_transformers(tmp_path):
+    model = make_theirs("llama_tied")
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
+    config, params = pretrained.load(tmp_path / "theirs")
+    logits = decoder.logits(config, params, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(logits, their_logits(model), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attention_bias", [False, True])
+def test_export_generates_the_same_text(attention_bias, tmp_path):
+    text = ["go north", "take the key from the table", "open the wooden door with the key"] * 4
+    tokenizer = tokenizer_lib.train(text, vocab_size=300, directory=tmp_path / "tokenizer")
+    config = decoder.DecoderConfig(
+        vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+        intermediate_size=64, attention_bias=attention_bias, tie_embeddings=False)
+    params = jax.tree.map(lambda leaf: 3 * leaf, decoder.init(config, jax.random.key(1)))
+    pretrained.save(tmp_path / "model", config, params, tokenizer=tokenizer)
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    prompt = their_tokenizer("take the key", return_tensors="pt").input_ids
+    assert prompt[0].tolist() == tokenizer("take the key").input_ids
+    generated = theirs.generate(prompt, max_new_tokens=12)[0].tolist()
+
+    score = jax.jit(lambda tokens: decoder.logits(config, params, tokens))
+    ids = prompt[0].tolist()
+    while len(ids) < len(prompt[0]) + 12 and ids[-1] != tokenizer.eos_token_id:
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, :len(ids)] = ids
+        ids.append(int(jnp.argmax(score(padded)[0, len(ids) - 1])))
+    assert generated == ids
+    assert their_tokenizer.decode(generated) == tokenizer.decode(ids)
+    assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_older_spelling_of_settings(folders, tmp_path):
+    folder = copy_of(folders / "qwen2_tied", tmp_path)
+    edit_config(folder, rope_parameters=..., rope_theta=5e4, rope_scaling=None, layer_types=...,
+                dtype=..., torch_dtype="float32", use_mrope=False)
+    assert pretrained.load(folder)[0] == pretrained.load(folders / "qwen2_tied")[0]
+
+
+@pytest.mark.parametrize("changes, named", [
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_scaling.rope_type"),
+    (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling.rope_type is 'linear'"),
+    (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_parameters.rope_type"),
+    (dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+     "rope_parameters.partial_rotary_factor"),
+    (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    (dict(use_sliding_window=True), "use_sliding_window"),
+    (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
+    (dict(attention_bias=True), "attention_bias"),
+    (dict(mlp_bias=True), "mlp_bias"),
+    (dict(model_type="gemma"), "model_type is 'gemma'"),
+    (dict(quantization_config={"bits": 4}), "quantization_config"),
+    (dict(residual_multiplier=0.2), "residual_multiplier is 0.2, a setting not known here"),
+    (dict(hidden_size=...), "hidden_size is missing"),
+])
+def test_unsupported_setting_is_named(changes, named, folders, tmp_path):
+    folder = copy_of(folders / "llama_tied", tmp_path)
+    edit_config(folder, **changes)
+    with pytest.raises(pretrained.PretrainedError, match=named.replace("[", r"\[")) as caught:
+        pretrained.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_wrong_tensors_are_listed_at_once(folders, tmp_path):
+    folder = copy_of(folders / "llama_untied", tmp_path)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((2, 3), np.float32)
+    tensors["model.layers.3.mlp.up_proj.weight"] = np.zeros((2, 3), np.float32)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(pretrained.PretrainedError) as caught:
+        pretrained.load(folder)
+    message = str(caught.value)
+    assert "model.norm.weight is missing" in message
+    assert "model.layers.1.mlp.up_proj.weight has shape (2, 3), expected (56, 32)" in message
+    assert "model.layers.3.mlp.up_proj.weight is surplus" in message
+
+
+def test_redundant_tensors_are_accepted_only_when_they_are(folders, tmp_path):
+    folder = copy_of(folders / "llama_tied", tmp_path)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    pretrained.load(folder)
+    tensors["lm_head.weight"][0, 0] += 1
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(pretrained.PretrainedError, match="lm_head.weight is surplus"):
+        pretrained.load(folder)
+
+
+def test_missing_and_damaged_files(folders, tmp_path):
+    with pytest.raises(pretrained.PretrainedError, match="config.json does not exist"):
+        pretrained.load(tmp_path / "nowhere")
+    folder = copy_of(folders / "llama_tied", tmp_path)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(pretrained.PretrainedError, match="model.safetensors cannot be read"):
+        pretrained.load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(pretrained.PretrainedError, match="holds neither"):
+        pretrained.load(folder)
+
+
+def test_save_refuses_other_trees_and_other_peoples_files(folders, tmp_path):
+    config, params = pretrained.load(folders / "llama_tied")
+    with pytest.raises(pretrained.PretrainedError, match="value_head/kernel is surplus"):
+        pretrained.save(tmp_path / "x", config, params | {"value_head": {"kernel": jnp.ones(3)}})
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("precious")
+    with pytest.raises(pretrained.PretrainedError, match="thesis.tex"):
+        pretrained.save(tmp_path / "home", config, params)
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "precious"
+    assert not (tmp_path / "x").exists()
+
+
+def test_save_replaces_an_earlier_export(folders, tmp_path):
+    config, params = pretrained.load(folders / "llama_tied")
+    pretrained.save(tmp_path / "model", config, params, max_shard_bytes=1)
+    pretrained.save(tmp_path / "model", config, params)
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_mesh_places_parameters_on_every_device(folders):
+    mesh = jax.make_mesh((4,), ("data",))
+    _, params = pretrained.load(folders / "llama_tied", mesh=mesh)
+    leaf = params["embed"]["embedding"]
+    assert leaf.is_fully_replicated and len(leaf.sharding.device_set) == 4
