@@ -9,7 +9,7 @@ What makes a trained tokenizer cheap in a text world (each can be switched off):
     (` box44`, ` Z-key`), so an object costs one token once it is frequent enough to be merged.
     With `names="parts"` they are split into letters, hyphenated tail and number (` box` `44`,
     ` Z` `-key`): more tokens, but every part is seen often and any unseen combination can be
-    copied part by part.
+    copied part by part. A `lexicon` names texts that must be one token each, such as the numbers.
 *   **Phrases.** With `phrases=True` merges may run across spaces inside a line, up to the next
     name or full stop, so that stock sentences (`There is an exit to the north`) become one or two
     tokens. Names stay apart, whatever stands around them.
@@ -19,7 +19,7 @@ What makes a trained tokenizer cheap in a text world (each can be switched off):
 
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
 import transformers
@@ -70,6 +70,7 @@ def train(
     names: str = "whole",
     phrases: bool = False,
     glue_tokens: bool = True,
+    lexicon: Sequence[str] = (),
 ) -> transformers.PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer with ChatML special tokens and saves it.
 
@@ -83,12 +84,15 @@ def train(
         names: "whole" or "parts", see above.
         phrases: whether merges may cross spaces, see above.
         glue_tokens: whether the fixed text between messages is made of single tokens.
+        lexicon: texts that must be one token each, with their leading space if they have one,
+            however rare they are (`[str(n) for n in range(100)]` for names that end in numbers).
 
     Returns:
         The tokenizer as `load(directory)` gives it: eos is `<|im_end|>`, pad `<|endoftext|>`.
 
     Raises:
-        ValueError: no text, an unknown `names`, or a vocabulary too small for bytes and specials.
+        ValueError: no text, an unknown `names`, a vocabulary too small for bytes and specials, or
+            a lexicon entry that did not become one token.
     """
     if names not in _PATTERNS:
         raise ValueError(
@@ -117,10 +121,17 @@ def train(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    counter = _Counted(texts)
+    counter = _Counted(texts, lexicon)
     bpe.train_from_iterator(counter, trainer)
     if counter.count == 0:
         raise ValueError("tokenizer.train: there is no text to train on")
+    split = [text for text in lexicon if len(bpe.encode(text).ids) != 1]
+    if split:
+        raise ValueError(
+            f"tokenizer.train: {len(split)} of {len(lexicon)} lexicon entries are more than one "
+            f"token ({split[:5]}): vocab_size {vocab_size} is too small for them, or they hold "
+            f"what names={names!r} and phrases={phrases} never join"
+        )
     return _save(bpe, pathlib.Path(directory))
 
 
@@ -157,14 +168,22 @@ def load(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
-class _Counted:
-    """Passes texts on and counts them; adds the words of the glue, which every message holds."""
+# Often enough to be merged before what the text itself has to offer.
+_LEXICON_REPEATS = 1_000
 
-    def __init__(self, texts: Iterable[str]):
+
+class _Counted:
+    """Passes texts on and counts them; adds the lexicon, and the glue that every message holds."""
+
+    def __init__(self, texts: Iterable[str], lexicon: Sequence[str]):
         self._texts = texts
+        self._lexicon = lexicon
         self.count = 0
 
     def __iter__(self) -> Iterator[str]:
+        for text in self._lexicon:
+            # One line each: nothing is merged across lines.
+            yield f"{text}\n" * _LEXICON_REPEATS
         for text in self._texts:
             self.count += 1
             yield text

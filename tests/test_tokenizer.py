@@ -83,6 +83,19 @@ def test_phrases_join_stock_sentences_and_leave_names_apart(tmp_path, names):
     assert len(got) < 0.7 * len(pieces(plain, "".join(got)))
 
 
+@pytest.mark.parametrize("phrases", [False, True])
+def test_a_lexicon_is_one_token_each(tmp_path, phrases):
+    numbers = [str(number) for number in range(100)]
+    options = {"names": "parts", "phrases": phrases, "directory": tmp_path}
+    trained = tokenizer.train(GAME * 4, vocab_size=800, lexicon=numbers, **options)
+    assert pieces(trained, " room98") == [" room", "98"]
+    assert {len(pieces(trained, number)) for number in numbers} == {1}
+    with pytest.raises(ValueError, match="of 100 lexicon entries are more than one token"):
+        tokenizer.train(GAME, vocab_size=300, lexicon=numbers, **options)
+    with pytest.raises(ValueError, match=r"1 of 1 lexicon .*\['two\\nlines'\]"):
+        tokenizer.train(GAME, vocab_size=800, lexicon=["two\nlines"], **options)
+
+
 def test_special_tokens_and_template(trained):
     assert trained.eos_token == "<|im_end|>"
     assert trained.pad_token == "<|endoftext|>"
