@@ -1,0 +1,192 @@
+"""What a finished (or running) workdir says about its run, read from metrics.jsonl and config.json.
+
+The keys looked for: `eval/*` of the held-out evaluations wherever they stand (phase "baseline" is
+the untrained model, "eval" the model after imitation, "rl" during RL), `random/*` and
+`walkthrough/*` of phase "baseline", `loss/action` of phase "sft", `rollout/*` of phase "rl".
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from jaxagentrl import metrics
+
+# Shares of the run's time: label and the key whose sum it is.
+_TIMES = (
+    ("preparation", "time/prepare_s"),
+    ("imitation", "time/sft_s"),
+    ("sampling", "time/rollout_s"),
+    ("updates", "time/update_s"),
+    ("evaluation", "time/evaluate_s"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Success on the held-out tasks of one agent at one moment.
+
+    Attributes:
+        name: for people, "after imitation".
+        stage: "untrained", "sft", "rl", or the rule's name.
+        step: RL iteration, 0 before RL.
+        seconds: since the run's start, preparation included.
+        success: episodes won as a share, with its 95 % interval; nan when none was played.
+        episodes: how many were played to an end that counts.
+        values: everything measured, keys without their prefix.
+    """
+
+    name: str
+    stage: str
+    step: int
+    seconds: float
+    success: float
+    low: float
+    high: float
+    episodes: int
+    values: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run as its workdir tells it.
+
+    Attributes:
+        root: the workdir.
+        content: config.json as it stands: "config", "versions", "facts".
+        lines: all lines of metrics.jsonl, `seconds(line)` for their time.
+        agents: random and walkthrough agent, as far as they were measured.
+        evaluations: of the model, in time order.
+    """
+
+    root: pathlib.Path
+    content: dict[str, Any]
+    lines: list[metrics.Line]
+    agents: dict[str, Evaluation]
+    evaluations: list[Evaluation]
+
+    def phase(self, name: str) -> list[metrics.Line]:
+        return [line for line in self.lines if line["phase"] == name]
+
+    def seconds(self, line: metrics.Line) -> float:
+        """Seconds from the start of the run to this line; preparation is not in time/run_s."""
+        return line["time/run_s"] + self.prepare_seconds
+
+    @property
+    def prepare_seconds(self) -> float:
+        return sum(line.get("time/prepare_s", 0.0) for line in self.lines)
+
+    @property
+    def time_split(self) -> dict[str, float]:
+        """Seconds by kind of work; "other" is what no key accounts for."""
+        split = {
+            label: sum(_finite(line.get(key, 0.0)) for line in self.lines)
+            for label, key in _TIMES
+        }
+        total = self.seconds(self.lines[-1]) if self.lines else 0.0
+        split["other"] = max(0.0, total - sum(split.values()))
+        return split
+
+    def last(self, stage: str) -> Evaluation | None:
+        """The model's last evaluation of a stage."""
+        found = [e for e in self.evaluations if e.stage == stage]
+        return found[-1] if found else None
+
+    @property
+    def milestones(self) -> list[Evaluation]:
+        """What a reader compares: the rules, then the model before and after each stage."""
+        model = [self.last(stage) for stage in ("untrained", "sft", "rl")]
+        return [*self.agents.values(), *(e for e in model if e is not None)]
+
+
+def read(root: str | os.PathLike) -> Run:
+    """Reads a workdir.
+
+    Raises:
+        ValueError: it has no metrics.jsonl.
+    """
+    root = pathlib.Path(root)
+    path = root / "metrics.jsonl"
+    if not path.exists():
+        raise ValueError(f"{root} has no metrics.jsonl. Give the workdir of a run.")
+    lines = metrics.read(path)
+    config = root / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    run = Run(root, content, lines, {}, [])
+    for line in lines:
+        if line["phase"] == "baseline":
+            for name in ("random", "walkthrough"):
+                if f"{name}/episodes" in line:
+                    run.agents[name] = _evaluation(run, line, name, f"{name} agent", name)
+        if "eval/episodes" in line:
+            stage, name = _stage(line)
+            run.evaluations.append(_evaluation(run, line, "eval", name, stage))
+    return run
+
+
+def verdict(run: Run) -> str | None:
+    """One sentence on what RL added to imitation; None when either was not measured."""
+    before, after = run.last("sft"), run.last("rl")
+    if before is None or after is None:
+        return None
+    points = 100 * (after.success - before.success)
+    apart = before.high < after.low or after.high < before.low
+    intervals = "do not overlap" if apart else "overlap: this may be chance"
+    word = "added" if points >= 0 else "lost"
+    return (
+        f"RL {word} {abs(points):.1f} points of held-out success over imitation "
+        f"({100 * before.success:.1f} % to {100 * after.success:.1f} %); the 95 % intervals "
+        f"{intervals}."
+    )
+
+
+def duration(seconds: float) -> str:
+    """ "41 s", "17 min", "3 h 05 min" """
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def percent(evaluation: Evaluation) -> str:
+    """ "63.0 % [56.1, 69.4]" """
+    if not evaluation.episodes:
+        return "none played"
+    return (
+        f"{100 * evaluation.success:.1f} % "
+        f"[{100 * evaluation.low:.1f}, {100 * evaluation.high:.1f}]"
+    )
+
+
+def _stage(line: metrics.Line) -> tuple[str, str]:
+    if line["phase"] == "baseline":
+        return "untrained", "untrained model"
+    if line["phase"] == "rl":
+        return "rl", f"after RL ({line['step']} iterations)"
+    return "sft", "after imitation"
+
+
+def _evaluation(
+    run: Run, line: metrics.Line, prefix: str, name: str, stage: str
+) -> Evaluation:
+    values = {
+        key.removeprefix(f"{prefix}/"): _finite(value)
+        for key, value in line.items() if key.startswith(f"{prefix}/")
+    }
+    return Evaluation(
+        name=name,
+        stage=stage,
+        step=line["step"],
+        seconds=run.seconds(line),
+        success=values.get("success_rate", float("nan")),
+        low=values["success_low"],
+        high=values["success_high"],
+        episodes=int(values["episodes"]),
+        values=values,
+    )
+
+
+def _finite(value: float | str) -> float:
+    """metrics.jsonl writes "nan" and "inf" as strings, because JSON has no such numbers."""
+    return float(value)
