@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from envs_host import textworld
 from envs_host.types import EnvFailure, Info, ResetResult, StepResult, StopReason, Task
-from jaxagentrl import batching, chat, demos, rollout, tokenizer
+from jaxagentrl import batching, chat, demos, rewards, rollout, tokenizer
 from jaxagentrl.engine import TurnSample
 
 COMMANDS = ("go east", "open box7", "take F-key from box7")
@@ -196,3 +197,69 @@ def test_an_environment_failure_is_named():
     with pytest.raises(demos.DemonstrationError, match="game-s2 .crash: scripted"):
         demos.replay([make_task(seed) for seed in range(4)], pool)
     assert not pool.tasks
+
+
+class LocalPool:
+    """The real environment in this process: what is under test is not the worker pool."""
+
+    def __init__(self):
+        self.envs = {}
+        self.answers = []
+
+    def reset(self, handle, task):
+        self.envs[handle] = textworld.TextWorldEnv(intermediate_reward=True)
+        self.answers.append((handle, self.envs[handle].reset(task)))
+
+    def step(self, handle, text):
+        self.answers.append((handle, self.envs[handle].step(text)))
+
+    def poll(self, limit_s=None):
+        answers, self.answers = self.answers, []
+        return answers
+
+    def release(self, handle):
+        self.envs.pop(handle).close()
+
+
+def test_real_games_from_walkthrough_to_batch(tmp_path):
+    """TextWorld → texts → tokenizer → trajectories → rewards → batch; ids as the template's own."""
+    base = {
+        "family": "custom", "world_size": 2, "nb_objects": 3, "quest_length": 3, "theme": "basic"
+    }  # fmt: skip
+    report = textworld.generate(
+        [base | {"seed": seed} for seed in (1, 2)],
+        cache_dir=str(tmp_path / "games"),
+        num_workers=1,
+        progress=False,
+    )
+    replays = demos.replay(report.tasks, LocalPool())
+    numbers = [str(number) for number in range(100)]
+    trained = tokenizer.train(
+        demos.texts(replays, prompt_style="brief"),
+        vocab_size=600,
+        directory=tmp_path / "tokenizer",
+        names="parts",
+        phrases=True,
+        lexicon=numbers,
+    )
+    chat_format = chat.make(trained)
+    recorded = demos.encode(replays, chat_format, prompt_style="brief")
+    for played, made in zip(replays, recorded, strict=True):
+        messages = []
+        texts = played.user_texts(prompt_style="brief")
+        for text, turn in zip(texts, made.turns, strict=True):
+            messages.append({"role": "user", "content": text})
+            messages.append({"role": "assistant", "content": turn.action})
+        expected = trained.apply_chat_template(messages, tokenize=True)["input_ids"]
+        # The template ends the last message with a newline, which nothing follows here.
+        assert [*made.tokens.tolist(), *trained.encode("\n")] == list(expected)
+        for kind in ("single", "dense"):
+            assert rewards.turn_rewards(made, kind=kind).sum() == pytest.approx(1.0)
+        progress = rewards.turn_rewards(made, kind="intermediate", intermediate_scale=0.1)
+        assert progress.sum() == pytest.approx(1.0 + 0.1 * made.num_turns)
+    pairs = batching.to_batches(
+        recorded, None, discount=1.0, length_buckets=[128, 256], tokens_per_batch=512, row_multiple=2
+    )
+    assert sum(int(batch.action_mask.sum()) for _, batch in pairs) == sum(
+        made.num_action_tokens for made in recorded
+    )
