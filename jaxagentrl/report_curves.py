@@ -18,7 +18,7 @@ _SMOOTHING = 0.1   # weight of the newest value in the running mean of rollout c
 
 def draw(run: Run) -> bytes:
     """The figure as PNG. Parts without numbers say so, so a run can be drawn at any time."""
-    figure = Figure(figsize=(11, 7), dpi=130, layout="constrained")
+    figure = Figure(figsize=(11, 7.4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, height_ratios=(1.35, 1))
     _draw_success(figure.add_subplot(grid[0, :]), run)
@@ -32,7 +32,7 @@ def draw(run: Run) -> bytes:
 def _draw_success(axes: Axes, run: Run) -> None:
     """Success on held-out tasks against minutes; intervals as bars; the rules as lines."""
     points = [e for e in run.evaluations if e.episodes]
-    axes.set_title("Held-out tasks won (bars: 95 % interval)", loc="left")
+    axes.set_title(f"Held-out tasks won{_counts(points)}", loc="left")
     _percent_axis(axes)
     if not points:
         _say_empty(axes, "no evaluation yet")
@@ -50,7 +50,7 @@ def _draw_success(axes: Axes, run: Run) -> None:
         if mine.any():
             axes.errorbar(
                 minutes[mine], rate[mine], yerr=np.maximum(bounds[:, mine], 0.0), fmt="o",
-                color=color, capsize=3, label=f"{label} (n = {_counts(points, mine)})")
+                color=color, capsize=3, label=label)
     for name, color, style in (("walkthrough", _GREEN, "--"), ("random", _RED, ":")):
         if name in run.agents and run.agents[name].episodes:
             agent = run.agents[name]
@@ -60,20 +60,26 @@ def _draw_success(axes: Axes, run: Run) -> None:
     _mark_stages(axes, run)
     axes.set_xlim(left=0)
     axes.set_xlabel("minutes since the start")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=5, fontsize=9,
+                frameon=False)
 
 
 def _mark_stages(axes: Axes, run: Run) -> None:
-    """Shades the time of RL, so that the two kinds of training are told apart at a glance."""
-    rl, sft = run.phase("rl"), run.last("sft")
-    if rl and sft is not None:
-        axes.axvspan(sft.seconds / 60, run.seconds(rl[-1]) / 60, color=_BLUE, alpha=0.05,
-                     linewidth=0)
-        axes.annotate("RL", ((sft.seconds + run.seconds(rl[-1])) / 120, 0.97),
-                      xycoords=("data", "axes fraction"), ha="center", va="top", color=_BLUE)
-    if sft is not None and run.phase("sft"):
-        axes.annotate("imitation", (sft.seconds / 120, 0.97), xycoords=("data", "axes fraction"),
-                      ha="center", va="top", color=_ORANGE)
+    """Names and shades the stages, so that the two kinds of training are told apart at a glance."""
+    sft, rl = run.phase("sft"), run.phase("rl")
+    ends = [
+        ("preparation", _GRAY, run.prepare_seconds),
+        ("imitation", _ORANGE, run.seconds(sft[-1]) if sft else 0.0),
+        ("RL", _BLUE, run.seconds(rl[-1]) if rl else 0.0),
+    ]
+    start, total = 0.0, run.seconds(run.lines[-1])
+    for name, color, end in ends:
+        if end <= start:
+            continue
+        axes.axvspan(start / 60, end / 60, color=color, alpha=0.06, linewidth=0)
+        if end - start > 0.08 * total:   # a name would not fit in less
+            axes.text((start + end) / 120, 0.93, name, color=color, ha="center", va="top")
+        start = end
 
 
 def _draw_imitation(axes: Axes, run: Run) -> None:
@@ -130,9 +136,13 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return result
 
 
-def _counts(points: list[Evaluation], mine: np.ndarray) -> str:
-    counts = sorted({e.episodes for e, chosen in zip(points, mine, strict=True) if chosen})
-    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+def _counts(points: list[Evaluation]) -> str:
+    """ " (n = 200, bars: 95 % interval)" """
+    counts = sorted({e.episodes for e in points})
+    if not counts:
+        return ""
+    n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f" (n = {n}, bars: 95 % interval)"
 
 
 def _percent_axis(axes: Axes) -> None:
