@@ -27,12 +27,12 @@ def test_tokens_and_masks_of_a_hand_made_episode():
 
 
 def test_tail_tokens_belong_to_the_last_turn_and_are_no_action():
-    made = make_trajectory([make_turn([5], [8])], tail_ids=[2, 3])
-    assert made.tokens.tolist() == [5, 8, 2, 3] and made.num_tokens == 4
+    made = make_trajectory([make_turn([5], [8]), make_turn([6], [9])], tail_ids=[2, 3])
+    assert made.tokens.tolist() == [5, 8, 6, 9, 2, 3] and made.num_tokens == 6
     fields = made.token_fields()
-    assert fields["action_mask"].tolist() == [False, True, False, False]
-    assert fields["turn_ends"].tolist() == [False, True, False, False]
-    assert fields["turn_ids"].tolist() == [0, 0, 0, 0]
+    assert fields["action_mask"].tolist() == [False, True, False, True, False, False]
+    assert fields["turn_ends"].tolist() == [False, True, False, True, False, False]
+    assert fields["turn_ids"].tolist() == [0, 0, 1, 1, 1, 1]
 
 
 def test_an_episode_without_turns_is_empty():
