@@ -33,12 +33,13 @@ class Child:
         pid: process id.
     """
 
-    def __init__(self, target: str, *args):
+    def __init__(self, target: str, *args, pass_fds: tuple[int, ...] = ()):
         """Starts the process; returns at once.
 
         Args:
             target: "module:function", called in the child with its end of the pipe and `args`.
             *args: picklable.
+            pass_fds: file descriptors that the child may use under the same numbers.
         """
         self.connection, theirs = multiprocessing.connection.Pipe()
         self._stderr = tempfile.TemporaryFile()
@@ -50,7 +51,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), *pass_fds],
             env=environment,
         )
         theirs.close()

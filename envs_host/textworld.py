@@ -43,6 +43,8 @@ class TextWorldEnv:
                 the same game before. The answers are the same (games are deterministic), without
                 running the interpreter.
         """
+        import textworld  # noqa: F401  Takes a second: here, not within the time limit of a reset.
+
         self._extras = Extras(intermediate_reward, admissible_commands)
         self._memory = _MEMORY if remember else Memory(max_entries=0)
         self._task: Task | None = None

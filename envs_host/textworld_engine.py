@@ -77,7 +77,7 @@ class Engine:
         Raises:
             GameFileError: the .json file is missing or damaged.
         """
-        import textworld  # Takes half a second to import: not before a game is really started.
+        import textworld  # Takes a second to import: only where games are played.
 
         self._extras = extras
         infos = textworld.EnvInfos(
