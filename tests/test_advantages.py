@@ -1,0 +1,704 @@
+"""Advantage estimators: goldens by hand, float64 oracles, limits, leaks and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from jaxagentrl import advantages
+import oracles
+from core_cases import SEEDS, batch
+
+# The shared fixture: three turns of 2, 2 and 1 tokens, junk value 9 on observations.
+MASK = np.array([1, 1, 0, 0, 1, 1, 0, 1], bool)
+REWARDS = np.array([0, 0.2, 0, 0, 0, 0.3, 0, 1], np.float32)
+VALUES = np.array([0.1, 0.2, 9, 9, 0.3, 0.4, 9, 0.5], np.float32)
+ENDS = np.array([0, 1, 0, 0, 0, 1, 0, 1], bool)
+ONES = np.ones(8, np.float32)
+GROUP = np.zeros(4, np.int32)
+WIN = np.array([1, 0, 0, 0], np.float32)
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+few = settings(max_examples=25, deadline=None)
+junk = st.sampled_from([0.0, np.nan, np.inf, -np.inf])
+shapes = st.sampled_from([(3, 9), (2, 1)])
+
+
+@functools.cache
+def jitted(name, **options):
+    """One compiled estimator per set of static options; numbers given at the call are traced."""
+    return jax.jit(functools.partial(getattr(advantages, name), **dict(options)))
+
+
+def check(got, expected, mask=None):
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, **CLOSE)
+    if mask is not None:
+        assert np.all(np.asarray(got)[~np.asarray(mask)] == 0.0)
+
+
+# --- goldens -----------------------------------------------------------------------------------
+
+
+def test_gae_golden():
+    # λ = γ = 1: return to go − value: 1.5 − .1, 1.5 − .2, 1.3 − .3, 1.3 − .4, 1 − .5.
+    got = advantages.gae(REWARDS, VALUES, ONES, MASK, gae_lambda=1.0)
+    np.testing.assert_allclose(got, [1.4, 1.3, 0, 0, 1.0, 0.9, 0, 0.5], atol=1e-6)
+
+
+def test_gae_golden_discounted():
+    # From the right: .5; .3 + .9·.5 − .4 + .855·.5 = .7775; .9·.4 − .3 + .855·.7775 = .7248; …
+    got = advantages.gae(REWARDS, VALUES, 0.9 * ONES, MASK, gae_lambda=0.95)
+    np.testing.assert_allclose(got, [0.8407, 0.8897, 0, 0, 0.7248, 0.7775, 0, 0.5], atol=5e-5)
+
+
+def test_bilevel_gae_golden():
+    # Ends: .5; .3 + .95·.5 − .4 + .95·.5 = .85; .2 + .95·.4 − .2 + .95·.85 = 1.1875.
+    # Inside: .4 − .3 + .85 = .95; .2 − .1 + 1.1875 = 1.2875.
+    got = advantages.bilevel_gae(
+        REWARDS, VALUES, MASK, ENDS, token_discount=1.0, turn_discount=0.95, gae_lambda=1.0
+    )
+    np.testing.assert_allclose(got, [1.2875, 1.1875, 0, 0, 0.95, 0.85, 0, 0.5], atol=1e-6)
+
+
+def test_turn_gae_golden():
+    # Turn values .1, .3, .5 (first tokens), rewards .2, .3, 1, γ = .9, λ = .5. From the right:
+    # 1 − .5 = .5; .3 + .45 − .3 + .45·.5 = .675; .2 + .27 − .1 + .45·.675 = .67375.
+    got = advantages.turn_gae(REWARDS, VALUES, 0.9 * ONES, MASK, ENDS, gae_lambda=0.5)
+    np.testing.assert_allclose(got, [0.67375, 0.67375, 0, 0, 0.675, 0.675, 0, 0.5], atol=1e-6)
+
+
+def test_turn_gae_bootstrap_and_termination():
+    # The last discount decides whether the 10 believed to follow is worth anything.
+    truncated = advantages.turn_gae(
+        REWARDS, VALUES, ONES, MASK, ENDS, gae_lambda=0.0, bootstrap_values=10.0
+    )
+    assert truncated[7] == pytest.approx(1 + 10 - 0.5)
+    discounts = ONES.copy()
+    discounts[7] = 0.0
+    terminated = advantages.turn_gae(
+        REWARDS, VALUES, discounts, MASK, ENDS, gae_lambda=0.0, bootstrap_values=10.0
+    )
+    assert terminated[7] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"scale": "std"}, [1.5, -0.5, -0.5, -0.5]),  # mean 1/4, sample std 1/2
+        ({"scale": "std", "ddof": 0}, [1.73205, -0.57735, -0.57735, -0.57735]),  # std √3/4
+        ({"scale": "none"}, [0.75, -0.25, -0.25, -0.25]),
+    ],
+)
+def test_group_normalized_golden(options, expected):
+    got = advantages.group_normalized(WIN, GROUP, num_groups=1, **options)
+    np.testing.assert_allclose(got, expected, atol=5e-6)
+
+
+def test_group_epsilon_is_added_to_the_std():
+    # std of [1, 0] is 1/√2; .5 / (.707107 + .1) = .619497.
+    got = advantages.group_normalized(
+        np.array([1, 0], np.float32), np.zeros(2, np.int32), num_groups=1, epsilon=0.1
+    )
+    np.testing.assert_allclose(got, [0.619497, -0.619497], atol=1e-6)
+
+
+def test_leave_one_out_golden():
+    got = advantages.leave_one_out(WIN, GROUP, num_groups=1)
+    np.testing.assert_allclose(got, [1, -1 / 3, -1 / 3, -1 / 3], atol=1e-6)
+
+
+def test_reinforce_plus_plus_credits_every_turn_of_a_win():
+    # A won and a lost game of three one-token turns: the flaw of resetting the return on
+    # observations credits only the last turn of the win and punishes its first two.
+    mask = np.array([[1, 0, 1, 0, 1]] * 2, bool)
+    rewards = np.array([[0, 0, 0, 0, 1], [0] * 5], np.float32)
+    got = advantages.reinforce_plus_plus(rewards, np.ones((2, 5), np.float32), mask)
+    # Six returns 1,1,1,0,0,0: mean 1/2, sample variance 6·(1/4)/5 = .3.
+    np.testing.assert_allclose(got[0], np.array([1, 0, 1, 0, 1]) * 0.5 / np.sqrt(0.3), rtol=1e-5)
+    np.testing.assert_allclose(got[1], -got[0])
+
+
+def test_whiten_golden():
+    # Mean 2, sample variance ((−1)² + 1²)/1 = 2, and with ε = 2 the root is 2.
+    x = np.array([1, 3, np.nan], np.float32)
+    mask = np.array([1, 1, 0], bool)
+    got = advantages.whiten(x, mask, epsilon=2.0)
+    np.testing.assert_allclose(got, [-0.5, 0.5, 0], atol=1e-6)
+    kept = advantages.whiten(x, mask, shift_mean=False, epsilon=2.0)
+    np.testing.assert_allclose(kept, [0.5, 1.5, 0], atol=1e-6)
+
+
+GIGPO_REWARDS = np.array([[0, 0, 10], [0, 0, 0]], np.float32)
+GIGPO_MASK = np.array([[1, 1, 1], [1, 1, 0]], bool)
+GIGPO_TURNS = np.array([[0, 1, 2], [0, 1, -1]], np.int32)
+
+
+@pytest.mark.parametrize(
+    "over, episode", [("trajectories", [5, -5]), ("steps", [4, -6])], ids=["paper", "verl-agent"]
+)
+@pytest.mark.parametrize("weight", [0.0, 1.0, 0.5])
+def test_gigpo_golden(over, episode, weight):
+    # Step returns 9.025, 9.5, 10 and 0, 0; anchors s0 and s1 met by both, s2 by one.
+    got = advantages.gigpo(
+        GIGPO_REWARDS,
+        GIGPO_MASK,
+        GIGPO_TURNS,
+        GIGPO_TURNS,
+        np.zeros(2, np.int32),
+        num_groups=1,
+        num_anchors=3,
+        scale="none",
+        step_weight=weight,
+        episode_mean_over=over,
+    )
+    step = np.array([[4.5125, 4.75, 0], [-4.5125, -4.75, 0]])
+    expected = (np.array(episode)[:, None] + weight * step) * GIGPO_MASK
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_gigpo_loops_dominate_unless_first_visits_only():
+    # Row 0 passes its anchor three times (returns 1, 1, 1 with γ = 1), row 1 once (return 0).
+    mask = np.array([[1, 1, 1], [1, 0, 0]], bool)
+    turns = np.array([[0, 1, 2], [0, -1, -1]], np.int32)
+    rewards = np.array([[0, 0, 1], [0, 0, 0]], np.float32)
+    anchors = np.zeros((2, 3), np.int32)
+
+    def step_credit(first_visit):
+        return advantages.gigpo(
+            rewards,
+            mask,
+            turns,
+            anchors,
+            np.zeros(2, np.int32),
+            num_groups=1,
+            num_anchors=1,
+            turn_discount=1.0,
+            scale="none",
+            first_visit=first_visit,
+        ) - np.array([[0.5], [-0.5]]) * mask
+
+    # All visits: mean 3/4. First visits: mean 1/2, against which later visits are measured too.
+    np.testing.assert_allclose(step_credit(False), [[0.25] * 3, [-0.75, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(step_credit(True), [[0.5] * 3, [-0.5, 0, 0]], atol=1e-6)
+
+
+def test_mt_grpo_golden():
+    # Two turns each. Intermediate [1, 0] → ±.7071; outcome [0, 1] → ∓.7071.
+    mask = np.ones((2, 3), bool)
+    turns = np.array([[0, 0, 1]] * 2, np.int32)
+    rewards = np.array([[0, 1, 0], [0, 0, 0]], np.float32)
+    got = advantages.mt_grpo(
+        rewards,
+        np.array([0, 1], np.float32),
+        mask,
+        turns,
+        np.zeros(2, np.int32),
+        num_groups=1,
+        turn_weight=2.0,
+    )
+    # First turn of row 0: 2·.7071 − .7071; last turn: the outcome alone.
+    np.testing.assert_allclose(
+        got, np.array([[1, 1, -1], [-1, -1, 1]]) * np.sqrt(0.5), atol=5e-6
+    )
+
+
+def test_opo_golden():
+    # Baseline (3·1 + 1·0)/4 = 3/4.
+    got = advantages.opo(
+        np.array([1, 0], np.float32),
+        np.array([3, 1], np.float32),
+        np.zeros(2, np.int32),
+        num_groups=1,
+    )
+    np.testing.assert_allclose(got, [0.25, -0.75], atol=1e-6)
+
+
+def test_remax_golden():
+    got = advantages.remax(np.array([1, 0.5], np.float32), np.array([0.25, 1], np.float32))
+    np.testing.assert_allclose(got, [0.75, -0.5])
+
+
+def test_rewards_to_go_group_golden():
+    # Turn rewards (1, 2) and (0, 1); γ = 1. Returns (3, 2) and (1, 1); means 2 and 1.5.
+    mask = np.ones((2, 3), bool)
+    turns = np.array([[0, 0, 1]] * 2, np.int32)
+    rewards = np.array([[0, 1, 2], [0, 0, 1]], np.float32)
+    args = (rewards, np.ones((2, 3), np.float32), mask, turns, np.zeros(2, np.int32))
+    got = advantages.rewards_to_go_group(*args, num_groups=1)
+    np.testing.assert_allclose(got, [[1, 1, 0.5], [-1, -1, -0.5]], atol=1e-6)
+    got = advantages.rewards_to_go_group(*args, num_groups=1, horizon="turn")
+    np.testing.assert_allclose(got, [[0.5, 0.5, 0.5], [-0.5, -0.5, -0.5]], atol=1e-6)
+    got = advantages.rewards_to_go_group(*args, num_groups=1, baseline="leave_one_out")
+    np.testing.assert_allclose(got, [[2, 2, 1], [-2, -2, -1]], atol=1e-6)
+
+
+# --- against the oracles -----------------------------------------------------------------------
+
+
+@given(SEEDS, junk, shapes, st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 2.0]))
+@few
+def test_gae_matches_definition(seed, junk, shape, lam, bootstrap):
+    case = batch(seed, *shape, junk=junk)
+    rows = [case[k] for k in ("rewards", "values", "discounts", "action_mask")]
+    got = jitted("gae")(*rows, gae_lambda=lam, bootstrap_values=bootstrap)
+    expected = [oracles.gae(*r, gae_lambda=lam, bootstrap=bootstrap) for r in zip(*rows)]
+    check(got, expected, case["action_mask"])
+
+
+@given(SEEDS, junk, shapes, st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 2.0]))
+@few
+def test_turn_gae_matches_definition(seed, junk, shape, lam, bootstrap):
+    case = batch(seed, *shape, junk=junk)
+    rows = [case[k] for k in ("rewards", "values", "discounts", "action_mask", "turn_ends")]
+    got = jitted("turn_gae")(*rows, gae_lambda=lam, bootstrap_values=bootstrap)
+    expected = [oracles.turn_gae(*r, gae_lambda=lam, bootstrap=bootstrap) for r in zip(*rows)]
+    check(got, expected, case["action_mask"])
+
+
+@given(SEEDS, junk, shapes, st.sampled_from([(1.0, 0.95, 1.0), (0.9, 0.8, 0.5)]))
+@few
+def test_bilevel_gae_matches_definition(seed, junk, shape, numbers):
+    case = batch(seed, *shape, junk=junk)
+    token, turn, lam = numbers
+    rows = [case[k] for k in ("rewards", "values", "action_mask", "turn_ends")]
+    options = {"token_discount": token, "turn_discount": turn, "gae_lambda": lam}
+    got = jitted("bilevel_gae")(*rows, bootstrap_values=0.7, **options)
+    expected = [oracles.bilevel_gae(*r, bootstrap=0.7, **options) for r in zip(*rows)]
+    check(got, expected, case["action_mask"])
+
+
+@given(SEEDS, junk, shapes)
+@few
+def test_rewards_to_go_matches_definition(seed, junk, shape):
+    case = batch(seed, *shape, junk=junk)
+    rows = [case[k] for k in ("rewards", "discounts", "action_mask")]
+    got = jitted("rewards_to_go")(*rows)
+    check(got, [oracles.rewards_to_go(*r) for r in zip(*rows)], case["action_mask"])
+    whitened = jitted("reinforce_plus_plus")(*rows)
+    expected = oracles.whiten(np.asarray(got, np.float64), case["action_mask"])
+    np.testing.assert_allclose(whitened, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_bootstrap_values_per_row():
+    case = batch(3, 4, 9)
+    rows = [case[k] for k in ("rewards", "values", "discounts", "action_mask")]
+    boots = np.array([0.0, 1.0, -2.0, 3.0], np.float32)
+    got = advantages.gae(*rows, gae_lambda=0.9, bootstrap_values=boots)
+    expected = [
+        oracles.gae(*r, gae_lambda=0.9, bootstrap=b) for *r, b in zip(*rows, boots.tolist())
+    ]
+    check(got, expected, case["action_mask"])
+
+
+@given(SEEDS, st.sampled_from(["std", "none"]), st.sampled_from([0, 1]))
+@few
+def test_group_normalized_matches_definition(seed, scale, ddof):
+    case = batch(seed, 8, 2, num_groups=3)
+    got = jitted("group_normalized", num_groups=3, scale=scale, ddof=ddof)(
+        case["scores"], case["group_ids"]
+    )
+    expected = oracles.group_normalized(
+        case["scores"], case["group_ids"], num_groups=3, scale=scale, ddof=ddof
+    )
+    check(got, expected, case["group_ids"] < 3)
+
+
+@given(SEEDS)
+@few
+def test_leave_one_out_and_opo_match_definition(seed):
+    case = batch(seed, 8, 9, num_groups=3)
+    ids, scores = case["group_ids"], case["scores"]
+    got = jitted("leave_one_out", num_groups=3)(scores, ids)
+    check(got, oracles.leave_one_out(scores, ids, num_groups=3), ids < 3)
+    lengths = case["action_mask"].sum(1).astype(np.float32)
+    got = jitted("opo", num_groups=3)(scores, lengths, ids)
+    check(got, oracles.opo(scores, lengths, ids, num_groups=3), ids < 3)
+
+
+@given(
+    SEEDS,
+    junk,
+    st.sampled_from(
+        [
+            ("episode", "mean", "none"),
+            ("episode", "mean", "std"),
+            ("episode", "leave_one_out", "none"),
+            ("turn", "leave_one_out", "std"),
+        ]
+    ),
+)
+@few
+def test_rewards_to_go_group_matches_definition(seed, junk, choices):
+    horizon, baseline, scale = choices
+    case = batch(seed, 6, 9, junk=junk)
+    options = {"horizon": horizon, "baseline": baseline, "scale": scale, "epsilon": 0.1}
+    rows = [case[k] for k in ("rewards", "discounts", "action_mask", "turn_ids", "group_ids")]
+    got = jitted("rewards_to_go_group", num_groups=2, **options)(*rows)
+    expected = oracles.rewards_to_go_group(*rows, num_groups=2, **options)
+    check(got, expected, case["action_mask"])
+
+
+GIGPO_CHOICES = st.sampled_from(
+    [("std", "trajectories", False), ("std", "trajectories", True), ("none", "steps", False)]
+)
+
+
+@given(SEEDS, junk, GIGPO_CHOICES)
+@few
+def test_gigpo_matches_definition(seed, junk, choices):
+    scale, over, first_visit = choices
+    case = batch(seed, 6, 9, junk=junk)
+    options = {
+        "scale": scale,
+        "episode_mean_over": over,
+        "first_visit": first_visit,
+        "step_weight": 0.7,
+        "epsilon": 0.1,
+    }
+    rows = [case[k] for k in ("rewards", "action_mask", "turn_ids", "anchor_ids", "group_ids")]
+    got = jitted("gigpo", num_groups=2, num_anchors=3, **options)(*rows)
+    check(got, oracles.gigpo(*rows, num_groups=2, **options), case["action_mask"])
+
+
+@given(SEEDS, GIGPO_CHOICES)
+@few
+def test_gigpo_steps_is_gigpo_on_rows_of_turns(seed, choices):
+    scale, over, first_visit = choices
+    case = batch(seed, 6, 9)
+    options = {"num_groups": 2, "num_anchors": 3, "epsilon": 0.1, "scale": scale}
+    options |= {"first_visit": first_visit, "episode_mean_over": over, "step_weight": 0.7}
+    rows = [case[k] for k in ("rewards", "action_mask", "turn_ids", "anchor_ids", "group_ids")]
+    whole = np.asarray(jitted("gigpo", **options)(*rows))
+    # One row per possible (trajectory, turn) in a shuffled order; absent ones are padding rows.
+    order = np.random.default_rng(seed).permutation(6 * 4)
+    trajectory, turn = order // 4, order % 4
+    tokens = [
+        case["action_mask"][i] & (case["turn_ids"][i] == k) for i, k in zip(trajectory, turn)
+    ]
+    here = np.array([t.any() for t in tokens])
+    got = jitted("gigpo_steps", num_trajectories=6, num_steps=4, **options)(
+        np.array([case["rewards"][i][t].sum() for i, t in zip(trajectory, tokens)], np.float32),
+        trajectory.astype(np.int32),
+        turn.astype(np.int32),
+        case["anchor_ids"][trajectory, turn],
+        np.where(here, case["group_ids"][trajectory], -1).astype(np.int32),
+    )
+    expected = [whole[i][t][0] if t.any() else 0.0 for i, t in zip(trajectory, tokens)]
+    np.testing.assert_allclose(got, expected, **CLOSE)
+
+
+@given(SEEDS, junk)
+@few
+def test_mt_grpo_matches_definition(seed, junk):
+    case = batch(seed, 6, 9, junk=junk)
+    options = {"turn_weight": 0.5, "outcome_weight": 2.0, "epsilon": 0.1}
+    rows = [case[k] for k in ("rewards", "scores", "action_mask", "turn_ids", "group_ids")]
+    got = jitted("mt_grpo", num_groups=2, **options)(*rows)
+    check(got, oracles.mt_grpo(*rows, num_groups=2, **options), case["action_mask"])
+
+
+@given(SEEDS, junk, st.sampled_from(["mean", "leave_one_out"]))
+@few
+def test_istar_matches_definition(seed, junk, baseline):
+    case = batch(seed, 6, 9, junk=junk)
+    options = {"step_weight": 0.5, "baseline": baseline, "epsilon": 0.1}
+    rows = [case[k] for k in ("scores", "rewards", "action_mask", "turn_ids", "group_ids")]
+    got = jitted("istar", num_groups=2, **options)(*rows)
+    check(got, oracles.istar(*rows, num_groups=2, **options), case["action_mask"])
+
+
+@given(SEEDS, junk)
+@few
+def test_reinforce_plus_plus_baseline_matches_definition(seed, junk):
+    case = batch(seed, 6, 9, junk=junk)
+    got = jitted("reinforce_plus_plus_baseline", num_groups=2)(
+        case["scores"], case["group_ids"], case["action_mask"]
+    )
+    centered = oracles.group_normalized(
+        case["scores"], case["group_ids"], num_groups=2, scale="none"
+    )
+    mask = case["action_mask"] & (case["group_ids"] < 2)[:, None]
+    rows = np.where(mask, centered[:, None], 0.0)
+    expected = oracles.whiten(np.where(np.abs(rows) < 1e-12, 0.0, rows), mask)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
+
+
+# --- limits and identities ---------------------------------------------------------------------
+
+
+def case_rows(seed=11, rows=6, length=17):
+    case = batch(seed, rows, length)
+    return case, [case[k] for k in ("rewards", "values", "discounts", "action_mask")]
+
+
+def test_lambda_one_is_return_minus_value_and_lambda_zero_the_td_error():
+    case, rows = case_rows()
+    mask = case["action_mask"]
+    returns = advantages.rewards_to_go(case["rewards"], case["discounts"], mask)
+    full = advantages.gae(*rows, gae_lambda=1.0)
+    np.testing.assert_allclose(full, np.where(mask, returns - case["values"], 0), **CLOSE)
+    td = advantages.gae(*rows, gae_lambda=0.0)
+    for i in range(len(mask)):
+        places = np.flatnonzero(mask[i])
+        for here, after in zip(places, [*places[1:], None]):
+            following = 0.0 if after is None else case["values"][i, after]
+            expected = case["rewards"][i, here] + case["discounts"][i, here] * following
+            assert td[i, here] == pytest.approx(expected - case["values"][i, here], abs=1e-5)
+
+
+def test_gae_reads_nothing_between_the_turns():
+    """Cutting the observations out of the row changes nothing."""
+    case, rows = case_rows()
+    whole = advantages.gae(*rows, gae_lambda=0.9)
+    for i in range(6):
+        kept = case["action_mask"][i]
+        if kept.any():
+            alone = advantages.gae(*(r[i][kept] for r in rows), gae_lambda=0.9)
+            np.testing.assert_allclose(whole[i][kept], alone, atol=1e-6)
+
+
+def test_a_terminal_in_the_middle_separates_episodes():
+    case, rows = case_rows(rows=1)
+    rewards, values, discounts, mask = (np.concatenate([r, r], axis=1) for r in rows)
+    last = np.flatnonzero(rows[3][0])[-1]
+    discounts[0, last] = 0.0
+    both = advantages.gae(rewards, values, discounts, mask, gae_lambda=0.9)
+    rows[2][0, last] = 0.0
+    np.testing.assert_allclose(both[:, :17], advantages.gae(*rows, gae_lambda=0.9), atol=1e-6)
+
+
+def test_bilevel_with_equal_discounts_is_gae():
+    """For turns of one token at any discount; for turns of any length at γ = λ = 1."""
+    case, (rewards, values, _, mask) = case_rows()
+    discounts = np.full(mask.shape, 0.9, np.float32)
+    equal = {"token_discount": 0.9, "turn_discount": 0.9, "gae_lambda": 0.8}
+    got = advantages.bilevel_gae(rewards, values, mask, mask, **equal)
+    expected = advantages.gae(rewards, values, discounts, mask, gae_lambda=0.8)
+    np.testing.assert_allclose(got, expected, **CLOSE)
+    ones = {"token_discount": 1.0, "turn_discount": 1.0, "gae_lambda": 1.0}
+    got = advantages.bilevel_gae(rewards, values, mask, case["turn_ends"], **ones)
+    expected = advantages.gae(rewards, values, np.ones_like(values), mask, gae_lambda=1.0)
+    np.testing.assert_allclose(got, expected, **CLOSE)
+
+
+def test_turn_gae_with_turns_of_one_token_is_gae():
+    case, rows = case_rows()
+    got = advantages.turn_gae(*rows, case["action_mask"], gae_lambda=0.8)
+    np.testing.assert_allclose(got, advantages.gae(*rows, gae_lambda=0.8), **CLOSE)
+
+
+def test_turns_without_reward_are_turns():
+    """Turn ends are given: zeroing a reward moves A by its own discounted effect, no more."""
+    options = {"token_discount": 1.0, "turn_discount": 0.5, "gae_lambda": 1.0}
+    without = REWARDS.copy()
+    without[5] = 0.0
+    before = advantages.bilevel_gae(REWARDS, VALUES, MASK, ENDS, **options)
+    after = advantages.bilevel_gae(without, VALUES, MASK, ENDS, **options)
+    np.testing.assert_allclose(
+        before - after, [0.15, 0.15, 0, 0, 0.3, 0.3, 0, 0], atol=1e-6
+    )
+
+
+def test_an_unmarked_last_turn_end_changes_nothing():
+    ends = ENDS.copy()
+    ends[7] = False
+    for name, args, options in [
+        ("turn_gae", (REWARDS, VALUES, 0.9 * ONES, MASK), {"gae_lambda": 0.5}),
+        (
+            "bilevel_gae",
+            (REWARDS, VALUES, MASK),
+            {"token_discount": 1.0, "turn_discount": 0.5, "gae_lambda": 0.5},
+        ),
+    ]:
+        run = functools.partial(getattr(advantages, name), bootstrap_values=2.0, **options)
+        np.testing.assert_array_equal(run(*args, ends), run(*args, ENDS))
+
+
+def test_leave_one_out_is_scaled_centering():
+    scores = np.array([3.0, -1.0, 0.5, 0.25, 9.0], np.float32)
+    ids = np.array([1, 1, 1, 1, 0], np.int32)
+    centered = advantages.group_normalized(scores, ids, num_groups=2, scale="none")
+    got = advantages.leave_one_out(scores, ids, num_groups=2)
+    np.testing.assert_allclose(got[:4], 4 / 3 * centered[:4], rtol=1e-6)
+    assert got[4] == 0.0
+
+
+def test_opo_with_equal_lengths_is_dr_grpo():
+    scores = np.array([3.0, -1.0, 0.5], np.float32)
+    ids = np.zeros(3, np.int32)
+    got = advantages.opo(scores, np.full(3, 7.0, np.float32), ids, num_groups=1)
+    expected = advantages.group_normalized(scores, ids, num_groups=1, scale="none")
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_rewards_to_go_group_with_one_turn_is_the_scalar_estimator():
+    rewards = np.array([[0, 1.0], [0, 0.25], [0, -3.0]], np.float32)
+    ones, mask = np.ones((3, 2), np.float32), np.ones((3, 2), bool)
+    turns, ids = np.zeros((3, 2), np.int32), np.zeros(3, np.int32)
+    got = advantages.rewards_to_go_group(
+        rewards, ones, mask, turns, ids, num_groups=1, baseline="leave_one_out"
+    )
+    expected = advantages.leave_one_out(rewards.sum(1), ids, num_groups=1)
+    np.testing.assert_allclose(got, advantages.spread(expected, mask), atol=1e-6)
+
+
+@jax.jit
+def all_group_estimators(scores, ids, rewards, mask, turns, lengths):
+    """Everything that compares within groups or batches, as arrays of [B] or [B, L]."""
+    anchors = jnp.zeros((len(scores), 1), jnp.int32)
+    ones = jnp.ones_like(rewards)
+    return [
+        advantages.group_normalized(scores, ids, num_groups=2),
+        advantages.group_normalized(scores, ids, num_groups=2, scale="none"),
+        advantages.leave_one_out(scores, ids, num_groups=2),
+        advantages.opo(scores, lengths, ids, num_groups=2),
+        advantages.whiten(rewards[:, 2:], mask[:, 2:]),
+        advantages.reinforce_plus_plus(rewards, ones, mask),
+        advantages.reinforce_plus_plus_baseline(scores, ids, mask, num_groups=2),
+        advantages.rewards_to_go_group(rewards, ones, mask, turns, ids, num_groups=2, scale="std"),
+        advantages.gigpo(rewards, mask, turns, anchors, ids, num_groups=2, num_anchors=1),
+        advantages.mt_grpo(rewards, scores, mask, turns, ids, num_groups=2),
+        advantages.istar(scores, rewards, mask, turns, ids, num_groups=2),
+    ]
+
+
+@pytest.mark.parametrize("value", [0.1, 1.0, -3.3, 1e4])
+def test_equal_scores_give_exactly_zero(value):
+    rewards = np.tile(np.array([0, 0, value], np.float32), (7, 1))
+    for got in all_group_estimators(
+        np.full(7, value, np.float32),
+        np.array([0, 1, 0, 1, 0, 1, 1], np.int32),
+        rewards,
+        np.ones((7, 3), bool),
+        np.zeros((7, 3), np.int32),
+        np.arange(1, 8).astype(np.float32),
+    ):
+        np.testing.assert_array_equal(got, np.zeros_like(got))
+
+
+def test_a_group_of_one_and_padding_rows_get_zero():
+    scores = np.array([5.0, np.nan, np.inf, 3.0], np.float32)
+    ids = np.array([0, 2, -1, 1], np.int32)  # 2 and −1 are out of range
+    mask = np.ones((4, 2), bool)
+    for got in [
+        advantages.group_normalized(scores, ids, num_groups=2),
+        advantages.leave_one_out(scores, ids, num_groups=2),
+        advantages.opo(scores, np.ones(4, np.float32), ids, num_groups=2),
+        advantages.reinforce_plus_plus_baseline(scores, ids, mask, num_groups=2),
+    ]:
+        np.testing.assert_array_equal(got, np.zeros_like(got))
+
+
+def test_groups_need_not_be_contiguous():
+    scores = np.array([1, 10, 0, 20, 0, 30], np.float32)
+    ids = np.array([0, 1, 0, 1, 0, 1], np.int32)
+    order = np.argsort(ids, kind="stable")
+    got = advantages.group_normalized(scores, ids, num_groups=2)
+    together = advantages.group_normalized(scores[order], ids[order], num_groups=2)
+    np.testing.assert_allclose(np.asarray(got)[order], together, rtol=1e-6)
+
+
+def test_group_statistics_do_not_lose_digits_to_a_common_offset():
+    scores = np.array([1e4, 1e4 + 1, 1e4 + 2], np.float32)
+    got = advantages.group_normalized(scores, np.zeros(3, np.int32), num_groups=1)
+    np.testing.assert_allclose(got, [-1, 0, 1], atol=1e-5)
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+@jax.jit
+def gradients(rewards, values, discounts, mask, ends):
+    def total(rewards, values):
+        options = {"token_discount": 0.9, "turn_discount": 0.8, "gae_lambda": 0.7}
+        weights = jnp.cos(jnp.arange(9.0))[None, :]
+        return sum(
+            jnp.sum(weights * x)
+            for x in [
+                advantages.gae(rewards, values, discounts, mask, gae_lambda=0.7),
+                advantages.turn_gae(rewards, values, discounts, mask, ends, gae_lambda=0.7),
+                advantages.bilevel_gae(rewards, values, mask, ends, **options),
+                advantages.whiten(values, mask, epsilon=0.1),
+                advantages.reinforce_plus_plus(rewards, discounts, mask),
+            ]
+        )
+
+    return jax.grad(total, (0, 1))(rewards, values)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_junk_off_the_mask_reaches_no_gradient(bad):
+    names = ("rewards", "values", "discounts", "action_mask", "turn_ends")
+    clean, dirty = (batch(5, 4, 9, junk=junk) for junk in (0.0, bad))
+    for a, b in zip(gradients(*(clean[k] for k in names)), gradients(*(dirty[k] for k in names))):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+        assert np.all(np.asarray(b)[~clean["action_mask"]] == 0.0)
+
+
+def test_gradients_against_finite_differences():
+    case, (rewards, values, discounts, mask) = case_rows(seed=2, rows=2, length=9)
+    ends, ids = case["turn_ends"], np.zeros(4, np.int32)
+    scores = np.array([0.3, -1.0, 2.0, 0.1], np.float32)
+
+    @jax.jit
+    def everything(r, v, s):
+        return (
+            advantages.gae(r, v, discounts, mask, gae_lambda=0.7),
+            advantages.turn_gae(r, v, discounts, mask, ends, gae_lambda=0.7),
+            advantages.group_normalized(s, ids, num_groups=1),
+            advantages.group_normalized(s, ids, num_groups=1, scale="none"),
+            advantages.leave_one_out(s, ids, num_groups=1),
+            advantages.whiten(s, np.ones(4, bool)),
+        )
+
+    check_grads(everything, (rewards, values, scores), order=1, rtol=2e-2, atol=2e-2)
+
+
+def test_equal_scores_have_finite_gradients():
+    grad = jax.grad(
+        lambda s: advantages.group_normalized(s, np.zeros(3, np.int32), num_groups=1)[0]
+    )(jnp.ones(3))
+    assert np.all(np.isfinite(grad))
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match='scale.*"std"'):
+        advantages.group_normalized(WIN, GROUP, num_groups=1, scale="var")
+    args = (np.ones((4, 2), np.float32),) * 2
+    masks = (np.ones((4, 2), bool), np.zeros((4, 2), np.int32), GROUP)
+    for name in ("horizon", "baseline", "scale"):
+        with pytest.raises(ValueError, match=name):
+            advantages.rewards_to_go_group(*args, *masks, num_groups=1, **{name: "no"})
+    with pytest.raises(ValueError, match="baseline"):
+        advantages.istar(WIN, args[0], *masks, num_groups=1, baseline="no")
+    anchors = np.zeros((4, 1), np.int32)
+    gigpo = functools.partial(advantages.gigpo, args[0], *masks[:2], anchors, GROUP)
+    for name in ("scale", "episode_mean_over"):
+        with pytest.raises(ValueError, match=name):
+            gigpo(num_groups=1, num_anchors=1, **{name: "no"})
+
+
+def test_shapes_and_types_are_checked():
+    with pytest.raises(AssertionError):
+        advantages.gae(REWARDS, VALUES[:3], ONES, MASK, gae_lambda=1.0)
+    with pytest.raises(AssertionError):
+        advantages.gae(REWARDS, VALUES, ONES, MASK.astype(np.float32), gae_lambda=1.0)
+    with pytest.raises(AssertionError):
+        advantages.gae(REWARDS, VALUES, ONES, MASK, gae_lambda=1.0, bootstrap_values=np.ones(3))
+    with pytest.raises(AssertionError):
+        advantages.group_normalized(WIN, GROUP.astype(np.float32), num_groups=1)
+    with pytest.raises(AssertionError):
+        advantages.leave_one_out(WIN[:3], GROUP, num_groups=1)
+    with pytest.raises(AssertionError):
+        advantages.whiten(REWARDS, MASK[:3])
+    with pytest.raises(AssertionError):
+        advantages.spread(WIN, np.ones((3, 2), bool))
