@@ -12,9 +12,11 @@ A game whose walkthrough does not win when played in the real engine is set asid
 such a game can neither be demonstrated nor trusted to be winnable.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -22,52 +24,70 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 from envs_host import textworld_engine, textworld_text
 from envs_host.processes import Child
 from envs_host.types import GameFileError, Task
 
 _CACHE_FORMAT = 1
+_PARTIAL = ".partial"
+_SCRATCH = "jaxagentrl-games-"
+_STALE_S = 3600.0
 _REQUIRED = object()
 
-# Family -> {parameter: (default, form in the task's name)}. A parameter at None, False or "" has no
-# place in the name.
-FAMILIES: dict[str, dict[str, tuple[Any, str]]] = {
+
+class _Parameter(NamedTuple):
+    """A parameter of a game family.
+
+    Attributes:
+        default: `_REQUIRED` if there is none.
+        form: its place in the task's name; a parameter at None or False has none.
+        allowed: `int` or `bool`, or a tuple of the values to choose from.
+    """
+
+    default: Any
+    form: str
+    allowed: Any = int
+
+
+FAMILIES: dict[str, dict[str, _Parameter]] = {
+    # As of `tw-make custom`.
     "custom": {
-        "world_size": (_REQUIRED, "w{}"),
-        "nb_objects": (_REQUIRED, "o{}"),
-        "quest_length": (_REQUIRED, "q{}"),
-        "theme": ("house", "{}"),
-        "quest_breadth": (None, "breadth{}"),
-        "nb_parallel_quests": (None, "parallel{}"),
-        "include_adj": (False, "adj"),
-        "only_last_action": (False, "last"),
-        "blend_instructions": (False, "blend"),
-        "blend_descriptions": (False, "blenddesc"),
-        "ambiguous_instructions": (False, "ambiguous"),
-        "entity_numbering": (False, "numbered"),
+        "world_size": _Parameter(_REQUIRED, "w{}"),
+        "nb_objects": _Parameter(_REQUIRED, "o{}"),
+        "quest_length": _Parameter(_REQUIRED, "q{}"),
+        "theme": _Parameter("house", "{}", ("house", "basic")),
+        "quest_breadth": _Parameter(None, "breadth{}"),
+        "nb_parallel_quests": _Parameter(None, "parallel{}"),
+        "include_adj": _Parameter(False, "adj", bool),
+        "only_last_action": _Parameter(False, "last", bool),
+        "blend_instructions": _Parameter(False, "blend", bool),
+        "blend_descriptions": _Parameter(False, "blenddesc", bool),
+        "ambiguous_instructions": _Parameter(False, "ambiguous", bool),
+        "entity_numbering": _Parameter(False, "numbered", bool),
     },
     "tw-simple": {
-        "rewards": (_REQUIRED, "{}"),
-        "goal": ("detailed", "{}"),
-        "test": (False, "test"),
+        "rewards": _Parameter(_REQUIRED, "{}", ("sparse", "balanced", "dense")),
+        "goal": _Parameter("detailed", "{}", ("detailed", "brief", "none")),
+        "test": _Parameter(False, "test", bool),
     },
     "tw-cooking": {
-        "recipe": (1, "recipe{}"),
-        "take": (0, "take{}"),
-        "go": (1, "go{}"),
-        "open": (False, "open"),
-        "cook": (False, "cook"),
-        "cut": (False, "cut"),
-        "drop": (False, "drop"),
-        "recipe_seed": (0, "r{}"),
-        "split": (None, "{}"),
+        "recipe": _Parameter(1, "recipe{}"),
+        "take": _Parameter(0, "take{}"),
+        "go": _Parameter(1, "go{}", (1, 6, 9, 12)),
+        "open": _Parameter(False, "open", bool),
+        "cook": _Parameter(False, "cook", bool),
+        "cut": _Parameter(False, "cut", bool),
+        "drop": _Parameter(False, "drop", bool),
+        "recipe_seed": _Parameter(0, "r{}"),
+        "split": _Parameter(None, "{}", (None, "train", "valid", "test")),
     },
-    "coin_collector": {"level": (_REQUIRED, "l{}")},
-    "treasure_hunter": {"level": (_REQUIRED, "l{}")},
+    "coin_collector": {"level": _Parameter(_REQUIRED, "l{}")},
+    "treasure_hunter": {"level": _Parameter(_REQUIRED, "l{}")},
 }
 _CHALLENGES = {
     "tw-simple": "tw-simple",
@@ -96,7 +116,7 @@ class Spec:
         family = given.pop("family", None)
         if family not in FAMILIES:
             raise ValueError(
-                f"game family {family!r} is unknown: 'family' must be one of {sorted(FAMILIES)}."
+                f"the game family {family!r} is unknown: 'family' must be one of {sorted(FAMILIES)}."
             )
         seed = given.pop("seed", None)
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
@@ -105,10 +125,12 @@ class Spec:
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise ValueError(f"{family} has no parameter {unknown}: it takes {sorted(known)}.")
-        params = {name: given.get(name, default) for name, (default, _) in known.items()}
+        params = {name: given.get(name, known[name].default) for name in known}
         missing = [name for name, value in params.items() if value is _REQUIRED]
         if missing:
             raise ValueError(f"{family} needs the parameter {missing}: add it to {dict(spec)}.")
+        for name, value in params.items():
+            _check(family, name, value)
         return cls(family, tuple(params.items()), seed)
 
     @property
@@ -116,9 +138,9 @@ class Spec:
         """E.g. "custom-w2-o3-q4-basic-s50001"."""
         forms = FAMILIES[self.family]
         parts = [
-            forms[name][1].format(value)
+            forms[name].form.format(value)
             for name, value in self.params
-            if value is not None and value is not False and value != ""
+            if value is not None and value is not False
         ]
         return "-".join([self.family, *parts, f"s{self.seed}"])
 
@@ -128,6 +150,20 @@ class Spec:
         version = importlib.metadata.version("textworld")
         content = [_CACHE_FORMAT, version, self.family, sorted(self.params), self.seed]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
+def _check(family: str, name: str, value: Any) -> None:
+    """Raises ValueError if a parameter's value is not allowed."""
+    default, _, allowed = FAMILIES[family][name]
+    if isinstance(allowed, tuple):
+        good, expected = value in allowed, f"one of {list(allowed)}"
+    elif allowed is bool:
+        good, expected = isinstance(value, bool), "True or False"
+    else:
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        expected = "an integer of 0 or more"
+    if not good and not (value is None and default is None):
+        raise ValueError(f"{family}: {name} must be {expected}, got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +197,7 @@ def generate(
     Args:
         specs: one dict per game, see the top of this file and `FAMILIES`.
         cache_dir: made if need be; may be shared by several runs at once.
-        num_workers: processes; by default one per core.
+        num_workers: processes; by default as many as this process may use cores.
         progress: show a progress bar if games must be made.
 
     Raises:
@@ -169,14 +205,16 @@ def generate(
         RuntimeError: a worker process died.
     """
     wanted = [Spec.parse(spec) for spec in specs]
-    duplicates = sorted({spec.name for spec in wanted if wanted.count(spec) > 1})
-    if duplicates:
-        raise ValueError(f"{len(duplicates)} games are asked for twice, e.g. {duplicates[0]}.")
+    twice = [spec.name for spec, count in collections.Counter(wanted).items() if count > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} games are asked for more than once, e.g. {twice[0]}.")
     os.makedirs(cache_dir, exist_ok=True)
+    _sweep(cache_dir, "*" + _PARTIAL)
+    _sweep(tempfile.gettempdir(), _SCRATCH + "*")
     records = {spec: _load(spec, cache_dir) for spec in wanted}
     missing = [spec for spec in wanted if records[spec] is None]
     if missing:
-        num_workers = min(num_workers or os.cpu_count() or 1, len(missing))
+        num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(missing))
         with _Progress(len(missing), progress) as advance:
             for spec in _generate_in_processes(missing, cache_dir, num_workers):
                 records[spec] = _load(spec, cache_dir)
@@ -191,6 +229,21 @@ def generate(
     return GenerationReport(
         tasks, len(reasons), reasons, len(missing), cached=len(wanted) - len(missing)
     )
+
+
+def _sweep(directory: str, pattern: str) -> None:
+    """Removes what killed runs have left behind; nothing that is younger than an hour."""
+    for path in glob.glob(os.path.join(glob.escape(directory), pattern)):
+        try:
+            if time.time() - os.stat(path).st_mtime < _STALE_S:
+                continue
+        except FileNotFoundError:
+            continue  # Another run was faster.
+        if os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
 
 
 def _paths(spec: Spec, cache_dir: str) -> tuple[str, str, str]:
@@ -224,7 +277,7 @@ def _generate_in_processes(specs: list[Spec], cache_dir: str, num_workers: int) 
     queue = list(reversed(specs))
     at_work: dict[Connection, Spec | None] = {}
     with contextlib.ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="textworld-"))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=_SCRATCH))
         children = {}
         for _ in range(num_workers):
             child = Child("envs_host.textworld_games:work", os.path.abspath(cache_dir), scratch)
@@ -233,23 +286,24 @@ def _generate_in_processes(specs: list[Spec], cache_dir: str, num_workers: int) 
             at_work[child.connection] = None
         while at_work:
             for connection in wait(list(at_work)):
+                spec = at_work[connection]
                 try:
-                    connection.recv()
-                except (EOFError, ConnectionResetError) as error:
-                    spec = at_work[connection]
+                    complaint = connection.recv()
+                except (EOFError, OSError) as error:
                     raise RuntimeError(
                         f"a process making {spec.name if spec else 'games'} died "
                         f"({children[connection].last_words()}). The games made so far are kept: "
                         "run the same again to go on."
                     ) from error
-                done, at_work[connection] = at_work[connection], None
+                if complaint:
+                    raise ValueError(f"TextWorld cannot make {spec.name}: {complaint}")
                 if queue:
                     at_work[connection] = queue.pop()
                     connection.send(at_work[connection])
                 else:
                     del at_work[connection]
-                if done is not None:
-                    yield done
+                if spec is not None:
+                    yield spec
 
 
 class _Progress:
@@ -290,15 +344,20 @@ def work(connection: Connection, cache_dir: str, scratch: str) -> None:
     os.environ["HOME"] = scratch
     os.chdir(scratch)
     _import_textworld()
-    connection.send("ready")
+    connection.send(None)
     while True:
         try:
             spec = connection.recv()
         except EOFError:
             return
+        complaint = None
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            _make(spec, cache_dir, folder)
-        connection.send("done")
+            try:
+                _make(spec, cache_dir, folder)
+            except (AssertionError, ValueError) as error:
+                # How TextWorld rejects parameters, e.g. more ingredients to take than in a recipe.
+                complaint = str(error) or repr(error)
+        connection.send(complaint)
 
 
 def _import_textworld() -> None:
@@ -333,7 +392,7 @@ def _make(spec: Spec, cache_dir: str, folder: str) -> None:
     for source, destination in zip(built, paths):
         if os.path.exists(source) and (record["task"] is not None or source == built[2]):
             # The scratch folder may be on another disk, where a move is not atomic.
-            partial = f"{destination}.{os.getpid()}.partial"
+            partial = f"{destination}.{os.getpid()}{_PARTIAL}"
             shutil.move(source, partial)
             os.replace(partial, destination)
 

@@ -20,6 +20,7 @@ envs_host.textworld_games
 envs_host.textworld
 envs_host
 envs_host.pool_worker
+envs_host.pool_server
 envs_host.pool
 jaxagentrl
 jaxagentrl.types
