@@ -1,0 +1,115 @@
+"""The quick start."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.env = dict(
+        name="textworld",
+        params=dict(family="custom", world_size=2, nb_objects=3, quest_length=4, theme="basic"),
+        cache_dir="~/.cache/jaxagentrl/textworld",
+        num_workers=2,
+    )
+    # (first seed, number of seeds) of each split.
+    config.splits = dict(demo=(40001, 300), train=(50001, 500), test=(1, 200))
+    config.pool = dict(
+        num_workers=2, step_limit_s=10.0, reset_limit_s=30.0, worker_memory_mb=2000.0
+    )
+    config.prompt = dict(style="brief", show_admissible=False)
+    config.tokenizer = dict(
+        directory=ml_collections.config_dict.placeholder(str),
+        vocab_size=512,
+        names="parts",
+        phrases=True,
+        glue_tokens=True,
+    )
+    config.model = dict(
+        directory=ml_collections.config_dict.placeholder(str),
+        hidden_size=128,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        intermediate_size=384,
+    )
+    config.sampling = dict(
+        num_slots=128,
+        num_waves=2,
+        max_length=192,
+        max_turn_tokens=12,
+        filled_buckets=(64, 96, 128, 192),
+        width_buckets=(24, 48, 96),
+        row_divisors=(1, 4),
+        cache_dtype="float32",
+    )
+    config.rollout = dict(max_turns=8, temperature=1.0)
+    config.reward = dict(
+        kind="intermediate",
+        invalid_penalty=0.0,
+        no_end_of_turn_penalty=0.0,
+        intermediate_scale=0.2,
+    )
+    config.learner = dict(
+        length_buckets=(64, 80, 96, 128, 192), tokens_per_part=3072, row_multiple=8, remat=False
+    )
+    config.sft = dict(
+        num_steps=600,
+        batch_size=16,
+        observation_weight=0.5,
+        log_every=20,
+        save_every=100,
+        optimizer=dict(
+            learning_rate=2e-3,
+            warmup_steps=40,
+            decay_steps=ml_collections.config_dict.placeholder(int),
+            final_fraction=0.1,
+            b1=0.9,
+            b2=0.95,
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+        ),
+    )
+    config.rl = dict(
+        num_iterations=80,
+        tasks_per_iteration=32,
+        group_size=8,
+        num_epochs=1,
+        num_minibatches=1,
+        discount=1.0,
+        critic="none",
+        aggregation="token_mean",
+        observation_weight=0.0,
+        eval_every=10,
+        save_every=10,
+        advantage=dict(
+            name="rewards_to_go_group",
+            whiten=True,
+            gae_lambda=1.0,
+            group_scale="none",
+            turn_horizon="episode",
+        ),
+        loss=dict(
+            surrogate="clipped",
+            clip_low=0.2,
+            clip_high=0.28,
+            dual_clip=3.0,
+            entropy_coefficient=0.0,
+            value_coefficient=0.5,
+            value_clip=0.5,
+        ),
+        kl=dict(placement="none", estimator="k2", coefficient=0.0),
+        optimizer=dict(
+            learning_rate=3e-4,
+            warmup_steps=5,
+            decay_steps=ml_collections.config_dict.placeholder(int),
+            final_fraction=0.1,
+            b1=0.9,
+            b2=0.95,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+        ),
+    )
+    config.eval = dict(temperature=0.0)
+    return config

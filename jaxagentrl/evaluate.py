@@ -1,0 +1,79 @@
+"""Evaluation on fixed held-out tasks, and the two agents that bound it: random and walkthrough."""
+
+import collections
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from envs_host.types import EnvFailure, StepResult, StopReason, Task
+from jaxagentrl import metrics
+from jaxagentrl.rollout import Pool, Rollout
+
+# A player's rule: (task, turn number, admissible commands) → command.
+Policy = Callable[[Task, int, Sequence[str]], str]
+
+
+def summary(prefix: str, rollout: Rollout) -> dict[str, float]:
+    """Metrics of a set of episodes; failed environments are counted and in no rate.
+
+    Keys: success rate with n and 95 % interval, mean return (score / max score), turns, tokens,
+    share of refused commands, one count per stop reason, environment failures.
+    """
+    played = rollout.trajectories
+    counts = collections.Counter(trajectory.stop_reason for trajectory in played)
+    values = metrics.success_metrics(prefix, sum(t.won for t in played), len(played))
+    values[f"{prefix}/env_failures"] = len(rollout.failures)
+    values |= {f"{prefix}/stop_{reason}": counts[reason] for reason in StopReason}
+    if played:
+        turns = [turn for trajectory in played for turn in trajectory.turns]
+        values |= {
+            f"{prefix}/return_mean": np.mean([t.score / t.max_score for t in played]),
+            f"{prefix}/turns_mean": len(turns) / len(played),
+            f"{prefix}/tokens_mean": np.mean([t.num_tokens for t in played]),
+            f"{prefix}/invalid_command_rate": np.mean([not t.valid_command for t in turns]),
+        }
+    return {key: float(value) for key, value in values.items()}
+
+
+def play(
+    tasks: Sequence[Task], pool: Pool, policy: Policy, *, max_turns: int
+) -> tuple[int, int, int]:
+    """Plays every task once with a rule instead of a model.
+
+    Returns:
+        (episodes won, episodes played to their end, environment failures).
+    """
+    turns = dict.fromkeys(range(len(tasks)), 0)
+    won = failures = 0
+    for index, task in enumerate(tasks):
+        pool.reset(index, task)
+    while turns:
+        for index, answer in pool.poll():
+            failed = isinstance(answer, EnvFailure)
+            ended = isinstance(answer, StepResult) and (answer.terminated or answer.truncated)
+            if failed or ended or turns[index] == max_turns:
+                failures += failed
+                won += not failed and answer.info.won
+                del turns[index]
+                pool.release(index)
+                continue
+            command = policy(tasks[index], turns[index], answer.info.admissible_commands)
+            turns[index] += 1
+            pool.step(index, command)
+    return won, len(tasks) - failures, failures
+
+
+def random_policy(seed: int) -> Policy:
+    """Uniform over the admissible commands; a task's choices do not depend on the others."""
+
+    def policy(task: Task, turn: int, admissible: Sequence[str]) -> str:
+        rng = np.random.default_rng((seed, int(task.digest[:8], 16), turn))
+        return admissible[rng.integers(len(admissible))]
+
+    return policy
+
+
+def walkthrough_policy(task: Task, turn: int, admissible: Sequence[str]) -> str:
+    """The recorded winning commands; wins if the environment is what it was at generation."""
+    del admissible
+    return task.walkthrough[turn] if turn < len(task.walkthrough) else "look"

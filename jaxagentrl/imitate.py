@@ -1,0 +1,135 @@
+"""Imitation: cross-entropy on demonstrations, through the same batches and programs as RL."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxagentrl import batching, learner, losses
+from jaxagentrl.models import decoder
+from jaxagentrl.trajectory import Trajectory
+from jaxagentrl.types import TrainState, TrajectoryBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstrations:
+    """All demonstrations, on the device once."""
+
+    batch: TrajectoryBatch
+    lengths: np.ndarray  # tokens of each row
+
+
+def load(trajectories: Sequence[Trajectory], *, length_buckets: Sequence[int]) -> Demonstrations:
+    batch = batching.to_batch(
+        trajectories, None, discount=1.0, length_buckets=length_buckets, row_multiple=1
+    )
+    lengths = np.array([trajectory.num_tokens for trajectory in trajectories])
+    return Demonstrations(jax.device_put(batch), lengths)
+
+
+def step_rows(num_rows: int, *, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """int32 [batch_size] rows of one step, a pure function of (seed, step).
+
+    Every epoch is a new order cut into full batches; the rows that do not fill a last one wait for
+    the next epoch.
+    """
+    if batch_size > num_rows:
+        raise ValueError(
+            f"sft.batch_size is {batch_size} but there are only {num_rows} demonstrations; lower it "
+            "or raise the number of seeds in splits.demo."
+        )
+    steps_per_epoch = num_rows // batch_size
+    epoch, index = divmod(step, steps_per_epoch)
+    order = np.random.default_rng((seed, epoch)).permutation(num_rows)
+    return order[index * batch_size : (index + 1) * batch_size].astype(np.int32)
+
+
+def parts(
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    length_buckets: Sequence[int],
+    tokens_per_part: int,
+    row_multiple: int,
+) -> list[tuple[np.ndarray, int]]:
+    """Micro-batches (rows, length): rows sorted by length, so that little of them is padding.
+
+    Unused places of a micro-batch name a row out of range, which reads as zeros of weight 0.
+    """
+    groups = batching.length_groups(
+        lengths[rows].tolist(),
+        length_buckets=length_buckets,
+        tokens_per_batch=tokens_per_part,
+        row_multiple=row_multiple,
+    )
+    made = []
+    for group in groups:
+        filled = np.full(group.num_rows, len(lengths), np.int32)
+        filled[: len(group.indices)] = rows[list(group.indices)]
+        made.append((filled, group.length))
+    return made
+
+
+def targets(batch: TrajectoryBatch, rows: np.ndarray, *, observation_weight: float) -> Any:
+    """Weights of one step: mean over the step's action tokens, and over its other tokens.
+
+    Args:
+        observation_weight: of the mean over prompt and observation tokens; 0 is plain imitation.
+    """
+    mine = jnp.zeros(batch.tokens.shape[0], bool).at[rows].set(True)[:, None]
+    action = losses.aggregation_weights(batch.action_mask & mine, mode="token_mean")
+    read = batch.valid_mask & ~batch.action_mask & mine
+    read = read.at[:, 0].set(False)  # nothing predicts the first token
+    zeros = jnp.zeros(batch.tokens.shape)
+    return learner.Targets(
+        advantages=zeros,
+        returns=zeros,
+        old_logprobs=zeros,
+        old_values=zeros,
+        ref_logprobs=zeros,
+        weights=action,
+        observation_weights=observation_weight
+        * losses.aggregation_weights(read, mode="token_mean"),
+    )
+
+
+def train(
+    state: TrainState,
+    demonstrations: Demonstrations,
+    *,
+    model: decoder.DecoderConfig,
+    optimizer: Any,
+    seed: int,
+    first_step: int,
+    num_steps: int,
+    batch_size: int,
+    observation_weight: float,
+    length_buckets: Sequence[int],
+    tokens_per_part: int,
+    row_multiple: int,
+    remat: bool,
+) -> Iterator[tuple[int, TrainState, Mapping[str, jax.Array]]]:
+    """Yields (steps done, state, metrics) after every optimizer step."""
+    accumulate = learner.make_accumulate(learner.make_sft_loss(model, remat=remat))
+    apply = learner.make_apply(optimizer)
+    weigh = jax.jit(targets, static_argnames="observation_weight")
+    for step in range(first_step, num_steps):
+        rows = step_rows(len(demonstrations.lengths), batch_size=batch_size, seed=seed, step=step)
+        state, metrics = learner.update(
+            state,
+            demonstrations.batch,
+            weigh(demonstrations.batch, rows, observation_weight=observation_weight),
+            parts(
+                rows,
+                demonstrations.lengths,
+                length_buckets=length_buckets,
+                tokens_per_part=tokens_per_part,
+                row_multiple=row_multiple,
+            ),
+            accumulate=accumulate,
+            apply=apply,
+        )
+        yield step + 1, state, metrics

@@ -1,0 +1,132 @@
+"""What a run stands on before anything is learned: games, environments, tokenizer, model, engine.
+
+Everything here is a pure function of the config and the game cache, so a restarted run prepares the
+same things again.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import contextlib
+import jax
+
+from envs_host.pool import EnvPool
+from envs_host.types import Task
+from jaxagentrl import chat, demos, engine, progress, tasks, tokenizer
+from jaxagentrl.models import decoder, pretrained
+from jaxagentrl.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Made by `everything`; read by the training loops."""
+
+    splits: Mapping[str, Sequence[Task]]  # "demo", "train", "test"
+    pool: EnvPool
+    replays: Sequence[demos.Replay]  # walkthroughs of "demo"
+    chat_format: chat.ChatFormat
+    model: decoder.DecoderConfig
+    policy: decoder.Params  # before training
+    engine: engine.Engine
+
+
+def games(env: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, list[Task]]:
+    """Generates (or finds in the cache) the games of every split; no game is in two of them."""
+    if env["name"] != "textworld":
+        raise ValueError(f"env.name must be 'textworld', got {env['name']!r}.")
+    from envs_host import textworld  # the only environment so far; imports the engine lazily
+
+    ranges = tasks.seed_ranges({name: tuple(bounds) for name, bounds in splits.items()})
+    made = {}
+    for name, seeds in ranges.items():
+        specs = [dict(env["params"], seed=seed) for seed in seeds]
+        report = textworld.generate(
+            specs, cache_dir=env["cache_dir"], num_workers=env["num_workers"]
+        )
+        made[name] = report.tasks
+        if report.set_aside:
+            progress.notice(
+                f"{report.set_aside} of {len(specs)} {name} games set aside: their walkthrough "
+                "does not win"
+            )
+    # The same small game can come out of two seeds: held-out games stay held out.
+    made["test"] = tasks.without(made["test"], [])
+    made["demo"] = tasks.without(made["demo"], made["test"])
+    made["train"] = tasks.without(made["train"], [*made["test"], *made["demo"]])
+    tasks.check_splits(made)
+    return made
+
+
+@contextlib.contextmanager
+def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
+    """Prepares a run; worker processes live as long as the context."""
+    splits = games(config["env"], config["splits"])
+    workdir.record("games", {name: _fingerprint(split) for name, split in splits.items()})
+    with make_pool(config) as pool:
+        with progress.bar("replaying walkthroughs", len(splits["demo"])) as advance:
+            replays = demos.replay(
+                splits["demo"], pool, progress=lambda done, total: advance(1)
+            )
+        loaded = _tokenizer(config["tokenizer"], config["prompt"], replays, workdir)
+        chat_format = chat.make(loaded)
+        model, policy = _model(config["model"], len(loaded), jax.random.key(config["seed"]))
+        yield Setup(
+            splits=splits,
+            pool=pool,
+            replays=replays,
+            chat_format=chat_format,
+            model=model,
+            policy=policy,
+            engine=engine.Engine(
+                model,
+                stop_id=chat_format.end_of_turn_id,
+                notice=progress.notice,
+                **config["sampling"],
+            ),
+        )
+
+
+def make_pool(config: Mapping[str, Any], **env_options: Any) -> EnvPool:
+    """Worker processes for the config's environment; `env_options` override its own."""
+    options = {
+        "intermediate_reward": config["reward"]["kind"] == "intermediate",
+        "admissible_commands": config["prompt"]["show_admissible"],
+    }
+    return EnvPool(config["env"]["name"], options | env_options, **config["pool"])
+
+
+def _tokenizer(
+    options: Mapping[str, Any],
+    prompt: Mapping[str, Any],
+    replays: Sequence[demos.Replay],
+    workdir: Workdir,
+):
+    """The tokenizer of a pretrained model, or one trained on the demonstrations' text."""
+    options = dict(options)
+    directory = options.pop("directory")
+    if directory is not None:
+        return tokenizer.load(directory)
+    if not workdir.tokenizer.exists():
+        texts = demos.texts(
+            replays, prompt_style=prompt["style"], show_admissible=prompt["show_admissible"]
+        )
+        tokenizer.train(texts, directory=workdir.tokenizer, **options)
+    return tokenizer.load(workdir.tokenizer)
+
+
+def _model(
+    options: Mapping[str, Any], vocab_size: int, key: jax.Array
+) -> tuple[decoder.DecoderConfig, decoder.Params]:
+    options = dict(options)
+    directory = options.pop("directory")
+    if directory is not None:
+        return pretrained.load(directory)
+    config = decoder.DecoderConfig(vocab_size=vocab_size, **options)
+    return config, decoder.init(config, key)
+
+
+def _fingerprint(split: Sequence[Task]) -> str:
+    import hashlib
+
+    return hashlib.sha256("\n".join(task.digest for task in split).encode()).hexdigest()

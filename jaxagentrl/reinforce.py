@@ -1,0 +1,249 @@
+"""One RL iteration's learning: trajectories → scored batch → advantages → optimizer steps."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxagentrl import batching, estimate, imitate, learner, losses, optimizer, rewards
+from jaxagentrl.models import decoder
+from jaxagentrl.trajectory import Trajectory
+from jaxagentrl.types import TrainState, TrajectoryBatch
+
+Params = learner.Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Compiled once per run by `make_programs`."""
+
+    score: Callable[..., learner.Scores]
+    estimate: Callable[..., Any]
+    accumulate: Callable[..., Any]
+    apply: Callable[..., Any]
+    needs_reference: bool
+    needs_scores: bool
+
+
+def check(rl: Mapping[str, Any]) -> None:
+    """Refuses settings that would silently train something else than they say.
+
+    Raises:
+        ValueError: with the key and the way out.
+    """
+    name, group_size = rl["advantage"]["name"], rl["group_size"]
+    if name in estimate.NEEDS_GROUPS and group_size < 2:
+        raise ValueError(
+            f"rl.advantage.name {name!r} compares the members of a group, but rl.group_size is "
+            f"{group_size}: every advantage would be 0. Use a group_size of 2 or more, or 'gae' or "
+            "'reinforce_plus_plus'."
+        )
+    if name in estimate.NEEDS_CRITIC and rl["critic"] == "none":
+        raise ValueError(
+            f"rl.advantage.name {name!r} needs a critic: set rl.critic to 'head' or 'separate'."
+        )
+    if name not in estimate.NEEDS_CRITIC and rl["critic"] != "none":
+        raise ValueError(
+            f"rl.critic is {rl['critic']!r} but rl.advantage.name {name!r} uses no critic: set "
+            "rl.critic to 'none'."
+        )
+    if rl["kl"]["placement"] not in ("none", "reward", "loss"):
+        raise ValueError(
+            "rl.kl.placement must be 'none', 'reward' or 'loss', got "
+            f"{rl['kl']['placement']!r}."
+        )
+    if (rl["kl"]["placement"] == "none") != (rl["kl"]["coefficient"] == 0):
+        raise ValueError(
+            f"rl.kl.placement is {rl['kl']['placement']!r} with coefficient "
+            f"{rl['kl']['coefficient']}: 'none' and 0 go together."
+        )
+    if rl["kl"]["placement"] == "reward" and rl["kl"]["estimator"] != "k1":
+        raise ValueError("rl.kl.estimator must be 'k1' in the reward: the others are biased there.")
+    if rl["kl"]["placement"] == "loss" and rl["kl"]["estimator"] == "k1":
+        raise ValueError(
+            "rl.kl.estimator 'k1' has no gradient as a loss: use 'k2' or 'k3_straight_through'."
+        )
+    rows = rl["tasks_per_iteration"] * group_size
+    if rows % rl["num_minibatches"]:
+        raise ValueError(
+            f"rl.num_minibatches ({rl['num_minibatches']}) must divide the {rows} episodes of an "
+            "iteration (rl.tasks_per_iteration x rl.group_size)."
+        )
+
+
+def make_programs(
+    config: Mapping[str, Any], model: decoder.DecoderConfig
+) -> tuple[Programs, Any]:
+    """Programs of RL and their optimizer, from the config."""
+    rl, temperature = config["rl"], config["rollout"]["temperature"]
+    check(rl)
+    kl = rl["kl"]
+    once = rl["num_epochs"] * rl["num_minibatches"] == 1
+    chain = optimizer.make(**rl["optimizer"])
+    loss = learner.make_rl_loss(
+        model,
+        **rl["loss"],
+        temperature=temperature,
+        kl_coefficient=kl["coefficient"] if kl["placement"] == "loss" else 0.0,
+        kl_estimator=kl["estimator"],
+        old_is_current=once,
+        remat=config["learner"]["remat"],
+    )
+    in_reward = kl["coefficient"] if kl["placement"] == "reward" else 0.0
+    programs = Programs(
+        score=learner.make_score(model, temperature=temperature),
+        estimate=estimate.make_estimate(
+            **rl["advantage"],
+            num_groups=rl["tasks_per_iteration"],
+            max_turns=config["rollout"]["max_turns"],
+            kl_in_reward=in_reward,
+        ),
+        accumulate=learner.make_accumulate(loss),
+        apply=learner.make_apply(chain),
+        needs_reference=kl["placement"] != "none",
+        needs_scores=rl["critic"] != "none" or bool(in_reward) or not once,
+    )
+    return programs, chain
+
+
+def learn(
+    state: TrainState,
+    reference: Params,
+    trajectories: Sequence[Trajectory],
+    programs: Programs,
+    config: Mapping[str, Any],
+    *,
+    iteration: int,
+) -> tuple[TrainState, dict[str, Any]]:
+    """All optimizer steps of one iteration.
+
+    Args:
+        state: donated.
+        reference: {"policy": ...} frozen parameters for the KL term.
+        trajectories: of at most rl.tasks_per_iteration groups; none of them empty.
+
+    Returns:
+        The new state and metrics: losses (mean over optimizer steps), batch facts.
+    """
+    rl, shapes = config["rl"], config["learner"]
+    turn_rewards = [rewards.turn_rewards(t, **config["reward"]) for t in trajectories]
+    batch = batching.to_batch(
+        trajectories,
+        turn_rewards,
+        discount=rl["discount"],
+        length_buckets=[max(shapes["length_buckets"])],
+        row_multiple=1,
+        num_groups=rl["tasks_per_iteration"],
+        num_rows=rl["tasks_per_iteration"] * rl["group_size"],
+    )
+    batch = jax.device_put(batch)
+    lengths = np.array([trajectory.num_tokens for trajectory in trajectories])
+    # Rows of padding have weight zero, but a row out of range is cheaper: it shares no part.
+    whole = batch.tokens.shape[0]
+
+    def split(rows: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        made = imitate.parts(rows, lengths, **_part_shapes(shapes))
+        return [(np.where(part == len(lengths), whole, part), length) for part, length in made]
+
+    everything = split(np.arange(len(lengths), dtype=np.int32))
+    scores = learner.empty_scores(batch.tokens.shape)
+    ref_logprobs = jnp.zeros(batch.tokens.shape)
+    if programs.needs_scores:
+        for rows, length in everything:
+            scores = programs.score(state.params, batch.tokens, rows, scores, length=length)
+    if programs.needs_reference:
+        ref_scores = learner.empty_scores(batch.tokens.shape)
+        for rows, length in everything:
+            ref_scores = programs.score(reference, batch.tokens, rows, ref_scores, length=length)
+        ref_logprobs = ref_scores.logprobs
+    credit, returns = programs.estimate(batch, scores, ref_logprobs)
+
+    collected: list[dict[str, Any]] = []
+    size = whole // rl["num_minibatches"]
+    for epoch in range(rl["num_epochs"]):
+        order = np.random.default_rng((config["seed"], iteration, epoch)).permutation(len(lengths))
+        for start in range(0, len(lengths), size):
+            rows = order[start : start + size].astype(np.int32)
+            targets = _targets(
+                batch,
+                jnp.zeros(whole, bool).at[rows].set(True),
+                credit,
+                returns,
+                scores,
+                ref_logprobs,
+                aggregation=rl["aggregation"],
+                observation_weight=rl["observation_weight"],
+            )
+            parts = [(rows, whole)] if rl["num_minibatches"] == 1 else None
+            parts = everything if rl["num_minibatches"] == 1 else split(rows)
+            state, metrics = learner.update(
+                state,
+                batch,
+                targets,
+                parts,
+                accumulate=programs.accumulate,
+                apply=programs.apply,
+            )
+            collected.append(metrics)
+    collected = jax.device_get(collected)
+    means = {
+        key: float((max if key.endswith("_max") else np.mean)([m[key] for m in collected]))
+        for key in collected[0]
+    }
+    return state, means | _facts(batch, credit, turn_rewards, trajectories, everything)
+
+
+def _targets(
+    batch: TrajectoryBatch,
+    mine: jax.Array,
+    credit: jax.Array,
+    returns: jax.Array,
+    scores: learner.Scores,
+    ref_logprobs: jax.Array,
+    *,
+    aggregation: str,
+    observation_weight: float,
+) -> learner.Targets:
+    """Targets of one minibatch: `mine` [B] bool are its rows."""
+    action = batch.action_mask & mine[:, None]
+    read = batch.valid_mask & ~batch.action_mask & mine[:, None]
+    read = read.at[:, 0].set(False)  # nothing predicts the first token
+    return learner.Targets(
+        advantages=credit,
+        returns=returns,
+        old_logprobs=scores.logprobs,
+        old_values=scores.values,
+        ref_logprobs=ref_logprobs,
+        weights=losses.aggregation_weights(action, mode=aggregation),
+        observation_weights=observation_weight
+        * losses.aggregation_weights(read, mode="token_mean"),
+    )
+
+
+_targets = jax.jit(_targets, static_argnames=("aggregation", "observation_weight"))
+
+
+def _part_shapes(shapes: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: shapes[key] for key in ("length_buckets", "tokens_per_part", "row_multiple")}
+
+
+def _facts(batch, credit, turn_rewards, trajectories, parts) -> dict[str, float]:
+    """What the batch was like: signal, padding."""
+    returns = np.array([float(np.sum(r)) for r in turn_rewards])
+    groups: dict[int, list[float]] = {}
+    for trajectory, value in zip(trajectories, returns, strict=True):
+        groups.setdefault(trajectory.group, []).append(value)
+    deviations = [float(np.std(values)) for values in groups.values()]
+    places = sum(len(rows) * length for rows, length in parts)
+    used = sum(trajectory.num_tokens for trajectory in trajectories)
+    credit = np.asarray(credit)[np.asarray(batch.action_mask)]
+    return {
+        "batch/reward_mean": float(np.mean(returns)),
+        "batch/group_std_mean": float(np.mean(deviations)),
+        "batch/groups_without_signal": float(np.mean([d == 0.0 for d in deviations])),
+        "batch/advantage_std": float(np.std(credit)),
+        "batch/padding_share": 1.0 - used / places,
+    }

@@ -1,0 +1,282 @@
+"""A whole run: games → demonstrations → imitation → reinforcement learning → evaluation → report.
+
+The state is `state` and what changes it is the line that assigns it. Every stage ends in a
+checkpoint that remembers how many metric lines there were, so a killed run goes on exactly where
+the newest checkpoint stands; what came after it is computed again, equal to the last bit.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxagentrl import (
+    checkpoints,
+    demos,
+    evaluate,
+    imitate,
+    learner,
+    metrics,
+    optimizer,
+    prepare,
+    progress,
+    reinforce,
+    report,
+    rollout,
+    tasks,
+    workdir,
+)
+from jaxagentrl.models import pretrained
+from jaxagentrl.types import TrainState
+
+# Words of the random streams, so that no two uses of one seed coincide.
+STREAM_EVALUATE, STREAM_RL = 1, 2
+
+# Keys that cannot change a result, only how fast it comes.
+FREE_KEYS = ("env.cache_dir", "env.num_workers", "pool")
+
+
+@dataclasses.dataclass
+class Session:
+    """What the stages of one run share."""
+
+    config: Mapping[str, Any]
+    folder: workdir.Workdir
+    setup: prepare.Setup
+    writer: metrics.Writer
+
+
+def run(config: Mapping[str, Any], directory: str) -> None:
+    """Runs, or continues, the experiment of `config` in the folder `directory`."""
+    reinforce.check(config["rl"])
+    folder = workdir.open_workdir(directory, config, free_keys=FREE_KEYS)
+    for change in folder.version_changes:
+        progress.notice(f"package version differs from the run's first start: {change}")
+    started = time.monotonic()
+    with prepare.everything(config, folder) as setup:
+        state, host = _restore(folder, config, setup)
+        with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
+            session = Session(config, folder, setup, writer)
+            if host["stage"] == "start":
+                seconds = {"time/prepare_s": time.monotonic() - started}
+                writer.write("baseline", 0, _baselines(session, state.params) | seconds)
+                host = _save(session, state, stage="sft", step=0)
+            if host["stage"] == "sft":
+                state = _imitate(session, state, host["step"])
+                values = _evaluate(session, state.params, "sft")
+                writer.write("eval", 0, values)
+                state = _start_rl(state, config, setup)
+                host = _save(session, state, stage="rl", step=0)
+            state = _reinforce(session, state, host)
+            _export(session, state)
+    report.write(folder.root)
+
+
+def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState:
+    """Imitation from `first_step` on."""
+    sft, setup = session.config["sft"], session.setup
+    if sft["num_steps"] == 0:
+        return state
+    trajectories = demos.encode(
+        setup.replays,
+        setup.chat_format,
+        prompt_style=session.config["prompt"]["style"],
+        show_admissible=session.config["prompt"]["show_admissible"],
+    )
+    shapes = session.config["learner"]
+    steps = imitate.train(
+        state,
+        imitate.load(trajectories, length_buckets=shapes["length_buckets"]),
+        model=setup.model,
+        optimizer=optimizer.make(**sft["optimizer"]),
+        seed=session.config["seed"],
+        first_step=first_step,
+        num_steps=sft["num_steps"],
+        batch_size=sft["batch_size"],
+        observation_weight=sft["observation_weight"],
+        **shapes,
+    )
+    since = time.monotonic()
+    with progress.bar("imitation", sft["num_steps"]) as advance:
+        advance(first_step)
+        for step, state, measured in steps:
+            note = None
+            if step % sft["log_every"] == 0 or step == sft["num_steps"]:
+                values = jax.device_get(measured)
+                seconds = {"time/sft_s": time.monotonic() - since}
+                since = time.monotonic()
+                session.writer.write("sft", step, values | seconds)
+                note = f"loss {values['loss/action']:.3f}"
+            advance(note=note)
+            if step % sft["save_every"] == 0 or step == sft["num_steps"]:
+                _save(session, state, stage="sft", step=step)
+    return state
+
+
+def _reinforce(session: Session, state: TrainState, host: Mapping[str, Any]) -> TrainState:
+    """Reinforcement learning from iteration host["step"] on."""
+    config, setup, rl = session.config, session.setup, session.config["rl"]
+    programs, _ = reinforce.make_programs(config, setup.model)
+    reference = _reference(session, state) if programs.needs_reference else {}
+    sampler = tasks.Sampler(setup.splits["train"], seed=config["seed"])
+    if host["sampler"]:
+        sampler.restore(host["sampler"])
+    with progress.bar("reinforcement learning", rl["num_iterations"]) as advance:
+        advance(host["step"])
+        for iteration in range(host["step"], rl["num_iterations"]):
+            clock = [time.monotonic()]
+            played = rollout.collect(
+                rollout.episodes(
+                    sampler.take(rl["tasks_per_iteration"]),
+                    group_size=rl["group_size"],
+                    stream=(config["seed"], STREAM_RL, iteration),
+                ),
+                temperature=config["rollout"]["temperature"],
+                **_play_options(session, state.params),
+            )
+            clock.append(time.monotonic())
+            state, measured = reinforce.learn(
+                state, reference, played.trajectories, programs, config, iteration=iteration
+            )
+            state = dataclasses.replace(state, iteration=state.iteration + 1)
+            clock.append(time.monotonic())
+            values = measured | evaluate.summary("rollout", played)
+            done = iteration + 1
+            if done % rl["eval_every"] == 0 or done == rl["num_iterations"]:
+                values |= _evaluate(session, state.params, "rl", keep=done == rl["num_iterations"])
+            values |= {
+                "time/rollout_s": clock[1] - clock[0],
+                "time/update_s": clock[2] - clock[1],
+                "time/evaluate_s": time.monotonic() - clock[2],
+            }
+            session.writer.write("rl", done, values)
+            advance(note=f"success {values['rollout/success_rate']:.2f}")
+            if done % rl["save_every"] == 0 or done == rl["num_iterations"]:
+                _save(session, state, stage="rl", step=done, sampler=sampler.state())
+    return state
+
+
+def _baselines(session: Session, params: learner.Params) -> dict[str, float]:
+    """Floor and ceiling on the held-out tasks: random agent, walkthrough agent, untrained model."""
+    config, test = session.config, session.setup.splits["test"]
+    values: dict[str, float] = {}
+    rules = {
+        "random": evaluate.random_policy(config["seed"]),
+        "walkthrough": evaluate.walkthrough_policy,
+    }
+    with prepare.make_pool(config, admissible_commands=True) as pool:
+        for name, rule in rules.items():
+            with progress.bar(f"{name} agent", None):
+                won, n, failures = evaluate.play(
+                    test, pool, rule, max_turns=config["rollout"]["max_turns"]
+                )
+            values |= metrics.success_metrics(name, won, n)
+            values[f"{name}/env_failures"] = failures
+    return values | _evaluate(session, params, "untrained")
+
+
+def _evaluate(
+    session: Session, params: learner.Params, name: str, *, keep: bool = True
+) -> dict[str, float]:
+    """Success on the held-out tasks, always with the same random streams."""
+    config, test = session.config, session.setup.splits["test"]
+    with progress.bar(f"evaluating ({name})", len(test)) as advance:
+        played = rollout.collect(
+            rollout.episodes(test, group_size=1, stream=(config["seed"], STREAM_EVALUATE, 0)),
+            temperature=config["eval"]["temperature"],
+            advance=advance,
+            **_play_options(session, params),
+        )
+    if keep:
+        session.folder.trajectories.mkdir(exist_ok=True)
+        lines = "".join(json.dumps(t.to_json()) + "\n" for t in played.trajectories)
+        workdir.write_atomic(session.folder.trajectories / f"eval_{name}.jsonl", lines)
+    return evaluate.summary("eval", played)
+
+
+def _play_options(session: Session, params: learner.Params) -> dict[str, Any]:
+    config, setup = session.config, session.setup
+    return {
+        "pool": setup.pool,
+        "engine": setup.engine,
+        "params": params["policy"],
+        "chat_format": setup.chat_format,
+        "prompt_style": config["prompt"]["style"],
+        "show_admissible": config["prompt"]["show_admissible"],
+        "max_turns": config["rollout"]["max_turns"],
+    }
+
+
+def _start_sft(config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
+    params = {"policy": setup.policy}
+    return _fresh_state(params, optimizer.make(**config["sft"]["optimizer"]))
+
+
+def _start_rl(state: TrainState, config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
+    """The imitated policy with a fresh critic and a fresh optimizer."""
+    params = learner.with_critic(state.params, setup.model, critic=config["rl"]["critic"])
+    return _fresh_state(params, optimizer.make(**config["rl"]["optimizer"]))
+
+
+def _fresh_state(params: learner.Params, chain: Any) -> TrainState:
+    # Two counters, two buffers: the state is donated, and one buffer cannot be donated twice.
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        iteration=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=chain.init(params),
+    )
+
+
+def _reference(session: Session, state: TrainState) -> learner.Params:
+    """The frozen policy that RL started from: kept once, beside the checkpoints."""
+    folder = session.folder.checkpoints / "reference"
+    if checkpoints.latest_step(folder) is None:
+        policy = jax.tree.map(jnp.copy, state.params["policy"])
+        checkpoints.save(folder, step=0, state={"policy": policy}, host={}, keep=1)
+        return {"policy": policy}
+    reference, _ = checkpoints.restore(folder, {"policy": state.params["policy"]})
+    return reference
+
+
+def _save(
+    session: Session, state: TrainState, *, stage: str, step: int, sampler: Any = None
+) -> dict[str, Any]:
+    session.writer.flush()
+    host = {
+        "stage": stage,
+        "step": step,
+        "lines": session.writer.num_lines,
+        "sampler": sampler or {},
+    }
+    checkpoints.save(session.folder.checkpoints / stage, step=step, state=state, host=host)
+    return host
+
+
+def _restore(
+    folder: workdir.Workdir, config: Mapping[str, Any], setup: prepare.Setup
+) -> tuple[TrainState, dict[str, Any]]:
+    """The newest checkpoint's state, or a new run's."""
+    state = _start_sft(config, setup)
+    rl_like = jax.eval_shape(lambda: _start_rl(state, config, setup))
+    for stage, like in (("rl", rl_like), ("sft", state)):
+        restored = checkpoints.restore(folder.checkpoints / stage, like)
+        if restored is not None:
+            progress.notice(f"continuing after {stage} step {restored[1]['step']}")
+            return restored
+    return state, {"stage": "start", "step": 0, "lines": 0, "sampler": {}}
+
+
+def _export(session: Session, state: TrainState) -> None:
+    """The trained policy as a Hugging Face folder."""
+    with workdir.replacing_folder(session.folder.model) as directory:
+        pretrained.save(
+            directory,
+            session.setup.model,
+            state.params["policy"],
+            tokenizer=session.setup.chat_format.tokenizer,
+        )

@@ -1,0 +1,160 @@
+"""The decoder: shapes, masks, cache, and the scoring pass built on it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxagentrl import logprobs
+from jaxagentrl.models import decoder, kv_cache
+
+CONFIG = decoder.DecoderConfig(
+    vocab_size=61,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return decoder.init(CONFIG, jax.random.key(0))
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (rows, length)).astype(np.int32)
+
+
+def test_parameters_are_plain_stacked_and_deterministic(params):
+    again = decoder.init(CONFIG, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    assert params["layers"]["attention"]["q"]["kernel"].shape == (2, 32, 32)
+    assert params["layers"]["attention"]["k"]["kernel"].shape == (2, 32, 16)
+    first, second = params["layers"]["mlp"]["gate"]["kernel"]
+    assert not np.array_equal(first, second)  # layers do not share their draw
+
+
+def test_untied_and_biased_variants_have_their_leaves():
+    config = dataclasses.replace(CONFIG, tie_embeddings=False, attention_bias=True)
+    params = decoder.init(config, jax.random.key(0))
+    assert params["lm_head"]["kernel"].shape == (32, 61)
+    assert params["layers"]["attention"]["v"]["bias"].shape == (2, 16)
+    assert "bias" not in params["layers"]["attention"]["o"]
+    assert decoder.logits(config, params, tokens(1, 4)).shape == (1, 4, 61)
+
+
+def test_the_future_and_padding_change_nothing(params):
+    ids = tokens(2, 12)
+    whole = decoder.logits(CONFIG, params, ids)
+    changed = ids.copy()
+    changed[:, 7:] = 0
+    np.testing.assert_array_equal(whole[:, :7], decoder.logits(CONFIG, params, changed)[:, :7])
+
+
+def test_packed_segments_equal_separate_rows(params):
+    first, second = tokens(1, 5, seed=1), tokens(1, 7, seed=2)
+    packed = np.concatenate([first, second], axis=1)
+    segments = np.array([[0] * 5 + [1] * 7], np.int32)
+    positions = np.array([[*range(5), *range(7)]], np.int32)
+    joint = decoder.logits(CONFIG, params, packed, positions=positions, segment_ids=segments)
+    np.testing.assert_allclose(joint[:, :5], decoder.logits(CONFIG, params, first), atol=1e-5)
+    np.testing.assert_allclose(joint[:, 5:], decoder.logits(CONFIG, params, second), atol=1e-5)
+
+
+def test_rematerialization_changes_neither_value_nor_gradient(params):
+    ids = tokens(2, 9)
+
+    def loss(params, remat):
+        return jnp.sum(decoder.hidden(CONFIG, params, ids, remat=remat) ** 2)
+
+    both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain, remat = (both(params, flag) for flag in (False, True))
+    np.testing.assert_allclose(plain[0], remat[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), plain[1], remat[1])
+
+
+def test_appending_in_any_pieces_equals_one_pass(params):
+    ids = tokens(3, 20)
+    whole = decoder.hidden(CONFIG, params, ids)
+    cache = kv_cache.init(2, 5, 24, 2, 8, "float32")
+    slots = jnp.array([4, 0, 2])
+    start = 0
+    for width in (7, 1, 12):
+        part, cache = decoder.hidden_cached(
+            CONFIG,
+            params,
+            ids[:, start : start + width],
+            cache,
+            slots,
+            jnp.full(3, start),
+            jnp.full(3, width),
+            filled=24 if start else 8,
+        )
+        np.testing.assert_allclose(part, whole[:, start : start + width], atol=1e-5)
+        start += width
+    untouched = np.asarray(cache.keys)[:, [1, 3]]
+    np.testing.assert_array_equal(untouched, 0.0)
+
+
+def test_padding_of_an_append_writes_nowhere(params):
+    cache = kv_cache.init(2, 2, 16, 2, 8, "float32")
+    counts, slots = jnp.array([2, 3]), jnp.array([0, 2])  # slot 2 does not exist: a padding row
+    _, cache = decoder.hidden_cached(
+        CONFIG, params, tokens(2, 6), cache, slots, jnp.zeros(2, jnp.int32), counts, filled=16
+    )
+    keys = np.asarray(cache.keys)
+    assert np.all(np.any(keys[:, 0, :2] != 0, axis=(-2, -1)))
+    np.testing.assert_array_equal(keys[:, 0, 2:], 0.0)
+    np.testing.assert_array_equal(keys[:, 1], 0.0)
+
+
+@pytest.mark.parametrize("chunk_size", [4096, 8])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_against_float64_softmax(params, chunk_size, temperature):
+    ids = tokens(3, 11)
+    x = decoder.hidden(CONFIG, params, ids)
+    scores, entropies = logprobs.token_logprobs(
+        x, decoder.unembedding(params), ids, temperature=temperature, chunk_size=chunk_size
+    )
+    logits = np.asarray(decoder.logits(CONFIG, params, ids), np.float64) / temperature
+    expected = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    for row in range(3):
+        assert scores[row, 0] == 0.0
+        for t in range(1, 11):
+            distribution = expected[row, t - 1]
+            np.testing.assert_allclose(scores[row, t], distribution[ids[row, t]], atol=1e-5)
+            entropy = -np.sum(np.exp(distribution) * distribution)
+            np.testing.assert_allclose(entropies[row, t], entropy, atol=1e-5)
+
+
+def test_chunked_logprobs_have_the_same_gradient(params):
+    ids = tokens(2, 9)
+
+    def loss(params, chunk_size):
+        x = decoder.hidden(CONFIG, params, ids)
+        scores, entropies = logprobs.token_logprobs(
+            x, decoder.unembedding(params), ids, chunk_size=chunk_size
+        )
+        return jnp.sum(scores) + 0.3 * jnp.sum(entropies)
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    whole, chunked = (gradient(params, size) for size in (4096, 5))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), whole, chunked)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"num_layers": 0}, "num_layers"),
+    ],
+)
+def test_impossible_shapes_are_refused_by_name(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(CONFIG, **change)

@@ -1,0 +1,187 @@
+"""The engine: decode = teacher forcing, slots do not matter, buckets do not recompile."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxagentrl import engine, logprobs, sampling
+from jaxagentrl.models import decoder
+
+CONFIG = decoder.DecoderConfig(
+    vocab_size=61,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+)
+STOP = 5
+NUM_TURNS = 3
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Large embeddings make the distribution uneven, so that a wrong context is seen.
+    params = decoder.init(CONFIG, jax.random.key(0))
+    params["embed"]["embedding"] = params["embed"]["embedding"] * 20
+    return params
+
+
+def make_engine(num_slots: int, num_waves: int = 1, **options) -> engine.Engine:
+    defaults = dict(
+        max_length=96,
+        max_turn_tokens=6,
+        stop_id=STOP,
+        filled_buckets=(32, 64, 96),
+        width_buckets=(8, 16),
+    )
+    return engine.Engine(CONFIG, num_slots=num_slots, num_waves=num_waves, **defaults | options)
+
+
+def conversations(count: int) -> list[list[np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [
+        [rng.integers(0, 61, rng.integers(1, 24)).astype(np.int32) for _ in range(NUM_TURNS)]
+        for _ in range(count)
+    ]
+
+
+def play(eng: engine.Engine, params, talks, temperature=1.0):
+    """Every conversation to its end, rows of one wave acting in two halves, slots re-used."""
+    results = {index: [] for index in range(len(talks))}
+    queue = list(range(len(talks)))
+    while queue:
+        waves = []
+        for _ in range(eng.num_waves):
+            waves.append(queue[: eng.slots_per_wave])
+            queue = queue[eng.slots_per_wave :]
+        for turn in range(NUM_TURNS):
+            for wave, members in enumerate(waves):
+                for half in (members[::2], members[1::2]):
+                    requests = [
+                        engine.TurnRequest(
+                            slot=members.index(i),
+                            new_ids=talks[i][turn],
+                            budget=1 + (i + turn) % 6,
+                            temperature=temperature,
+                            stream=(3, i, turn),
+                        )
+                        for i in half
+                    ]
+                    if requests:
+                        samples = eng.act(params, wave, requests)
+                        for i, request in zip(half, requests, strict=True):
+                            results[i].append(samples[request.slot])
+        for wave in range(eng.num_waves):
+            for slot in range(eng.slots_per_wave):
+                eng.release(wave, slot)
+    return results
+
+
+def test_decode_equals_teacher_forcing(params):
+    talks = conversations(10)
+    results = play(make_engine(4, 2), params, talks)
+    ids = np.zeros((len(talks), 96), np.int32)
+    for index, talk in enumerate(talks):
+        samples = (sample.ids for sample in results[index])
+        whole = np.concatenate([part for pair in zip(talk, samples) for part in pair])
+        ids[index, : len(whole)] = whole
+
+    @jax.jit
+    def score(params, ids):
+        x = decoder.hidden(CONFIG, params, ids)
+        return logprobs.token_logprobs(x, decoder.unembedding(params), ids)
+
+    scores, entropies = score(params, ids)
+    for index, talk in enumerate(talks):
+        start = 0
+        for prompt, sample in zip(talk, results[index], strict=True):
+            start += len(prompt)
+            end = start + len(sample.ids)
+            np.testing.assert_allclose(sample.logprobs, scores[index, start:end], atol=1e-4)
+            np.testing.assert_allclose(sample.entropies, entropies[index, start:end], atol=1e-4)
+            start = end
+
+
+def test_slots_waves_and_refills_do_not_change_what_is_sampled(params):
+    talks = conversations(9)
+    reference = play(make_engine(9), params, talks)
+    for slots, waves in ((2, 1), (4, 2), (6, 3)):
+        other = play(make_engine(slots, waves), params, talks)
+        for index in reference:
+            for a, b in zip(reference[index], other[index], strict=True):
+                np.testing.assert_array_equal(a.ids, b.ids)
+                np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_turns_stop_at_the_end_of_turn_token_or_the_budget(params):
+    talks = conversations(30)
+    results = play(make_engine(6), params, talks)
+    ended = 0
+    for index, samples in results.items():
+        for turn, sample in enumerate(samples):
+            budget = 1 + (index + turn) % 6
+            assert 1 <= len(sample.ids) <= budget
+            assert STOP not in sample.ids[:-1]
+            assert len(sample.ids) == budget or sample.ids[-1] == STOP
+            ended += sample.ids[-1] == STOP
+    assert ended > 0
+
+
+def test_no_new_program_after_warm_up(params):
+    eng = make_engine(4, 2)
+    with jax.log_compiles(False):
+        play(eng, params, conversations(8))
+        programs = eng.counters.compiles
+        sizes = eng._extend._cache_size(), eng._decode._cache_size()
+        play(eng, params, conversations(8))
+    assert eng.counters.compiles == programs == sum(sizes)
+    assert (eng._extend._cache_size(), eng._decode._cache_size()) == sizes
+
+
+def test_history_is_never_prefilled_again(params):
+    talks = conversations(6)
+    eng = make_engine(6)
+    results = play(eng, params, talks)
+    # Every token enters the cache once: the prompts' here or as a turn's first input to decode.
+    fed = sum(len(ids) for talk in talks for ids in talk)
+    carried = sum(NUM_TURNS - 1 for _ in talks)
+    turns = NUM_TURNS * len(talks)
+    assert eng.counters.tokens_extended == fed + carried - turns
+    assert eng.counters.tokens_decoded == sum(len(s.ids) for r in results.values() for s in r)
+    assert eng.counters.tokens_reprefill > fed
+
+
+def test_greedy_is_the_argmax(params):
+    talks = conversations(3)
+    results = play(make_engine(3), params, talks, temperature=0.0)
+    for index, talk in enumerate(talks):
+        ids = np.concatenate([talk[0], results[index][0].ids])
+        logits = np.asarray(decoder.logits(CONFIG, params, ids[None]))[0]
+        for t in range(len(talk[0]), len(ids)):
+            assert ids[t] == np.argmax(logits[t - 1])
+
+
+def test_samples_follow_the_distribution_and_the_temperature():
+    logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
+    n = 20_000
+    streams = np.stack([np.full(n, 7), np.arange(n)], axis=1).astype(np.uint32)
+    keys = sampling.stream_keys(streams)
+    greedy = np.zeros(n, bool)
+    tokens = sampling.sample(np.tile(logits, (n, 1)), keys, greedy)
+    share = np.bincount(np.asarray(tokens), minlength=3) / n
+    np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=4 * 0.5 / n**0.5)
+
+
+def test_requests_that_cannot_be_served_are_refused(params):
+    eng = make_engine(2)
+    too_long = engine.TurnRequest(0, np.zeros(95, np.int32), 6, 1.0, (0,))
+    with pytest.raises(ValueError, match="max_length"):
+        eng.act(params, 0, [too_long])
+    with pytest.raises(ValueError, match="at least one new id"):
+        eng.act(params, 0, [engine.TurnRequest(0, np.zeros(0, np.int32), 6, 1.0, (0,))])
+    with pytest.raises(ValueError, match="num_waves"):
+        make_engine(3, 2)
+    with pytest.raises(ValueError, match="filled_buckets"):
+        make_engine(2, filled_buckets=(32, 64))
