@@ -128,9 +128,14 @@ class Writer:
     def _write_events(self, phase: str, step: int, numbers: Mapping[str, float]) -> None:
         if phase not in self._events:
             # One event folder per phase: TensorBoard purges by step alone, and the steps of one
-            # phase must not purge those of another.
+            # phase must not purge those of another. The suffix, because tensorboardX names files
+            # by the second and would overwrite those of a run restarted within it.
             self._events[phase] = tensorboardX.SummaryWriter(
-                str(self._tensorboard / phase), purge_step=step, flush_secs=10)
+                str(self._tensorboard / phase),
+                purge_step=step,
+                flush_secs=10,
+                filename_suffix=f".{time.time_ns()}",
+            )
         for key, value in numbers.items():
             if math.isfinite(value):   # tensorboardX only warns; `write` raises after this
                 self._events[phase].add_scalar(key, value, step)

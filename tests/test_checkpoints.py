@@ -128,11 +128,11 @@ class Crash(BaseException):
     """Stands for the death of the process: nothing may catch it."""
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_a_death_at_every_file_operation_leaves_old_or_new(keep, tmp_path, monkeypatch):
+def test_a_death_at_every_file_operation_leaves_old_or_new(tmp_path, monkeypatch):
     """Dies before the k-th operation of a save, for every k there is."""
-    operations = [(os, "rename"), (os, "replace"), (shutil, "rmtree"), (os, "fsync"),
-                  (pathlib.Path, "mkdir"), (checkpoints.ocp.Checkpointer, "save")]
+    keep = 2
+    operations = [(os, "rename"), (os, "replace"), (os, "unlink"), (shutil, "rmtree"),
+                  (os, "fsync"), (pathlib.Path, "mkdir"), (checkpoints.ocp.Checkpointer, "save")]
     finished = False
     for fatal in itertools.count():
         directory = tmp_path / str(fatal)
@@ -155,6 +155,10 @@ def test_a_death_at_every_file_operation_leaves_old_or_new(keep, tmp_path, monke
             except Crash:
                 pass
         assert read_counted(directory) in ((3,) if finished else (2, 3))
+        # A half-deleted old one must not pass for a checkpoint either.
+        for folder in directory.glob("[0-9]*"):
+            assert (folder / "checkpoint.json").exists()
+            assert (folder / "state" / "manifest.ocdbt").exists()
         save_counted(directory, 4, keep)   # and the next process can go on
         assert read_counted(directory) == 4
         assert len([p for p in directory.iterdir() if not p.name.startswith(".")]) == keep
