@@ -16,6 +16,8 @@ envs_host.types
 envs_host.processes
 envs_host.textworld_text
 envs_host.textworld_engine
+envs_host.textworld_specs
+envs_host.textworld_maker
 envs_host.textworld_games
 envs_host.textworld
 envs_host

@@ -1,0 +1,139 @@
+"""What a TextWorld game is made from: a family, its parameters and a seed."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+# Raise it when the same spec would give another entry in the cache.
+_CACHE_FORMAT = 1
+_REQUIRED = object()
+
+
+class _Parameter(NamedTuple):
+    """A parameter of a game family.
+
+    Attributes:
+        default: `_REQUIRED` if there is none.
+        form: its place in the task's name; a parameter at None or False has none.
+        allowed: `int` or `bool`, or a tuple of the values to choose from.
+    """
+
+    default: Any
+    form: str
+    allowed: Any = int
+
+
+FAMILIES: dict[str, dict[str, _Parameter]] = {
+    # As of `tw-make custom`.
+    "custom": {
+        "world_size": _Parameter(_REQUIRED, "w{}"),
+        "nb_objects": _Parameter(_REQUIRED, "o{}"),
+        "quest_length": _Parameter(_REQUIRED, "q{}"),
+        "theme": _Parameter("house", "{}", ("house", "basic")),
+        "quest_breadth": _Parameter(None, "breadth{}"),
+        "nb_parallel_quests": _Parameter(None, "parallel{}"),
+        "include_adj": _Parameter(False, "adj", bool),
+        "only_last_action": _Parameter(False, "last", bool),
+        "blend_instructions": _Parameter(False, "blend", bool),
+        "blend_descriptions": _Parameter(False, "blenddesc", bool),
+        "ambiguous_instructions": _Parameter(False, "ambiguous", bool),
+        "entity_numbering": _Parameter(False, "numbered", bool),
+    },
+    "tw-simple": {
+        "rewards": _Parameter(_REQUIRED, "{}", ("sparse", "balanced", "dense")),
+        "goal": _Parameter("detailed", "{}", ("detailed", "brief", "none")),
+        "test": _Parameter(False, "test", bool),
+    },
+    "tw-cooking": {
+        "recipe": _Parameter(1, "recipe{}"),
+        "take": _Parameter(0, "take{}"),
+        "go": _Parameter(1, "go{}", (1, 6, 9, 12)),
+        "open": _Parameter(False, "open", bool),
+        "cook": _Parameter(False, "cook", bool),
+        "cut": _Parameter(False, "cut", bool),
+        "drop": _Parameter(False, "drop", bool),
+        "recipe_seed": _Parameter(0, "r{}"),
+        "split": _Parameter(None, "{}", (None, "train", "valid", "test")),
+    },
+    "coin_collector": {"level": _Parameter(_REQUIRED, "l{}")},
+    "treasure_hunter": {"level": _Parameter(_REQUIRED, "l{}")},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A game to be: a family, all its parameters, a seed."""
+
+    family: str
+    params: tuple[tuple[str, Any], ...]
+    seed: int
+
+    @classmethod
+    def parse(cls, spec: Mapping[str, Any]) -> "Spec":
+        """Reads a dict with "family", "seed" and the family's parameters.
+
+        Raises:
+            ValueError: a family or parameter is unknown, or a required one is missing.
+        """
+        given = dict(spec)
+        family = given.pop("family", None)
+        if family not in FAMILIES:
+            raise ValueError(
+                f"the game family {family!r} is unknown: 'family' must be one of {sorted(FAMILIES)}."
+            )
+        seed = given.pop("seed", None)
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise ValueError(f"a game needs an integer 'seed' of 0 or more, got {seed!r}.")
+        known = FAMILIES[family]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"{family} has no parameter {unknown}: it takes {sorted(known)}.")
+        params = {name: given.get(name, known[name].default) for name in known}
+        missing = [name for name, value in params.items() if value is _REQUIRED]
+        if missing:
+            raise ValueError(f"{family} needs the parameter {missing}: add it to {dict(spec)}.")
+        for name, value in params.items():
+            _check(family, name, value)
+        return cls(family, tuple(params.items()), seed)
+
+    @property
+    def name(self) -> str:
+        """E.g. "custom-w2-o3-q4-basic-s50001"."""
+        forms = FAMILIES[self.family]
+        parts = [
+            forms[name].form.format(value)
+            for name, value in self.params
+            if value is not None and value is not False
+        ]
+        return "-".join([self.family, *parts, f"s{self.seed}"])
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Where the cache keeps it."""
+        version = importlib.metadata.version("textworld")
+        content = [_CACHE_FORMAT, version, self.family, sorted(self.params), self.seed]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+    def paths(self, cache_dir: str) -> tuple[str, str, str]:
+        """Absolute paths of the entry in a cache: game, description, record."""
+        stem = os.path.join(os.path.abspath(cache_dir), self.key)
+        return stem + ".z8", stem + ".json", stem + ".task.json"
+
+
+def _check(family: str, name: str, value: Any) -> None:
+    """Raises ValueError if a parameter's value is not allowed."""
+    default, _, allowed = FAMILIES[family][name]
+    if isinstance(allowed, tuple):
+        good, expected = value in allowed, f"one of {list(allowed)}"
+    elif allowed is bool:
+        good, expected = isinstance(value, bool), "True or False"
+    else:
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        expected = "an integer of 0 or more"
+    if not good and not (value is None and default is None):
+        raise ValueError(f"{family}: {name} must be {expected}, got {value!r}.")
