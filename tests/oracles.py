@@ -113,7 +113,7 @@ def std(xs, ddof):
 
 
 def against(x, others, *, scale, ddof, epsilon):
-    """x less the mean of `others` (which hold x), over their std; 0 when there are fewer than two."""
+    """x less the mean of `others` (which hold x), over their std; 0 with fewer than two."""
     if len(others) < 2:
         return 0.0
     difference = x - sum(others) / len(others)
@@ -171,6 +171,12 @@ def turn_tokens(mask, turn_ids):
     for t in action_positions(mask):
         found.setdefault(int(turn_ids[t]), []).append(t)
     return found
+
+
+def turn_rewards(rewards, mask, turn_ids):
+    """{turn: sum of its rewards}, for one row."""
+    turns = turn_tokens(mask, turn_ids)
+    return {k: sum(float(rewards[t]) for t in places) for k, places in turns.items()}
 
 
 def step_returns(rewards, mask, turn_ids, gamma_of):
@@ -267,10 +273,7 @@ def mt_grpo(
     turn_weight=1.0, outcome_weight=1.0, ddof=1, epsilon=1e-6,
 ):  # fmt: skip
     options = {"scale": "std", "ddof": ddof, "epsilon": epsilon}
-    own = [
-        {k: sum(float(rewards[i][t]) for t in places) for k, places in turn_tokens(mask[i], turn_ids[i]).items()}
-        for i in range(len(mask))
-    ]
+    own = [turn_rewards(*row) for row in zip(rewards, mask, turn_ids)]
     credit = [{} for _ in own]
     for group in range(num_groups):
         rows = members(group_ids, group)
@@ -284,7 +287,8 @@ def mt_grpo(
                     credit[i][k] = outcome if len(own[i]) > 1 else summed
                 else:
                     cell = [own[j][k] for j in rows if k in own[j] and k != finals[j]]
-                    credit[i][k] = turn_weight * against(x, cell, **options) + outcome_weight * outcome
+                    turn = against(x, cell, **options)
+                    credit[i][k] = turn_weight * turn + outcome_weight * outcome
     return spread_turns(credit, mask, turn_ids)
 
 
@@ -292,10 +296,7 @@ def istar(
     scores, rewards, mask, turn_ids, group_ids, *, num_groups,
     step_weight=1.0, baseline="mean", ddof=1, epsilon=1e-6,
 ):  # fmt: skip
-    own = [
-        {k: sum(float(rewards[i][t]) for t in places) for k, places in turn_tokens(mask[i], turn_ids[i]).items()}
-        for i in range(len(mask))
-    ]
+    own = [turn_rewards(*row) for row in zip(rewards, mask, turn_ids)]
 
     def compare(x, others):
         if baseline == "mean":
