@@ -63,7 +63,7 @@ def test_run_time_goes_on_after_a_resume(tmp_path):
 def test_file_shorter_than_the_checkpoint_says(tmp_path):
     write_run(tmp_path, 1, 3)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(metrics.MetricsError, match="has 3 lines but the checkpoint was saved after 5"):
+    with pytest.raises(metrics.MetricsError, match="has 3 lines but .* after 5"):
         metrics.Writer(tmp_path, resume_lines=5)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 

@@ -30,7 +30,7 @@ CASES = {
 
 
 def make_theirs(case, seed=0):
-    """A random model of transformers. Norms and biases are random too, else their place is untested."""
+    """A random model of transformers; norms and biases too, else their place is untested."""
     config_class, options = CASES[case]
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config_class(**SIZES, **options)).eval()
@@ -82,8 +82,8 @@ def test_logits_equal_transformers(case, folders):
     expected = their_logits(make_theirs(case))
     assert np.abs(expected).max() > 1.0   # otherwise the tolerance would prove nothing
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
-    tree = jax.tree.structure(jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0)))
-    assert jax.tree.structure(params) == tree
+    expected = jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0))
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
 
 
 @pytest.mark.parametrize("case", CASES)
