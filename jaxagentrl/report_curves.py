@@ -66,11 +66,15 @@ def _draw_success(axes: Axes, run: Run) -> None:
 
 def _mark_stages(axes: Axes, run: Run) -> None:
     """Names and shades the stages, so that the two kinds of training are told apart at a glance."""
-    sft, rl = run.phase("sft"), run.phase("rl")
     ends = [
-        ("preparation", _GRAY, run.prepare_seconds),
-        ("imitation", _ORANGE, run.seconds(sft[-1]) if sft else 0.0),
-        ("RL", _BLUE, run.seconds(rl[-1]) if rl else 0.0),
+        # A stage ends with the evaluation that follows it.
+        (name, color, max((run.seconds(line) for phase in phases for line in run.phase(phase)),
+                          default=0.0))
+        for name, color, phases in (
+            ("preparation", _GRAY, ("baseline",)),
+            ("imitation", _ORANGE, ("sft", "eval")),
+            ("RL", _BLUE, ("rl",)),
+        )
     ]
     start, total = 0.0, run.seconds(run.lines[-1])
     for name, color, end in ends:
@@ -89,10 +93,12 @@ def _draw_imitation(axes: Axes, run: Run) -> None:
         _say_empty(axes, "no imitation in this run")
         return
     steps = [line["step"] for line in lines]
-    axes.plot(steps, _column(lines, "loss/action"), color=_ORANGE, label="actions")
+    # One or two points make no visible line.
+    marker = "." if len(steps) < 3 else ""
+    axes.plot(steps, _column(lines, "loss/action"), marker=marker, color=_ORANGE, label="actions")
     if "loss/observation" in lines[0]:
-        axes.plot(steps, _column(lines, "loss/observation"), color=_GRAY, linewidth=1,
-                  label="observations (auxiliary)")
+        axes.plot(steps, _column(lines, "loss/observation"), marker=marker, color=_GRAY,
+                  linewidth=1, label="observations (auxiliary)")
         axes.legend(frameon=False)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
@@ -112,7 +118,8 @@ def _draw_rollouts(axes: Axes, run: Run) -> None:
         ("rollout/success_rate", _GREEN, "won"),
     ):
         values = _column(lines, key)
-        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
+        axes.plot(steps, values, marker="." if len(steps) < 3 else "", color=color, linewidth=0.8,
+                  alpha=0.35)
         axes.plot(steps, _running_mean(values), color=color, linewidth=1.8, label=label)
     low, high = axes.get_ylim()
     axes.set_ylim(min(0.0, low), max(1.0, high))
