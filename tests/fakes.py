@@ -1,0 +1,78 @@
+"""Environments that misbehave on command, for the tests of the worker pool.
+
+Worker processes import this file: nothing of jax in here.
+"""
+
+import ctypes
+import os
+import pathlib
+import signal
+import sys
+import time
+
+from envs_host.types import GameFileError, Info, ResetResult, StepResult, Task
+
+
+def task(name="t", **params) -> Task:
+    """A task of `ScriptedEnv`; `params["reset"]` is a command that the reset carries out."""
+    return Task("fakes:ScriptedEnv", name, params, 0, "", name, "", 1.0, ())
+
+
+class ScriptedEnv:
+    """Carries out each word of a command; the observation is the history of commands."""
+
+    def __init__(self, *, make: str = ""):
+        self._history = []
+        self._hoard = []
+        self._task = None
+        self._do(make)
+
+    def reset(self, task: Task) -> ResetResult:
+        self._task = task
+        self._history = [task.name]
+        self._do(task.params.get("reset", ""))
+        return ResetResult(self._observation(), self._info(""))
+
+    def step(self, text: str) -> StepResult:
+        self._history.append(text)
+        answer = self._do(text)
+        done = text == "win"
+        return StepResult(answer or self._observation(), 1.0, done, False, self._info(text))
+
+    def close(self) -> None:
+        pass
+
+    def _observation(self) -> str:
+        return " | ".join(self._history)
+
+    def _info(self, command: str) -> Info:
+        return Info(0.0, 1.0, command == "win", False, True, command, 0.0, (), "")
+
+    def _do(self, text: str) -> str | None:
+        verb, _, rest = text.partition(" ")
+        if verb == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif verb == "crash_once":
+            marker = pathlib.Path(rest)
+            if not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGSEGV)
+        elif verb == "hang":
+            time.sleep(1000)
+        elif verb == "hang_in_c":
+            ctypes.CDLL(None).pause()
+        elif verb == "sleep":
+            time.sleep(float(rest))
+        elif verb == "raise":
+            raise ZeroDivisionError("made to fail")
+        elif verb == "grow":
+            self._hoard.append(b"x" * (int(rest) * 2**20))
+        elif verb == "no_game_file":
+            raise GameFileError("the file is gone")
+        elif verb == "print":
+            print("this must not appear on the terminal")
+        elif verb == "pid":
+            return str(os.getpid())
+        elif verb == "modules":
+            return " ".join(sorted(sys.modules))
+        return None
