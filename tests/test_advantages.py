@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 from jaxagentrl import advantages
 import oracles
-from core_cases import SEEDS, batch
+from core_cases import SEEDS, batch, quick_compilation  # noqa: F401
 
 # The shared fixture: three turns of 2, 2 and 1 tokens, junk value 9 on observations.
 MASK = np.array([1, 1, 0, 0, 1, 1, 0, 1], bool)

@@ -1,0 +1,126 @@
+"""Diagnostics: hand-made numbers and plain numpy."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from jaxagentrl import diagnostics
+from core_cases import SEEDS, batch, quick_compilation  # noqa: F401
+
+few = settings(max_examples=25, deadline=None)
+ALL = np.ones((1, 4), bool)
+
+
+def test_explained_variance():
+    returns = np.array([[1, 2, 3, np.nan]], np.float32)
+    mask = np.array([[1, 1, 1, 0]], bool)
+    perfect = diagnostics.explained_variance(returns, returns, mask)
+    constant = diagnostics.explained_variance(np.full((1, 4), 7, np.float32), returns, mask)
+    assert (float(perfect), float(constant)) == (1.0, pytest.approx(0.0, abs=1e-6))
+    # Errors 0, 0, 1: variance 2/9 of 6/9.
+    off = np.array([[1, 2, 2, np.inf]], np.float32)
+    assert diagnostics.explained_variance(off, returns, mask) == pytest.approx(1 - 1 / 3)
+    assert diagnostics.explained_variance(returns, np.ones((1, 4), np.float32), mask) == 0.0
+
+
+def test_explained_variance_per_turn():
+    turns = np.array([[0, 0, 1, 1, -1], [0, 1, 1, 2, 2]], np.int32)
+    mask = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], bool)
+    returns = np.array([[1, 2, 5, 6, np.nan], [3, 7, 8, 9, 9]], np.float32)
+    values = np.array([[1, 2, 1, 1, np.nan], [2, 1, 1, 4, 5]], np.float32)
+    got = diagnostics.explained_variance_per_turn(values, returns, mask, turns, num_turns=4)
+    # Turn 0: errors 0, 0, 1 as above; turn 1: a constant; turn 2: nothing varies; turn 3: absent.
+    np.testing.assert_allclose(got, [2 / 3, 0, 0, 0], atol=1e-6)
+
+
+def test_clip_fractions():
+    ratio = np.array([[0.5, 0.5, 1.5, 1.5, 5.0, 1.0]], np.float32)
+    adv = np.array([[1, -1, 1, -1, -1, 1]], np.float32)
+    got = diagnostics.clip_fractions(
+        np.log(ratio),
+        np.zeros((1, 6), np.float32),
+        adv,
+        np.array([[1, 1, 1, 1, 1, 0]], bool),
+        clip_low=0.2,
+        clip_high=0.28,
+        dual_clip=3.0,
+    )
+    assert {k: float(v) for k, v in got.items()} == pytest.approx(
+        {"low": 0.2, "high": 0.2, "dual": 0.2}
+    )
+    got = diagnostics.clip_fractions(
+        np.log(ratio), np.zeros((1, 6), np.float32), adv, np.ones((1, 6), bool),
+        clip_low=0.2, clip_high=0.28,
+    )  # fmt: skip
+    assert float(got["dual"]) == 0.0
+
+
+@given(SEEDS)
+@few
+def test_approximate_kl(seed):
+    case = batch(seed, 3, 9, junk=np.nan)
+    old, new, mask = (case[k] for k in ("old_logprobs", "logprobs", "action_mask"))
+    got = diagnostics.approximate_kl(old, new, mask)
+    u = (old.astype(np.float64) - new)[mask]
+    expected = {"k1": u, "k2": u**2 / 2, "k3": np.exp(-u) - 1 + u}
+    for name, x in expected.items():
+        assert float(got[name]) == pytest.approx(x.mean() if x.size else 0.0, abs=1e-5)
+
+
+def test_effective_sample_size():
+    same = np.full((1, 4), 3.0, np.float32)
+    assert diagnostics.effective_sample_size(same, ALL) == pytest.approx(1.0)
+    one = np.array([[8, 0, 0, 0]], np.float32)
+    assert diagnostics.effective_sample_size(one, ALL) == pytest.approx(0.25)
+    # (1 + 3)² / (2 · 10).
+    two = np.array([[1, 3, np.nan, np.inf]], np.float32)
+    half = np.array([[1, 1, 0, 0]], bool)
+    assert diagnostics.effective_sample_size(two, half) == pytest.approx(0.8)
+    huge = np.array([[1e30, 1e30, 1e30, 1e30]], np.float32)
+    assert diagnostics.effective_sample_size(huge, ALL) == pytest.approx(1.0)
+    assert diagnostics.effective_sample_size(two, half & False) == 0.0
+
+
+def test_sampler_mismatch():
+    old = np.array([[-1.0, -2.0, np.nan, -1.0]], np.float32)
+    sampler = np.array([[-1.5, -1.0, np.inf, -1.0]], np.float32)
+    mask = np.array([[1, 1, 0, 1]], bool)
+    got = {k: float(v) for k, v in diagnostics.sampler_mismatch(old, sampler, mask).items()}
+    w = np.exp([0.5, -1.0, 0.0])
+    assert got == pytest.approx(
+        {
+            "max_abs": 1.0,
+            "k1": (-0.5 + 1.0) / 3,
+            "k3": (w - 1 - np.log(w)).mean(),
+            "max_ratio": np.exp(0.5),
+            "ess": w.sum() ** 2 / (3 * (w**2).sum()),
+        },
+        abs=1e-5,
+    )
+
+
+def test_group_signal():
+    scores = np.array([1, 0, 1, 1, 5, 3, np.nan], np.float32)
+    ids = np.array([0, 0, 1, 1, 2, 4, -1], np.int32)  # group 3 is empty, group 4 out of range
+    got = {k: float(v) for k, v in diagnostics.group_signal(scores, ids, num_groups=4).items()}
+    # Stds √.5, 0 and 0 (a group of one) over three groups.
+    assert got == pytest.approx(
+        {"std_mean": np.sqrt(0.5) / 3, "zero_signal": 2 / 3, "num_groups": 3}
+    )
+
+
+def test_mean_entropy():
+    entropies = np.array([[1, 3, np.nan]], np.float32)
+    assert diagnostics.mean_entropy(entropies, np.array([[1, 1, 0]], bool)) == 2.0
+
+
+def test_credit_by_turn():
+    adv = np.array([[1, -3, np.nan, 2], [2, 0, 0, np.inf]], np.float32)
+    mask = np.array([[1, 1, 0, 1], [1, 1, 1, 0]], bool)
+    turns = np.array([[0, 0, 0, 1], [0, 1, 1, 1]], np.int32)
+    got = diagnostics.credit_by_turn(adv, mask, turns, num_turns=3)
+    np.testing.assert_allclose(got["mean"], [0, 2 / 3, 0], atol=1e-6)
+    np.testing.assert_allclose(got["share"], [0.75, 0.25, 0])
+    np.testing.assert_array_equal(got["tokens"], [3, 3, 0])
+    nothing = diagnostics.credit_by_turn(np.zeros((2, 4), np.float32), mask, turns, num_turns=3)
+    np.testing.assert_array_equal(nothing["share"], [0, 0, 0])
