@@ -236,9 +236,9 @@ def make_accumulate(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_apply(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """Program (state, grads) → (state, {"optimizer/grad_norm"}). Both arguments are donated."""
+    """Program (state, grads) → (state, {"optimizer/grad_norm"}). The state is donated."""
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=0)
     def apply(state: TrainState, grads: Params) -> tuple[TrainState, Metrics]:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

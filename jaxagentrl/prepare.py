@@ -66,7 +66,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
     with make_pool(config) as pool:
         with progress.bar("replaying walkthroughs", len(splits["demo"])) as advance:
             replays = demos.replay(
-                splits["demo"], pool, progress=lambda done, total: advance(1)
+                splits["demo"], pool, advance=advance
             )
         loaded = _tokenizer(config["tokenizer"], config["prompt"], replays, workdir)
         chat_format = chat.make(loaded)

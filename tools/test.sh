@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The test suite, from a bare clone: makes .venv if need be, installs with the test extra, runs pytest.
+# Further arguments go to pytest: tools/test.sh tests/test_advantages.py -x
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python_bin="${PYTHON:-python3}"
+[ -x .venv/bin/python ] || "$python_bin" -m venv .venv
+.venv/bin/python -m pip install --quiet --upgrade pip
+.venv/bin/python -m pip install --quiet -e '.[test]'
+exec .venv/bin/python -m pytest "$@"
