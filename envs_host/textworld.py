@@ -8,15 +8,16 @@ Learning" (arXiv 2510.01132): the room, what the game told, what is carried.
 import os
 
 from envs_host import textworld_text
-from envs_host.textworld_engine import Engine, Engines, Extras, Memory, Moment, Node, digest
+from envs_host.textworld_engine import Engine, Extras, Moment, Outcome, Tracker, digest
 from envs_host.textworld_games import GenerationReport, generate
+from envs_host.textworld_memory import Engines, Memory, Node
 from envs_host.types import GameFileError, Info, ResetResult, StepResult, Task
 
 __all__ = ["GenerationReport", "TextWorldEnv", "generate"]
 
 # Shared by the environments of a process: a group of episodes plays the same game.
-_ENGINES = Engines(max_idle=8)
-_MEMORY = Memory(max_entries=50_000)
+_ENGINES = Engines(max_idle=16)
+_MEMORY = Memory(max_entries=20_000)  # About 4 kB each, with the interpreter's state.
 _VERIFIED: set[tuple] = set()  # Files whose digest was checked, with their size and time.
 
 
@@ -43,15 +44,17 @@ class TextWorldEnv:
                 the same game before. The answers are the same (games are deterministic), without
                 running the interpreter.
         """
-        import textworld  # noqa: F401  Takes a second: here, not within the time limit of a reset.
+        if intermediate_reward or admissible_commands:
+            import textworld  # noqa: F401  Takes a second: not within the time limit of a reset.
+        import jericho  # noqa: F401
 
         self._extras = Extras(intermediate_reward, admissible_commands)
         self._memory = _MEMORY if remember else Memory(max_entries=0)
         self._task: Task | None = None
-        self._node: Node | None = None
-        self._commands: list[str] = []  # Those sent since the reset.
+        self._path: list[Node] = []  # From the opening to where the episode is.
         self._engine: Engine | None = None
-        self._engine_steps = 0  # How many of `_commands` the engine has been given.
+        self._tracker: Tracker | None = None
+        self._tracked = 0  # How many nodes of the path the tracker knows.
 
     @property
     def counters(self) -> dict[str, int]:
@@ -69,19 +72,23 @@ class TextWorldEnv:
         Raises:
             GameFileError: the game file is missing, or not the one the task was recorded with.
         """
-        self._release_engine()
+        self.close()
         _verify(task)
         self._task = task
-        self._commands = []
         node = self._memory.root(self._key())
         if node is None:
             self._memory.misses += 1
-            moment = self._materialize()
-            node = self._memory.add(self._key(), None, "", moment)
+            outcome = self._started().opening
+            if any(self._extras):
+                self._tracker = self._engine.tracker()
+                self._tracked = 1
+                outcome = outcome._replace(moment=self._tracker.report(outcome.moment))
+            node = self._memory.add(self._key(), None, "", outcome)
         else:
             self._memory.hits += 1
-        self._node = node
-        return ResetResult(node.moment.observation, self._info(node.moment, "", valid=True))
+        self._path = [node]
+        moment = node.outcome.moment
+        return ResetResult(moment.observation, self._info(moment, "", valid=True))
 
     def step(self, text: str) -> StepResult:
         """Sends one command.
@@ -92,26 +99,23 @@ class TextWorldEnv:
         Raises:
             RuntimeError: there is no live episode.
         """
-        if self._node is None or self._node.moment.won or self._node.moment.lost:
+        before = self._path[-1].outcome.moment if self._path else None
+        if before is None or before.won or before.lost:
             raise RuntimeError("step was called without a live episode: call reset first.")
-        before = self._node.moment
         command, refusal = textworld_text.clean_command(text)
         if refusal is not None:
             observation = textworld_text.observation(before.room, refusal, before.inventory)
             info = self._info(before._replace(intermediate_reward=0.0), command, valid=False)
             return StepResult(observation, 0.0, False, False, info)
-        node = self._node.children.get(command)
+        node = self._path[-1].children.get(command)
         if node is None:
             self._memory.misses += 1
-            self._materialize()
-            moment = self._engine.step(command)
-            self._engine_steps += 1
-            node = self._memory.add(self._key(), self._node, command, moment)
+            outcome = self._compute(command)
+            node = self._memory.add(self._key(), self._path[-1], command, outcome)
         else:
             self._memory.hits += 1
-        self._commands.append(command)
-        self._node = node
-        after = node.moment
+        self._path.append(node)
+        after = node.outcome.moment
         terminated = after.won or after.lost
         if terminated:
             self._release_engine()
@@ -121,7 +125,7 @@ class TextWorldEnv:
     def close(self) -> None:
         """Ends the episode; a started game stays with the process for the next one."""
         self._release_engine()
-        self._node = None
+        self._path = []
 
     def _key(self) -> tuple:
         return (self._task.digest, self._extras)
@@ -139,22 +143,31 @@ class TextWorldEnv:
             objective=self._task.objective,
         )
 
-    def _materialize(self) -> Moment | None:
-        """Brings a real engine to where the episode is. Returns the opening if it was reset."""
-        opening = None
+    def _started(self) -> Engine:
         if self._engine is None:
-            self._engine = _ENGINES.take(self._key(), self._task.file, self._extras)
-            opening = self._engine.reset()
-            self._engine_steps = 0
-        for command in self._commands[self._engine_steps:]:
-            self._engine.step(command)
-        self._engine_steps = len(self._commands)
-        return opening
+            self._engine = _ENGINES.acquire(self._key(), self._task.file, self._extras)
+        return self._engine
+
+    def _compute(self, command: str) -> Outcome:
+        """Has the interpreter carry out a command where the episode is."""
+        here = self._path[-1].outcome
+        outcome = self._started().step(here.state, here.moment, command)
+        if not any(self._extras):
+            return outcome
+        if self._tracker is None:
+            self._tracker = self._engine.tracker()
+            self._tracked = 1
+        if self._tracked < len(self._path):
+            self._tracker.catch_up([node.outcome.events for node in self._path[self._tracked:]])
+        self._tracker.advance(outcome.events)
+        self._tracked = len(self._path) + 1
+        return outcome._replace(moment=self._tracker.report(outcome.moment))
 
     def _release_engine(self) -> None:
         if self._engine is not None:
-            _ENGINES.give_back(self._key(), self._engine)
+            _ENGINES.release(self._key())
             self._engine = None
+        self._tracker = None
 
 
 def _verify(task: Task) -> None:

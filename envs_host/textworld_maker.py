@@ -198,15 +198,15 @@ def _play_through(story_path: str, walkthrough: list[str]) -> None:
     """
     engine = textworld_engine.Engine(story_path, textworld_engine.Extras())
     try:
-        moment = engine.reset()
+        outcome = engine.opening
         for command in walkthrough:
             cleaned, refusal = textworld_text.clean_command(command)
             if refusal is not None or cleaned != command:
                 raise _SetAside(f"the walkthrough command {command!r} cannot be sent as it is")
-            moment = engine.step(command)
-            if moment.won or moment.lost:
+            outcome = engine.step(outcome.state, outcome.moment, command)
+            if outcome.moment.won or outcome.moment.lost:
                 break
     finally:
         engine.close()
-    if not moment.won or command != walkthrough[-1]:
+    if not outcome.moment.won or command is not walkthrough[-1]:
         raise _SetAside("the walkthrough does not win")

@@ -19,6 +19,7 @@ envs_host.textworld_engine
 envs_host.textworld_specs
 envs_host.textworld_maker
 envs_host.textworld_games
+envs_host.textworld_memory
 envs_host.textworld
 envs_host
 envs_host.pool_worker

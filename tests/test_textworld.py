@@ -15,7 +15,8 @@ import pytest
 from hypothesis import strategies as st
 
 from envs_host import textworld, textworld_maker, textworld_text
-from envs_host.textworld_engine import Engine, Extras, Memory, Moment, digest
+from envs_host.textworld_engine import Engine, Extras, Moment, Outcome, digest
+from envs_host.textworld_memory import Engines, Memory
 from envs_host.textworld_specs import Spec
 from envs_host.types import GameFileError, Task
 
@@ -30,10 +31,13 @@ SPECS = {
     "eat": BASIC | {"seed": 50003},
     "house": BASIC | {"seed": 50004, "theme": "house"},
     "simple": {"family": "tw-simple", "rewards": "dense", "goal": "brief", "seed": 1},
-    "cooking": {"family": "tw-cooking", "recipe": 1, "take": 1, "cook": True, "seed": 1},
     "coin": {"family": "coin_collector", "level": 3, "seed": 1},
+}
+SLOW_SPECS = {
+    "cooking": {"family": "tw-cooking", "recipe": 1, "take": 1, "cook": True, "seed": 1},
     "treasure": {"family": "treasure_hunter", "level": 3, "seed": 1},
 }
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in SLOW_SPECS]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,18 @@ def tasks(cache_dir):
     report = textworld.generate(SPECS.values(), cache_dir=cache_dir, progress=False)
     assert report.set_aside == 0 and report.generated + report.cached == len(SPECS)
     return dict(zip(SPECS, report.tasks))
+
+
+@pytest.fixture(scope="module")
+def slow_tasks(cache_dir):
+    report = textworld.generate(SLOW_SPECS.values(), cache_dir=cache_dir, progress=False)
+    return dict(zip(SLOW_SPECS, report.tasks))
+
+
+@pytest.fixture
+def task(request, name):
+    """The task of a test's parameter `name`."""
+    return request.getfixturevalue("slow_tasks" if name in SLOW_SPECS else "tasks")[name]
 
 
 # Commands.
@@ -130,9 +146,8 @@ def test_lists_keep_their_lines():
 # Games.
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_the_walkthrough_wins_every_family(tasks, name):
-    task = tasks[name]
+@pytest.mark.parametrize("name", [*SPECS, *SLOW])
+def test_the_walkthrough_wins_every_family(task):
     env = textworld.TextWorldEnv(intermediate_reward=True, admissible_commands=True)
     observation, info = env.reset(task)
     assert info.objective == task.objective and info.max_score == task.max_score > 0
@@ -161,10 +176,9 @@ def test_names_and_records(tasks, cache_dir):
         "custom-w2-o3-q4-basic-s50003",
         "custom-w2-o3-q4-house-s50004",
         "tw-simple-dense-brief-s1",
-        "tw-cooking-recipe1-take1-go1-cook-r0-s1",
         "coin_collector-l3-s1",
-        "treasure_hunter-l3-s1",
     ]
+    assert Spec.parse(SLOW_SPECS["cooking"]).name == "tw-cooking-recipe1-take1-go1-cook-r0-s1"
     for task in tasks.values():
         assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
         assert digest(task.file) == task.digest and os.path.isabs(task.file)
@@ -267,44 +281,116 @@ def test_remembered_answers_equal_computed_ones(tasks, extras):
     assert computing.counters["hits"] == 0
 
 
-def test_tracking_does_not_change_the_text(tasks):
-    plain = textworld.TextWorldEnv(remember=False)
-    tracked = textworld.TextWorldEnv(
+@pytest.mark.parametrize("name", ["basic", "house", "simple", SLOW[0]])
+def test_answers_are_those_of_textworld(task):
+    """Side by side with TextWorld's own environment, which tracks everything."""
+    import textworld as library
+
+    theirs = library.start(
+        task.file,
+        library.EnvInfos(
+            feedback=True, inventory=True, facts=True, admissible_commands=True,
+            policy_commands=True, moves=True,
+        ),
+    )
+    ours = textworld.TextWorldEnv(
         remember=False, intermediate_reward=True, admissible_commands=True
     )
-    for name in ("basic", "house", "cooking"):
-        assert plain.reset(tasks[name]).observation == tracked.reset(tasks[name]).observation
-        for _, command in zip(range(25), random_commands(tasks[name], random.Random(7))):
-            one, other = plain.step(command), tracked.step(command)
-            assert one.observation == other.observation
-            assert one.info.valid_command == other.info.valid_command
-            if one.terminated:
+    plain = textworld.TextWorldEnv(remember=False)
+    for seed in range(3):
+        state, moves = theirs.reset(), 0
+        policy = state["_winning_policy"]
+        observation, info = ours.reset(task)
+        assert plain.reset(task).observation == observation
+        assert info.admissible_commands == tuple(state.admissible_commands)
+        score = 0
+        for _, text in zip(range(12), random_commands(task, random.Random(seed))):
+            command, refusal = textworld_text.clean_command(text)
+            result = ours.step(text)
+            untracked = plain.step(text)
+            assert untracked.observation == result.observation
+            assert untracked.info == dataclasses.replace(
+                result.info, intermediate_reward=0.0, admissible_commands=()
+            )
+            if refusal is not None:
+                continue
+            state, their_score, done = theirs.step(command)
+            (room,) = [fact.arguments[1].name for fact in state.facts if str(fact).startswith("at(P")]
+            told = textworld_text.clean_feedback(state.feedback, opening=False)
+            assert result.observation == textworld_text.observation(room, told, state.inventory)
+            assert result.info.admissible_commands == tuple(state.admissible_commands)
+            assert (result.info.score, result.reward) == (their_score, their_score - score)
+            assert (result.info.won, result.info.lost) == (state.won, state.lost)
+            assert result.terminated == done == (state.won or state.lost)
+            after = state["_winning_policy"]
+            if not done and policy is not None and after is not None:
+                shorter = len(policy) - len(after)
+                assert result.info.intermediate_reward == (shorter > 0) - (shorter < 0)
+            policy, score = after, their_score
+            if done:
                 break
+    theirs.close()
+
+
+def test_episodes_that_share_an_interpreter_do_not_mix(tasks):
+    for extras in ({}, {"intermediate_reward": True, "admissible_commands": True}):
+        alone = textworld.TextWorldEnv(remember=False, **extras)
+        envs = [textworld.TextWorldEnv(remember=False, **extras) for _ in range(4)]
+        scripts = [
+            [c for _, c in zip(range(10), random_commands(tasks["house"], random.Random(seed)))]
+            for seed in range(len(envs))
+        ]
+        interleaved = [[env.reset(tasks["house"])] for env in envs]
+        for turn in range(10):
+            for env, script, record in zip(envs, scripts, interleaved):
+                if not getattr(record[-1], "terminated", False):
+                    record.append(env.step(script[turn]))
+        for script, record in zip(scripts, interleaved):
+            expected = [alone.reset(tasks["house"])]
+            for _, command in zip(record[1:], script):
+                expected.append(alone.step(command))
+            assert record == expected
+
+
+def test_started_games_are_kept_while_used_and_a_few_after(tasks):
+    engines = Engines(max_idle=1)
+    names = ["basic", "eat", "house"]
+    for name in names + ["basic"]:
+        engines.acquire((name,), tasks[name].file, Extras())
+    assert engines.started == 3
+    for name in names:
+        engines.release((name,))
+    engines.acquire(("basic",), tasks["basic"].file, Extras())  # Was in use all the time.
+    engines.acquire(("house",), tasks["house"].file, Extras())  # Was idle last.
+    assert engines.started == 3
+    engines.acquire(("eat",), tasks["eat"].file, Extras())
+    assert engines.started == 4
 
 
 def test_a_group_on_one_game_starts_it_once(tasks):
     envs = [textworld.TextWorldEnv(intermediate_reward=True) for _ in range(8)]
     started = envs[0].counters["engines_started"]
     for env in envs:
-        env.reset(tasks["treasure"])
-        for command in tasks["treasure"].walkthrough:
+        env.reset(tasks["coin"])
+        for command in tasks["coin"].walkthrough:
             env.step(command)
     assert envs[0].counters["engines_started"] - started <= 1
 
 
 def test_memory_is_bounded():
     memory = Memory(max_entries=10)
-    moment = Moment("", "", "", 0.0, False, False, True, 0.0, ())
+    moment = Moment("", "", "", 0.0, 0, False, False, True)
+    outcome = Outcome(moment, None, ())
     for game in range(100):
-        node = memory.add((game,), None, "", moment)
+        node = memory.add((game,), None, "", outcome)
         for command in range(4):
-            node = memory.add((game,), node, str(command), moment)
+            node = memory.add((game,), node, str(command), outcome)
         assert memory.entries <= 10
     assert memory.root((99,)) is not None and memory.root((0,)) is None
-    lone = memory.add(("big",), None, "", moment)
+    lone = memory.add(("big",), None, "", outcome)
     for command in range(50):  # A single game over the limit is forgotten; its episode goes on.
-        lone = memory.add(("big",), lone, str(command), moment)
-    assert memory.entries == 0 and memory.root(("big",)) is None and lone.moment is moment
+        lone = memory.add(("big",), lone, str(command), outcome)
+    assert memory.entries == 0 and memory.root(("big",)) is None and lone.outcome is outcome
 
 
 def test_memory_of_the_process_does_not_grow_with_resets(tasks):
@@ -420,7 +506,7 @@ def test_damaged_games_are_named(tasks, tmp_path):
         env.reset(moved)
     game.write_bytes(pathlib.Path(task.file).read_bytes())
     with pytest.raises(GameFileError, match="x.json is missing"):
-        env.reset(moved)
+        Engine(str(game), Extras())
     sidecar.write_text('{"half": ')
     with pytest.raises(GameFileError, match="x.json is damaged"):
         Engine(str(game), Extras())
