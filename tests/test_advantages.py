@@ -1,6 +1,8 @@
 """Advantage estimators: goldens by hand, float64 oracles, limits, leaks and gradients."""
 
 import functools
+import inspect
+import types
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +31,21 @@ junk = st.sampled_from([0.0, np.nan, np.inf, -np.inf])
 shapes = st.sampled_from([(3, 9), (2, 1)])
 
 
-@functools.cache
-def jitted(name, **options):
-    """One compiled estimator per set of static options; numbers given at the call are traced."""
-    return jax.jit(functools.partial(getattr(advantages, name), **dict(options)))
+STATIC = (
+    "num_groups num_anchors num_turns num_trajectories num_steps scale horizon baseline "
+    "episode_mean_over first_visit ddof shift_mean"
+).split()
+
+
+def compiled(name):
+    """The estimator under jit, with numbers traced, so that random cases do not recompile."""
+    function = getattr(advantages, name)
+    known = inspect.signature(function).parameters
+    return jax.jit(function, static_argnames=[option for option in STATIC if option in known])
+
+
+# The same names as in `advantages`.
+fast = types.SimpleNamespace(**{name: compiled(name) for name in advantages.__all__})
 
 
 def check(got, expected, mask=None):
@@ -47,20 +60,20 @@ def check(got, expected, mask=None):
 
 def test_gae_golden():
     # λ = γ = 1: return to go − value: 1.5 − .1, 1.5 − .2, 1.3 − .3, 1.3 − .4, 1 − .5.
-    got = advantages.gae(REWARDS, VALUES, ONES, MASK, gae_lambda=1.0)
+    got = fast.gae(REWARDS, VALUES, ONES, MASK, gae_lambda=1.0)
     np.testing.assert_allclose(got, [1.4, 1.3, 0, 0, 1.0, 0.9, 0, 0.5], atol=1e-6)
 
 
 def test_gae_golden_discounted():
     # From the right: .5; .3 + .9·.5 − .4 + .855·.5 = .7775; .9·.4 − .3 + .855·.7775 = .7248; …
-    got = advantages.gae(REWARDS, VALUES, 0.9 * ONES, MASK, gae_lambda=0.95)
+    got = fast.gae(REWARDS, VALUES, 0.9 * ONES, MASK, gae_lambda=0.95)
     np.testing.assert_allclose(got, [0.8407, 0.8897, 0, 0, 0.7248, 0.7775, 0, 0.5], atol=5e-5)
 
 
 def test_bilevel_gae_golden():
     # Ends: .5; .3 + .95·.5 − .4 + .95·.5 = .85; .2 + .95·.4 − .2 + .95·.85 = 1.1875.
     # Inside: .4 − .3 + .85 = .95; .2 − .1 + 1.1875 = 1.2875.
-    got = advantages.bilevel_gae(
+    got = fast.bilevel_gae(
         REWARDS, VALUES, MASK, ENDS, token_discount=1.0, turn_discount=0.95, gae_lambda=1.0
     )
     np.testing.assert_allclose(got, [1.2875, 1.1875, 0, 0, 0.95, 0.85, 0, 0.5], atol=1e-6)
@@ -69,19 +82,19 @@ def test_bilevel_gae_golden():
 def test_turn_gae_golden():
     # Turn values .1, .3, .5 (first tokens), rewards .2, .3, 1, γ = .9, λ = .5. From the right:
     # 1 − .5 = .5; .3 + .45 − .3 + .45·.5 = .675; .2 + .27 − .1 + .45·.675 = .67375.
-    got = advantages.turn_gae(REWARDS, VALUES, 0.9 * ONES, MASK, ENDS, gae_lambda=0.5)
+    got = fast.turn_gae(REWARDS, VALUES, 0.9 * ONES, MASK, ENDS, gae_lambda=0.5)
     np.testing.assert_allclose(got, [0.67375, 0.67375, 0, 0, 0.675, 0.675, 0, 0.5], atol=1e-6)
 
 
 def test_turn_gae_bootstrap_and_termination():
     # The last discount decides whether the 10 believed to follow is worth anything.
-    truncated = advantages.turn_gae(
+    truncated = fast.turn_gae(
         REWARDS, VALUES, ONES, MASK, ENDS, gae_lambda=0.0, bootstrap_values=10.0
     )
     assert truncated[7] == pytest.approx(1 + 10 - 0.5)
     discounts = ONES.copy()
     discounts[7] = 0.0
-    terminated = advantages.turn_gae(
+    terminated = fast.turn_gae(
         REWARDS, VALUES, discounts, MASK, ENDS, gae_lambda=0.0, bootstrap_values=10.0
     )
     assert terminated[7] == pytest.approx(0.5)
@@ -96,20 +109,20 @@ def test_turn_gae_bootstrap_and_termination():
     ],
 )
 def test_group_normalized_golden(options, expected):
-    got = advantages.group_normalized(WIN, GROUP, num_groups=1, **options)
+    got = fast.group_normalized(WIN, GROUP, num_groups=1, **options)
     np.testing.assert_allclose(got, expected, atol=5e-6)
 
 
 def test_group_epsilon_is_added_to_the_std():
     # std of [1, 0] is 1/√2; .5 / (.707107 + .1) = .619497.
-    got = advantages.group_normalized(
+    got = fast.group_normalized(
         np.array([1, 0], np.float32), np.zeros(2, np.int32), num_groups=1, epsilon=0.1
     )
     np.testing.assert_allclose(got, [0.619497, -0.619497], atol=1e-6)
 
 
 def test_leave_one_out_golden():
-    got = advantages.leave_one_out(WIN, GROUP, num_groups=1)
+    got = fast.leave_one_out(WIN, GROUP, num_groups=1)
     np.testing.assert_allclose(got, [1, -1 / 3, -1 / 3, -1 / 3], atol=1e-6)
 
 
@@ -118,7 +131,7 @@ def test_reinforce_plus_plus_credits_every_turn_of_a_win():
     # observations credits only the last turn of the win and punishes its first two.
     mask = np.array([[1, 0, 1, 0, 1]] * 2, bool)
     rewards = np.array([[0, 0, 0, 0, 1], [0] * 5], np.float32)
-    got = advantages.reinforce_plus_plus(rewards, np.ones((2, 5), np.float32), mask)
+    got = fast.reinforce_plus_plus(rewards, np.ones((2, 5), np.float32), mask)
     # Six returns 1,1,1,0,0,0: mean 1/2, sample variance 6·(1/4)/5 = .3.
     np.testing.assert_allclose(got[0], np.array([1, 0, 1, 0, 1]) * 0.5 / np.sqrt(0.3), rtol=1e-5)
     np.testing.assert_allclose(got[1], -got[0])
@@ -128,9 +141,9 @@ def test_whiten_golden():
     # Mean 2, sample variance ((−1)² + 1²)/1 = 2, and with ε = 2 the root is 2.
     x = np.array([1, 3, np.nan], np.float32)
     mask = np.array([1, 1, 0], bool)
-    got = advantages.whiten(x, mask, epsilon=2.0)
+    got = fast.whiten(x, mask, epsilon=2.0)
     np.testing.assert_allclose(got, [-0.5, 0.5, 0], atol=1e-6)
-    kept = advantages.whiten(x, mask, shift_mean=False, epsilon=2.0)
+    kept = fast.whiten(x, mask, shift_mean=False, epsilon=2.0)
     np.testing.assert_allclose(kept, [0.5, 1.5, 0], atol=1e-6)
 
 
@@ -145,7 +158,7 @@ GIGPO_TURNS = np.array([[0, 1, 2], [0, 1, -1]], np.int32)
 @pytest.mark.parametrize("weight", [0.0, 1.0, 0.5])
 def test_gigpo_golden(over, episode, weight):
     # Step returns 9.025, 9.5, 10 and 0, 0; anchors s0 and s1 met by both, s2 by one.
-    got = advantages.gigpo(
+    got = fast.gigpo(
         GIGPO_REWARDS,
         GIGPO_MASK,
         GIGPO_TURNS,
@@ -170,7 +183,7 @@ def test_gigpo_loops_dominate_unless_first_visits_only():
     anchors = np.zeros((2, 3), np.int32)
 
     def step_credit(first_visit):
-        return advantages.gigpo(
+        return fast.gigpo(
             rewards,
             mask,
             turns,
@@ -193,7 +206,7 @@ def test_mt_grpo_golden():
     mask = np.ones((2, 3), bool)
     turns = np.array([[0, 0, 1]] * 2, np.int32)
     rewards = np.array([[0, 1, 0], [0, 0, 0]], np.float32)
-    got = advantages.mt_grpo(
+    got = fast.mt_grpo(
         rewards,
         np.array([0, 1], np.float32),
         mask,
@@ -210,7 +223,7 @@ def test_mt_grpo_golden():
 
 def test_opo_golden():
     # Baseline (3·1 + 1·0)/4 = 3/4.
-    got = advantages.opo(
+    got = fast.opo(
         np.array([1, 0], np.float32),
         np.array([3, 1], np.float32),
         np.zeros(2, np.int32),
@@ -220,7 +233,7 @@ def test_opo_golden():
 
 
 def test_remax_golden():
-    got = advantages.remax(np.array([1, 0.5], np.float32), np.array([0.25, 1], np.float32))
+    got = fast.remax(np.array([1, 0.5], np.float32), np.array([0.25, 1], np.float32))
     np.testing.assert_allclose(got, [0.75, -0.5])
 
 
@@ -230,11 +243,11 @@ def test_rewards_to_go_group_golden():
     turns = np.array([[0, 0, 1]] * 2, np.int32)
     rewards = np.array([[0, 1, 2], [0, 0, 1]], np.float32)
     args = (rewards, np.ones((2, 3), np.float32), mask, turns, np.zeros(2, np.int32))
-    got = advantages.rewards_to_go_group(*args, num_groups=1)
+    got = fast.rewards_to_go_group(*args, num_groups=1)
     np.testing.assert_allclose(got, [[1, 1, 0.5], [-1, -1, -0.5]], atol=1e-6)
-    got = advantages.rewards_to_go_group(*args, num_groups=1, horizon="turn")
+    got = fast.rewards_to_go_group(*args, num_groups=1, horizon="turn")
     np.testing.assert_allclose(got, [[0.5, 0.5, 0.5], [-0.5, -0.5, -0.5]], atol=1e-6)
-    got = advantages.rewards_to_go_group(*args, num_groups=1, baseline="leave_one_out")
+    got = fast.rewards_to_go_group(*args, num_groups=1, baseline="leave_one_out")
     np.testing.assert_allclose(got, [[2, 2, 1], [-2, -2, -1]], atol=1e-6)
 
 
@@ -246,7 +259,7 @@ def test_rewards_to_go_group_golden():
 def test_gae_matches_definition(seed, junk, shape, lam, bootstrap):
     case = batch(seed, *shape, junk=junk)
     rows = [case[k] for k in ("rewards", "values", "discounts", "action_mask")]
-    got = jitted("gae")(*rows, gae_lambda=lam, bootstrap_values=bootstrap)
+    got = fast.gae(*rows, gae_lambda=lam, bootstrap_values=bootstrap)
     expected = [oracles.gae(*r, gae_lambda=lam, bootstrap=bootstrap) for r in zip(*rows)]
     check(got, expected, case["action_mask"])
 
@@ -256,7 +269,7 @@ def test_gae_matches_definition(seed, junk, shape, lam, bootstrap):
 def test_turn_gae_matches_definition(seed, junk, shape, lam, bootstrap):
     case = batch(seed, *shape, junk=junk)
     rows = [case[k] for k in ("rewards", "values", "discounts", "action_mask", "turn_ends")]
-    got = jitted("turn_gae")(*rows, gae_lambda=lam, bootstrap_values=bootstrap)
+    got = fast.turn_gae(*rows, gae_lambda=lam, bootstrap_values=bootstrap)
     expected = [oracles.turn_gae(*r, gae_lambda=lam, bootstrap=bootstrap) for r in zip(*rows)]
     check(got, expected, case["action_mask"])
 
@@ -268,7 +281,7 @@ def test_bilevel_gae_matches_definition(seed, junk, shape, numbers):
     token, turn, lam = numbers
     rows = [case[k] for k in ("rewards", "values", "action_mask", "turn_ends")]
     options = {"token_discount": token, "turn_discount": turn, "gae_lambda": lam}
-    got = jitted("bilevel_gae")(*rows, bootstrap_values=0.7, **options)
+    got = fast.bilevel_gae(*rows, bootstrap_values=0.7, **options)
     expected = [oracles.bilevel_gae(*r, bootstrap=0.7, **options) for r in zip(*rows)]
     check(got, expected, case["action_mask"])
 
@@ -278,9 +291,9 @@ def test_bilevel_gae_matches_definition(seed, junk, shape, numbers):
 def test_rewards_to_go_matches_definition(seed, junk, shape):
     case = batch(seed, *shape, junk=junk)
     rows = [case[k] for k in ("rewards", "discounts", "action_mask")]
-    got = jitted("rewards_to_go")(*rows)
+    got = fast.rewards_to_go(*rows)
     check(got, [oracles.rewards_to_go(*r) for r in zip(*rows)], case["action_mask"])
-    whitened = jitted("reinforce_plus_plus")(*rows)
+    whitened = fast.reinforce_plus_plus(*rows)
     expected = oracles.whiten(np.asarray(got, np.float64), case["action_mask"])
     np.testing.assert_allclose(whitened, expected, rtol=1e-3, atol=1e-3)
 
@@ -289,7 +302,7 @@ def test_bootstrap_values_per_row():
     case = batch(3, 4, 9)
     rows = [case[k] for k in ("rewards", "values", "discounts", "action_mask")]
     boots = np.array([0.0, 1.0, -2.0, 3.0], np.float32)
-    got = advantages.gae(*rows, gae_lambda=0.9, bootstrap_values=boots)
+    got = fast.gae(*rows, gae_lambda=0.9, bootstrap_values=boots)
     expected = [
         oracles.gae(*r, gae_lambda=0.9, bootstrap=b) for *r, b in zip(*rows, boots.tolist())
     ]
@@ -300,9 +313,8 @@ def test_bootstrap_values_per_row():
 @few
 def test_group_normalized_matches_definition(seed, scale, ddof):
     case = batch(seed, 8, 2, num_groups=3)
-    got = jitted("group_normalized", num_groups=3, scale=scale, ddof=ddof)(
-        case["scores"], case["group_ids"]
-    )
+    got = fast.group_normalized(
+        case["scores"], case["group_ids"], num_groups=3, scale=scale, ddof=ddof)
     expected = oracles.group_normalized(
         case["scores"], case["group_ids"], num_groups=3, scale=scale, ddof=ddof
     )
@@ -314,10 +326,10 @@ def test_group_normalized_matches_definition(seed, scale, ddof):
 def test_leave_one_out_and_opo_match_definition(seed):
     case = batch(seed, 8, 9, num_groups=3)
     ids, scores = case["group_ids"], case["scores"]
-    got = jitted("leave_one_out", num_groups=3)(scores, ids)
+    got = fast.leave_one_out(scores, ids, num_groups=3)
     check(got, oracles.leave_one_out(scores, ids, num_groups=3), ids < 3)
     lengths = case["action_mask"].sum(1).astype(np.float32)
-    got = jitted("opo", num_groups=3)(scores, lengths, ids)
+    got = fast.opo(scores, lengths, ids, num_groups=3)
     check(got, oracles.opo(scores, lengths, ids, num_groups=3), ids < 3)
 
 
@@ -339,7 +351,7 @@ def test_rewards_to_go_group_matches_definition(seed, junk, choices):
     case = batch(seed, 6, 9, junk=junk)
     options = {"horizon": horizon, "baseline": baseline, "scale": scale, "epsilon": 0.1}
     rows = [case[k] for k in ("rewards", "discounts", "action_mask", "turn_ids", "group_ids")]
-    got = jitted("rewards_to_go_group", num_groups=2, **options)(*rows)
+    got = fast.rewards_to_go_group(*rows, num_groups=2, **options)
     expected = oracles.rewards_to_go_group(*rows, num_groups=2, **options)
     check(got, expected, case["action_mask"])
 
@@ -362,7 +374,7 @@ def test_gigpo_matches_definition(seed, junk, choices):
         "epsilon": 0.1,
     }
     rows = [case[k] for k in ("rewards", "action_mask", "turn_ids", "anchor_ids", "group_ids")]
-    got = jitted("gigpo", num_groups=2, num_anchors=3, **options)(*rows)
+    got = fast.gigpo(*rows, num_groups=2, num_anchors=3, **options)
     check(got, oracles.gigpo(*rows, num_groups=2, **options), case["action_mask"])
 
 
@@ -374,7 +386,7 @@ def test_gigpo_steps_is_gigpo_on_rows_of_turns(seed, choices):
     options = {"num_groups": 2, "num_anchors": 3, "epsilon": 0.1, "scale": scale}
     options |= {"first_visit": first_visit, "episode_mean_over": over, "step_weight": 0.7}
     rows = [case[k] for k in ("rewards", "action_mask", "turn_ids", "anchor_ids", "group_ids")]
-    whole = np.asarray(jitted("gigpo", **options)(*rows))
+    whole = np.asarray(fast.gigpo(*rows, **options))
     # One row per possible (trajectory, turn) in a shuffled order; absent ones are padding rows.
     order = np.random.default_rng(seed).permutation(6 * 4)
     trajectory, turn = order // 4, order % 4
@@ -382,12 +394,15 @@ def test_gigpo_steps_is_gigpo_on_rows_of_turns(seed, choices):
         case["action_mask"][i] & (case["turn_ids"][i] == k) for i, k in zip(trajectory, turn)
     ]
     here = np.array([t.any() for t in tokens])
-    got = jitted("gigpo_steps", num_trajectories=6, num_steps=4, **options)(
+    got = fast.gigpo_steps(
         np.array([case["rewards"][i][t].sum() for i, t in zip(trajectory, tokens)], np.float32),
         trajectory.astype(np.int32),
         turn.astype(np.int32),
         case["anchor_ids"][trajectory, turn],
         np.where(here, case["group_ids"][trajectory], -1).astype(np.int32),
+        num_trajectories=6,
+        num_steps=4,
+        **options,
     )
     expected = [whole[i][t][0] if t.any() else 0.0 for i, t in zip(trajectory, tokens)]
     np.testing.assert_allclose(got, expected, **CLOSE)
@@ -399,7 +414,7 @@ def test_mt_grpo_matches_definition(seed, junk):
     case = batch(seed, 6, 9, junk=junk)
     options = {"turn_weight": 0.5, "outcome_weight": 2.0, "epsilon": 0.1}
     rows = [case[k] for k in ("rewards", "scores", "action_mask", "turn_ids", "group_ids")]
-    got = jitted("mt_grpo", num_groups=2, **options)(*rows)
+    got = fast.mt_grpo(*rows, num_groups=2, **options)
     check(got, oracles.mt_grpo(*rows, num_groups=2, **options), case["action_mask"])
 
 
@@ -409,7 +424,7 @@ def test_istar_matches_definition(seed, junk, baseline):
     case = batch(seed, 6, 9, junk=junk)
     options = {"step_weight": 0.5, "baseline": baseline, "epsilon": 0.1}
     rows = [case[k] for k in ("scores", "rewards", "action_mask", "turn_ids", "group_ids")]
-    got = jitted("istar", num_groups=2, **options)(*rows)
+    got = fast.istar(*rows, num_groups=2, **options)
     check(got, oracles.istar(*rows, num_groups=2, **options), case["action_mask"])
 
 
@@ -417,9 +432,8 @@ def test_istar_matches_definition(seed, junk, baseline):
 @few
 def test_reinforce_plus_plus_baseline_matches_definition(seed, junk):
     case = batch(seed, 6, 9, junk=junk)
-    got = jitted("reinforce_plus_plus_baseline", num_groups=2)(
-        case["scores"], case["group_ids"], case["action_mask"]
-    )
+    got = fast.reinforce_plus_plus_baseline(
+        case["scores"], case["group_ids"], case["action_mask"], num_groups=2)
     centered = oracles.group_normalized(
         case["scores"], case["group_ids"], num_groups=2, scale="none"
     )
@@ -440,10 +454,10 @@ def case_rows(seed=11, rows=6, length=17):
 def test_lambda_one_is_return_minus_value_and_lambda_zero_the_td_error():
     case, rows = case_rows()
     mask = case["action_mask"]
-    returns = advantages.rewards_to_go(case["rewards"], case["discounts"], mask)
-    full = advantages.gae(*rows, gae_lambda=1.0)
+    returns = fast.rewards_to_go(case["rewards"], case["discounts"], mask)
+    full = fast.gae(*rows, gae_lambda=1.0)
     np.testing.assert_allclose(full, np.where(mask, returns - case["values"], 0), **CLOSE)
-    td = advantages.gae(*rows, gae_lambda=0.0)
+    td = fast.gae(*rows, gae_lambda=0.0)
     for i in range(len(mask)):
         places = np.flatnonzero(mask[i])
         for here, after in zip(places, [*places[1:], None]):
@@ -455,11 +469,11 @@ def test_lambda_one_is_return_minus_value_and_lambda_zero_the_td_error():
 def test_gae_reads_nothing_between_the_turns():
     """Cutting the observations out of the row changes nothing."""
     case, rows = case_rows()
-    whole = advantages.gae(*rows, gae_lambda=0.9)
+    whole = fast.gae(*rows, gae_lambda=0.9)
     for i in range(6):
         kept = case["action_mask"][i]
         if kept.any():
-            alone = advantages.gae(*(r[i][kept] for r in rows), gae_lambda=0.9)
+            alone = fast.gae(*(r[i][kept] for r in rows), gae_lambda=0.9)
             np.testing.assert_allclose(whole[i][kept], alone, atol=1e-6)
 
 
@@ -468,9 +482,9 @@ def test_a_terminal_in_the_middle_separates_episodes():
     rewards, values, discounts, mask = (np.concatenate([r, r], axis=1) for r in rows)
     last = np.flatnonzero(rows[3][0])[-1]
     discounts[0, last] = 0.0
-    both = advantages.gae(rewards, values, discounts, mask, gae_lambda=0.9)
+    both = fast.gae(rewards, values, discounts, mask, gae_lambda=0.9)
     rows[2][0, last] = 0.0
-    np.testing.assert_allclose(both[:, :17], advantages.gae(*rows, gae_lambda=0.9), atol=1e-6)
+    np.testing.assert_allclose(both[:, :17], fast.gae(*rows, gae_lambda=0.9), atol=1e-6)
 
 
 def test_bilevel_with_equal_discounts_is_gae():
@@ -478,19 +492,19 @@ def test_bilevel_with_equal_discounts_is_gae():
     case, (rewards, values, _, mask) = case_rows()
     discounts = np.full(mask.shape, 0.9, np.float32)
     equal = {"token_discount": 0.9, "turn_discount": 0.9, "gae_lambda": 0.8}
-    got = advantages.bilevel_gae(rewards, values, mask, mask, **equal)
-    expected = advantages.gae(rewards, values, discounts, mask, gae_lambda=0.8)
+    got = fast.bilevel_gae(rewards, values, mask, mask, **equal)
+    expected = fast.gae(rewards, values, discounts, mask, gae_lambda=0.8)
     np.testing.assert_allclose(got, expected, **CLOSE)
     ones = {"token_discount": 1.0, "turn_discount": 1.0, "gae_lambda": 1.0}
-    got = advantages.bilevel_gae(rewards, values, mask, case["turn_ends"], **ones)
-    expected = advantages.gae(rewards, values, np.ones_like(values), mask, gae_lambda=1.0)
+    got = fast.bilevel_gae(rewards, values, mask, case["turn_ends"], **ones)
+    expected = fast.gae(rewards, values, np.ones_like(values), mask, gae_lambda=1.0)
     np.testing.assert_allclose(got, expected, **CLOSE)
 
 
 def test_turn_gae_with_turns_of_one_token_is_gae():
     case, rows = case_rows()
-    got = advantages.turn_gae(*rows, case["action_mask"], gae_lambda=0.8)
-    np.testing.assert_allclose(got, advantages.gae(*rows, gae_lambda=0.8), **CLOSE)
+    got = fast.turn_gae(*rows, case["action_mask"], gae_lambda=0.8)
+    np.testing.assert_allclose(got, fast.gae(*rows, gae_lambda=0.8), **CLOSE)
 
 
 def test_turns_without_reward_are_turns():
@@ -498,8 +512,8 @@ def test_turns_without_reward_are_turns():
     options = {"token_discount": 1.0, "turn_discount": 0.5, "gae_lambda": 1.0}
     without = REWARDS.copy()
     without[5] = 0.0
-    before = advantages.bilevel_gae(REWARDS, VALUES, MASK, ENDS, **options)
-    after = advantages.bilevel_gae(without, VALUES, MASK, ENDS, **options)
+    before = fast.bilevel_gae(REWARDS, VALUES, MASK, ENDS, **options)
+    after = fast.bilevel_gae(without, VALUES, MASK, ENDS, **options)
     np.testing.assert_allclose(
         before - after, [0.15, 0.15, 0, 0, 0.3, 0.3, 0, 0], atol=1e-6
     )
@@ -516,15 +530,15 @@ def test_an_unmarked_last_turn_end_changes_nothing():
             {"token_discount": 1.0, "turn_discount": 0.5, "gae_lambda": 0.5},
         ),
     ]:
-        run = functools.partial(getattr(advantages, name), bootstrap_values=2.0, **options)
+        run = functools.partial(getattr(fast, name), bootstrap_values=2.0, **options)
         np.testing.assert_array_equal(run(*args, ends), run(*args, ENDS))
 
 
 def test_leave_one_out_is_scaled_centering():
     scores = np.array([3.0, -1.0, 0.5, 0.25, 9.0], np.float32)
     ids = np.array([1, 1, 1, 1, 0], np.int32)
-    centered = advantages.group_normalized(scores, ids, num_groups=2, scale="none")
-    got = advantages.leave_one_out(scores, ids, num_groups=2)
+    centered = fast.group_normalized(scores, ids, num_groups=2, scale="none")
+    got = fast.leave_one_out(scores, ids, num_groups=2)
     np.testing.assert_allclose(got[:4], 4 / 3 * centered[:4], rtol=1e-6)
     assert got[4] == 0.0
 
@@ -532,8 +546,8 @@ def test_leave_one_out_is_scaled_centering():
 def test_opo_with_equal_lengths_is_dr_grpo():
     scores = np.array([3.0, -1.0, 0.5], np.float32)
     ids = np.zeros(3, np.int32)
-    got = advantages.opo(scores, np.full(3, 7.0, np.float32), ids, num_groups=1)
-    expected = advantages.group_normalized(scores, ids, num_groups=1, scale="none")
+    got = fast.opo(scores, np.full(3, 7.0, np.float32), ids, num_groups=1)
+    expected = fast.group_normalized(scores, ids, num_groups=1, scale="none")
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
@@ -541,11 +555,11 @@ def test_rewards_to_go_group_with_one_turn_is_the_scalar_estimator():
     rewards = np.array([[0, 1.0], [0, 0.25], [0, -3.0]], np.float32)
     ones, mask = np.ones((3, 2), np.float32), np.ones((3, 2), bool)
     turns, ids = np.zeros((3, 2), np.int32), np.zeros(3, np.int32)
-    got = advantages.rewards_to_go_group(
+    got = fast.rewards_to_go_group(
         rewards, ones, mask, turns, ids, num_groups=1, baseline="leave_one_out"
     )
-    expected = advantages.leave_one_out(rewards.sum(1), ids, num_groups=1)
-    np.testing.assert_allclose(got, advantages.spread(expected, mask), atol=1e-6)
+    expected = fast.leave_one_out(rewards.sum(1), ids, num_groups=1)
+    np.testing.assert_allclose(got, fast.spread(expected, mask), atol=1e-6)
 
 
 @jax.jit
@@ -587,10 +601,10 @@ def test_a_group_of_one_and_padding_rows_get_zero():
     ids = np.array([0, 2, -1, 1], np.int32)  # 2 and −1 are out of range
     mask = np.ones((4, 2), bool)
     for got in [
-        advantages.group_normalized(scores, ids, num_groups=2),
-        advantages.leave_one_out(scores, ids, num_groups=2),
-        advantages.opo(scores, np.ones(4, np.float32), ids, num_groups=2),
-        advantages.reinforce_plus_plus_baseline(scores, ids, mask, num_groups=2),
+        fast.group_normalized(scores, ids, num_groups=2),
+        fast.leave_one_out(scores, ids, num_groups=2),
+        fast.opo(scores, np.ones(4, np.float32), ids, num_groups=2),
+        fast.reinforce_plus_plus_baseline(scores, ids, mask, num_groups=2),
     ]:
         np.testing.assert_array_equal(got, np.zeros_like(got))
 
@@ -599,14 +613,14 @@ def test_groups_need_not_be_contiguous():
     scores = np.array([1, 10, 0, 20, 0, 30], np.float32)
     ids = np.array([0, 1, 0, 1, 0, 1], np.int32)
     order = np.argsort(ids, kind="stable")
-    got = advantages.group_normalized(scores, ids, num_groups=2)
-    together = advantages.group_normalized(scores[order], ids[order], num_groups=2)
+    got = fast.group_normalized(scores, ids, num_groups=2)
+    together = fast.group_normalized(scores[order], ids[order], num_groups=2)
     np.testing.assert_allclose(np.asarray(got)[order], together, rtol=1e-6)
 
 
 def test_group_statistics_do_not_lose_digits_to_a_common_offset():
     scores = np.array([1e4, 1e4 + 1, 1e4 + 2], np.float32)
-    got = advantages.group_normalized(scores, np.zeros(3, np.int32), num_groups=1)
+    got = fast.group_normalized(scores, np.zeros(3, np.int32), num_groups=1)
     np.testing.assert_allclose(got, [-1, 0, 1], atol=1e-5)
 
 
