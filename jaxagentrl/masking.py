@@ -256,7 +256,7 @@ def sequence_sum(x: Array, mask: Array, *, turn_ids: Array | None = None) -> Arr
 def _scatter_turns(x: Array, turn_ids: Array, mask: Array, num_turns: int, how: str) -> Array:
     """Reduces [..., L] to [..., T] by turn; "max" starts from −1."""
     batch_shape = mask.shape[:-1]
-    rows = mask.size // mask.shape[-1] if mask.shape[-1] else 0
+    rows = mask.size // mask.shape[-1]
     inside = mask & (turn_ids >= 0) & (turn_ids < num_turns)
     row = jnp.arange(rows, dtype=jnp.int32)[:, None]
     # One slot past the end takes everything that belongs to no turn; it is cut off again below.
