@@ -8,7 +8,7 @@ Learning" (arXiv 2510.01132): the room, what the game told, what is carried.
 import os
 
 from envs_host import textworld_text
-from envs_host.textworld_engine import Engine, Extras, Moment, Outcome, Tracker, digest
+from envs_host.textworld_engine import Engine, Extras, Moment, Outcome, digest, progress
 from envs_host.textworld_games import GenerationReport, generate
 from envs_host.textworld_memory import Engines, Memory, Node
 from envs_host.types import GameFileError, Info, ResetResult, StepResult, Task
@@ -53,8 +53,6 @@ class TextWorldEnv:
         self._task: Task | None = None
         self._path: list[Node] = []  # From the opening to where the episode is.
         self._engine: Engine | None = None
-        self._tracker: Tracker | None = None
-        self._tracked = 0  # How many nodes of the path the tracker knows.
 
     @property
     def counters(self) -> dict[str, int]:
@@ -80,9 +78,9 @@ class TextWorldEnv:
             self._memory.misses += 1
             outcome = self._started().opening
             if any(self._extras):
-                self._tracker = self._engine.tracker()
-                self._tracked = 1
-                outcome = outcome._replace(moment=self._tracker.report(outcome.moment))
+                track = self._engine.track(())
+                moment = outcome.moment._replace(admissible_commands=track.admissible_commands)
+                outcome = outcome._replace(moment=moment)
             node = self._memory.add(self._key(), None, "", outcome)
         else:
             self._memory.hits += 1
@@ -152,22 +150,19 @@ class TextWorldEnv:
         """Has the interpreter carry out a command where the episode is."""
         here = self._path[-1].outcome
         outcome = self._started().step(here.state, here.moment, command)
-        if not any(self._extras):
-            return outcome
-        if self._tracker is None:
-            self._tracker = self._engine.tracker()
-            self._tracked = 1
-        if self._tracked < len(self._path):
-            self._tracker.catch_up([node.outcome.events for node in self._path[self._tracked:]])
-        self._tracker.advance(outcome.events)
-        self._tracked = len(self._path) + 1
-        return outcome._replace(moment=self._tracker.report(outcome.moment))
+        if any(self._extras):
+            before = self._engine.track(node.outcome.events for node in self._path)
+            after = before.after(outcome.events)
+            moment = outcome.moment._replace(admissible_commands=after.admissible_commands)
+            if self._extras.intermediate_reward:
+                moment = moment._replace(intermediate_reward=progress(moment, before, after))
+            outcome = outcome._replace(moment=moment)
+        return outcome
 
     def _release_engine(self) -> None:
         if self._engine is not None:
             _ENGINES.release(self._key())
             self._engine = None
-        self._tracker = None
 
 
 def _verify(task: Task) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from envs_host import textworld_text
@@ -121,8 +122,7 @@ class Engine:
         self._file = file
         self._tracing = any(extras)
         self._extras = extras
-        self._game = None
-        self._inform7 = None
+        self._opening_track: Track | None = None
         self._room_names = _room_names(_sidecar(file))
         with warnings.catch_warnings():
             # "Not fully supported": Jericho knows hints for some famous games only.
@@ -189,23 +189,18 @@ class Engine:
         )
         return Outcome(moment, self._save(), events)
 
-    def tracker(self) -> "Tracker":
-        """A tracker of the game's opening.
+    def track(self, path: Iterable[tuple[str, ...]]) -> "Track":
+        """What is true in the game after the events of several commands.
 
         Raises:
             GameFileError: the .json file is damaged.
         """
-        if self._game is None:
-            import textworld
-            from textworld.generator.inform7 import Inform7Game
-
-            path = _sidecar(self._file)
-            try:
-                self._game = textworld.Game.load(path)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise _damaged(path, error) from error
-            self._inform7 = Inform7Game(self._game)
-        return Tracker(self._game, self._inform7, self._extras)
+        if self._opening_track is None:
+            self._opening_track = Track.opening(_load_game(_sidecar(self._file)), self._extras)
+        track = self._opening_track
+        for events in path:
+            track = track.after(events)
+        return track
 
     def close(self) -> None:
         """Frees the interpreter."""
@@ -235,56 +230,76 @@ class Engine:
         self._at = state
 
 
-class Tracker:
-    """TextWorld's knowledge of what is true in a game, kept up to date by the game's events."""
+class Track:
+    """TextWorld's knowledge of what is true in a game after certain events.
 
-    def __init__(self, game, inform7, extras: Extras):
-        from textworld.generator.game import GameProgression
+    Most commands bring no event about, and episodes of one game share many: what is known is kept
+    in a tree by events, next to the tree of commands.
 
+    Attributes:
+        policy_length: how many actions the shortest known way to win takes; None if there is none,
+            or if it is not tracked.
+        admissible_commands: commands that would change the world; () if not tracked.
+    """
+
+    def __init__(self, progression, inform7, extras: Extras):
+        self._progression = progression
         self._inform7 = inform7
-        self._progression = GameProgression(game, track_quests=extras.intermediate_reward)
         self._extras = extras
-        self._policy = self._winning_policy()
+        self._after: dict[tuple[str, ...], Track] = {}
+        self.policy_length: int | None = None
+        self.admissible_commands: tuple[str, ...] = ()
+        if extras.intermediate_reward:
+            policy = progression.winning_policy
+            self.policy_length = None if policy is None else len(policy)
+        if extras.admissible_commands:
+            commands = inform7.gen_commands_from_actions(progression.valid_actions)
+            self.admissible_commands = tuple(sorted(set(commands)))
 
-    def advance(self, events: tuple[str, ...]) -> None:
-        """Takes in the actions that a command has brought about."""
+    @classmethod
+    def opening(cls, game, extras: Extras) -> "Track":
+        """What is true when a `textworld.Game` begins."""
+        from textworld.generator.game import GameProgression
+        from textworld.generator.inform7 import Inform7Game
+
+        progression = GameProgression(game, track_quests=extras.intermediate_reward)
+        return cls(progression, Inform7Game(game), extras)
+
+    def after(self, events: tuple[str, ...]) -> "Track":
+        """What is true after the events of one more command."""
+        if not events:
+            return self
+        known = self._after.get(events)
+        if known is None:
+            known = self._after[events] = self._compute(events)
+        return known
+
+    def _compute(self, events: tuple[str, ...]) -> "Track":
+        progression = None
         for event in events:
-            action = self._inform7.detect_action(event, self._progression.valid_actions)
+            actions = (progression or self._progression).valid_actions
+            action = self._inform7.detect_action(event, actions)
             if action is not None:
-                self._progression.update(action)
-
-    def report(self, moment: Moment) -> Moment:
-        """Adds what is tracked to a moment that `advance` has just been called for."""
-        reward, admissible = 0.0, ()
-        if self._extras.intermediate_reward:
-            before, self._policy = self._policy, self._winning_policy()
-            reward = _progress(moment, before, self._policy)
-        if self._extras.admissible_commands:
-            commands = self._inform7.gen_commands_from_actions(self._progression.valid_actions)
-            admissible = tuple(sorted(set(commands)))
-        return moment._replace(intermediate_reward=reward, admissible_commands=admissible)
-
-    def catch_up(self, path: list[tuple[str, ...]]) -> None:
-        """Takes in the events of several commands whose reports are known already."""
-        for events in path:
-            self.advance(events)
-        self._policy = self._winning_policy()
-
-    def _winning_policy(self):
-        return self._progression.winning_policy if self._extras.intermediate_reward else None
+                progression = progression or self._progression.copy()
+                progression.update(action)
+        return Track(progression, self._inform7, self._extras) if progression else self
 
 
-def _progress(moment: Moment, before, after) -> float:
-    """+1 if the winning policy got shorter, -1 if longer; a game made unwinnable counts as -1."""
+def progress(moment: Moment, before: Track, after: Track) -> float:
+    """TextWorld's intermediate reward: +1 for a shorter way to win, -1 for a longer one.
+
+    A step after which the game cannot be won counts as -1 (TextWorld's own code raises there).
+    """
     if moment.won:
         return 1.0
     if moment.lost:
         return -1.0
-    if before is None:
+    if before.policy_length is None:
         return 0.0
-    if after is None:
+    if after.policy_length is None:
         return -1.0
-    return float((len(before) > len(after)) - (len(before) < len(after)))
+    shorter = before.policy_length - after.policy_length
+    return float((shorter > 0) - (shorter < 0))
 
 
 def _split(printed: str) -> tuple[dict[str, str], str]:
@@ -307,6 +322,15 @@ def _number(report: str) -> int:
 
 def _sidecar(file: str) -> str:
     return os.path.splitext(file)[0] + ".json"
+
+
+def _load_game(path: str):
+    import textworld  # Takes a second to import.
+
+    try:
+        return textworld.Game.load(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
 
 
 def _damaged(path: str, error: Exception) -> GameFileError:
