@@ -86,9 +86,12 @@ def get_config() -> ml_collections.ConfigDict:
         advantage=dict(
             name="rewards_to_go_group",
             whiten=True,
+            negative_weight=1.0,
             gae_lambda=1.0,
             group_scale="none",
             turn_horizon="episode",
+            turn_discount=0.5,
+            step_weight=2.0,
         ),
         loss=dict(
             surrogate="clipped",

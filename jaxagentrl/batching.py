@@ -189,6 +189,24 @@ def group_ids(trajectories: Sequence[Trajectory]) -> np.ndarray:
     return np.asarray([numbers[t.group] for t in trajectories], np.int32)
 
 
+def anchor_ids(
+    trajectories: Sequence[Trajectory], *, num_rows: int, max_turns: int
+) -> np.ndarray:
+    """Numbers the states that turns were taken in: int32 [num_rows, max_turns].
+
+    Two turns of one group have the same id if and only if their anchors are equal; a turn without an
+    anchor, and every place that holds no turn, has −1. Ids are below num_rows × max_turns.
+    """
+    ids = np.full((num_rows, max_turns), -1, np.int32)
+    seen: dict[tuple[int, str], int] = {}
+    for row, trajectory in enumerate(trajectories):
+        for index, turn in enumerate(trajectory.turns):
+            if turn.anchor is not None:
+                key = (trajectory.group, turn.anchor)
+                ids[row, index] = seen.setdefault(key, len(seen))
+    return ids
+
+
 def padding_share(batches: Sequence[TrajectoryBatch]) -> float:
     """The part of all positions of the batches that is padding, in [0, 1)."""
     if not batches:

@@ -50,6 +50,48 @@ class Counters:
     seconds_decode: float = 0.0
 
 
+def check(
+    *,
+    num_slots: int,
+    num_waves: int,
+    max_length: int,
+    max_turn_tokens: int,
+    filled_buckets: Sequence[int],
+    width_buckets: Sequence[int],
+    row_divisors: Sequence[int],
+    cache_dtype: str,
+) -> None:
+    """Refuses sizes that an `Engine` cannot work with. Arguments as there.
+
+    Raises:
+        ValueError: with the config key (`sampling.…`), what was got and what was expected.
+    """
+    if num_slots % num_waves:
+        raise ValueError(
+            f"sampling.num_slots ({num_slots}) must be a multiple of sampling.num_waves "
+            f"({num_waves})."
+        )
+    if max(filled_buckets) != max_length:
+        raise ValueError(
+            f"sampling.filled_buckets must end at sampling.max_length ({max_length}), got "
+            f"{tuple(filled_buckets)}."
+        )
+    if not 0 < max_turn_tokens < max_length:
+        raise ValueError(
+            f"sampling.max_turn_tokens must be in 1..{max_length - 1}, below sampling.max_length, "
+            f"got {max_turn_tokens}."
+        )
+    if min(*width_buckets, *row_divisors) < 1:
+        raise ValueError(
+            "sampling.width_buckets and sampling.row_divisors must be positive, got "
+            f"{tuple(width_buckets)} and {tuple(row_divisors)}."
+        )
+    if cache_dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"sampling.cache_dtype must be 'float32' or 'bfloat16', got {cache_dtype!r}."
+        )
+
+
 class Engine:
     """Slots in waves over one model, with fixed buckets.
 
@@ -62,7 +104,7 @@ class Engine:
         stop_id: id of the end-of-turn token.
         filled_buckets: cache lengths that attention may read, ascending, the last is max_length.
         width_buckets: widths of one extend; longer texts go in several.
-        row_buckets: row counts of one extend, as divisors of a wave's slots (1 is the whole wave).
+        row_divisors: row counts of one extend, as divisors of a wave's slots (1 is the whole wave).
         cache_dtype: dtype of keys and values.
         notice: called with a sentence before a program is compiled.
     """
@@ -82,16 +124,16 @@ class Engine:
         cache_dtype: str = "float32",
         notice: Callable[[str], None] = lambda text: None,
     ):
-        if num_slots % num_waves:
-            raise ValueError(
-                f"sampling.num_slots ({num_slots}) must be a multiple of sampling.num_waves "
-                f"({num_waves})."
-            )
-        if sorted(filled_buckets)[-1] != max_length:
-            raise ValueError(
-                f"sampling.filled_buckets must end at sampling.max_length ({max_length}), "
-                f"got {tuple(filled_buckets)}."
-            )
+        check(
+            num_slots=num_slots,
+            num_waves=num_waves,
+            max_length=max_length,
+            max_turn_tokens=max_turn_tokens,
+            filled_buckets=filled_buckets,
+            width_buckets=width_buckets,
+            row_divisors=row_divisors,
+            cache_dtype=cache_dtype,
+        )
         self.num_waves = num_waves
         self.slots_per_wave = num_slots // num_waves
         self.max_length = max_length

@@ -6,6 +6,7 @@
     leave_one_out         RLOO
     reinforce_plus_plus   REINFORCE++
     rewards_to_go_group   dense turn rewards against the group at equal turn, without a critic
+    gigpo                 GiGPO: the episode against its group, a turn against its anchor state
 
 KL in the reward is the k1 estimate of the scored policy against the reference, paid on every action
 token before anything else sees the rewards (algorithms of the seed paper, section 1.5).
@@ -22,7 +23,7 @@ from jaxagentrl.learner import Scores
 from jaxagentrl.types import Array, TrajectoryBatch
 
 NEEDS_CRITIC = ("gae", "turn_gae")
-NEEDS_GROUPS = ("group_normalized", "leave_one_out", "rewards_to_go_group")
+NEEDS_GROUPS = ("group_normalized", "leave_one_out", "rewards_to_go_group", "gigpo")
 NAMES = (*NEEDS_CRITIC, *NEEDS_GROUPS, "reinforce_plus_plus")
 
 
@@ -31,28 +32,42 @@ def make_estimate(
     name: str,
     num_groups: int,
     whiten: bool,
+    negative_weight: float,
     gae_lambda: float,
     group_scale: str,
     turn_horizon: str,
+    turn_discount: float,
+    step_weight: float,
     max_turns: int,
     kl_in_reward: float,
-) -> Callable[[TrajectoryBatch, Scores, Array], tuple[Array, Array]]:
-    """Program (batch, scores, ref_logprobs) → (advantages [B, L], returns [B, L]).
+) -> Callable[[TrajectoryBatch, Scores, Array, Array], tuple[Array, Array]]:
+    """Program (batch, scores, ref_logprobs, anchor_ids [B, max_turns]) → (advantages, returns).
+
+    Both results are [B, L]. `anchor_ids` are those of `batching.anchor_ids`; only gigpo reads them.
 
     Args:
         name: see the module's docstring.
         num_groups: static number of groups; padding rows carry this id.
         whiten: standardize advantages over all action tokens of the batch.
+        negative_weight: factor on negative advantages, after whitening. 1 is the plain policy
+            gradient, 0 learns from better-than-baseline turns only (self-imitation, Oh et al. 2018,
+            https://arxiv.org/abs/1806.05635). Below 1 is biased but bounded: pushing a sampled token
+            down says nothing about where its probability should go, and a small model trained from
+            scratch at a high rate loses its entropy control over it.
         gae_lambda: λ of the two GAE estimators; the others have none.
-        group_scale: "std" or "none", of group_normalized and rewards_to_go_group.
+        group_scale: "std" or "none", of group_normalized, rewards_to_go_group and gigpo.
         turn_horizon: "episode" or "turn", of rewards_to_go_group.
-        max_turns: static bound on turns, of rewards_to_go_group.
+        turn_discount: γ per turn of gigpo's step returns.
+        step_weight: ω of gigpo: weight of the turn's credit beside the episode's.
+        max_turns: static bound on turns, of rewards_to_go_group and gigpo.
         kl_in_reward: coefficient of −k1 on every action token; 0 for none.
     """
     if name not in NAMES:
         raise ValueError(f"rl.advantage.name must be one of {', '.join(NAMES)}, got {name!r}.")
 
-    def to_advantages(rewards: Array, batch: TrajectoryBatch, values: Array) -> Array:
+    def to_advantages(
+        rewards: Array, batch: TrajectoryBatch, values: Array, anchor_ids: Array
+    ) -> Array:
         mask, discounts = batch.action_mask, batch.discounts
         if name == "gae":
             return advantages.gae(rewards, values, discounts, mask, gae_lambda=gae_lambda)
@@ -75,6 +90,19 @@ def make_estimate(
                 baseline="leave_one_out" if group_scale == "none" else "mean",
                 scale=group_scale,
             )
+        if name == "gigpo":
+            return advantages.gigpo(
+                rewards,
+                mask,
+                batch.turn_ids,
+                anchor_ids,
+                batch.group_ids,
+                num_groups=num_groups,
+                num_anchors=anchor_ids.size,
+                turn_discount=turn_discount,
+                step_weight=step_weight,
+                scale=group_scale,
+            )
         scores = masking.masked_sum(rewards, mask, axis=-1)
         if name == "leave_one_out":
             credit = advantages.leave_one_out(scores, batch.group_ids, num_groups=num_groups)
@@ -85,17 +113,20 @@ def make_estimate(
         return advantages.spread(credit, mask)
 
     @functools.partial(jax.jit)
-    def estimate(batch: TrajectoryBatch, scores: Scores, ref_logprobs: Array):
+    def estimate(
+        batch: TrajectoryBatch, scores: Scores, ref_logprobs: Array, anchor_ids: Array
+    ) -> tuple[Array, Array]:
         rewards = batch.rewards
         if kl_in_reward:
             k1 = losses.kl(
                 scores.logprobs, ref_logprobs, estimator="k1", action_mask=batch.action_mask
             )
             rewards = rewards - kl_in_reward * k1
-        credit = to_advantages(rewards, batch, scores.values)
+        credit = to_advantages(rewards, batch, scores.values, anchor_ids)
         returns = jnp.where(batch.action_mask, credit + scores.values, 0.0)
         if whiten:
             credit = advantages.whiten(credit, batch.action_mask)
+        credit = jnp.where(credit < 0, negative_weight * credit, credit)
         return credit, returns
 
     return estimate

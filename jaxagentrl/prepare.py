@@ -4,13 +4,15 @@ Everything here is a pure function of the config and the game cache, so a restar
 same things again.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import contextlib
 import jax
 
+from envs_host import textworld
 from envs_host.pool import EnvPool
 from envs_host.types import Task
 from jaxagentrl import chat, demos, engine, progress, tasks, tokenizer
@@ -31,12 +33,33 @@ class Setup:
     engine: engine.Engine
 
 
+def check(config: Mapping[str, Any]) -> None:
+    """Refuses settings that cannot work, before anything is made.
+
+    Raises:
+        ValueError: with the key, what was got, what was expected.
+    """
+    if config["env"]["name"] != "textworld":
+        raise ValueError(f"env.name must be 'textworld', got {config['env']['name']!r}.")
+    ranges = tasks.seed_ranges({k: tuple(bounds) for k, bounds in config["splits"].items()})
+    if set(ranges) != {"demo", "train", "test"}:
+        raise ValueError(f"splits must be demo, train and test, got {sorted(ranges)}.")
+    sampling, learner, sft = config["sampling"], config["learner"], config["sft"]
+    engine.check(**sampling)
+    if max(learner["length_buckets"]) < sampling["max_length"]:
+        raise ValueError(
+            f"learner.length_buckets ends at {max(learner['length_buckets'])}, but an episode may "
+            f"have sampling.max_length = {sampling['max_length']} tokens: add a bucket that holds it."
+        )
+    if sft["num_steps"] and sft["batch_size"] > len(ranges["demo"]):
+        raise ValueError(
+            f"sft.batch_size is {sft['batch_size']} but splits.demo has {len(ranges['demo'])} "
+            "seeds: lower the first or raise the second."
+        )
+
+
 def games(env: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, list[Task]]:
     """Generates (or finds in the cache) the games of every split; no game is in two of them."""
-    if env["name"] != "textworld":
-        raise ValueError(f"env.name must be 'textworld', got {env['name']!r}.")
-    from envs_host import textworld  # the only environment so far; imports the engine lazily
-
     ranges = tasks.seed_ranges({name: tuple(bounds) for name, bounds in splits.items()})
     made = {}
     for name, seeds in ranges.items():
@@ -127,6 +150,4 @@ def _model(
 
 
 def _fingerprint(split: Sequence[Task]) -> str:
-    import hashlib
-
     return hashlib.sha256("\n".join(task.digest for task in split).encode()).hexdigest()

@@ -35,6 +35,14 @@ def check(rl: Mapping[str, Any]) -> None:
         ValueError: with the key and the way out.
     """
     name, group_size = rl["advantage"]["name"], rl["group_size"]
+    if name not in estimate.NAMES:
+        raise ValueError(
+            f"rl.advantage.name must be one of {', '.join(estimate.NAMES)}, got {name!r}."
+        )
+    if rl["critic"] not in learner.CRITICS:
+        raise ValueError(
+            f"rl.critic must be one of {', '.join(learner.CRITICS)}, got {rl['critic']!r}."
+        )
     if name in estimate.NEEDS_GROUPS and group_size < 2:
         raise ValueError(
             f"rl.advantage.name {name!r} compares the members of a group, but rl.group_size is "
@@ -117,7 +125,7 @@ def learn(
     config: Mapping[str, Any],
     *,
     iteration: int,
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[TrainState, dict[str, Any], list[np.ndarray]]:
     """All optimizer steps of one iteration.
 
     Args:
@@ -126,7 +134,8 @@ def learn(
         trajectories: of at most rl.tasks_per_iteration groups; none of them empty.
 
     Returns:
-        The new state and metrics: losses (mean over optimizer steps), batch facts.
+        The new state; metrics (losses as means over optimizer steps, facts of the batch); and for
+        each trajectory its tokens' advantages, for the record.
     """
     rl, shapes = config["rl"], config["learner"]
     turn_rewards = [rewards.turn_rewards(t, **config["reward"]) for t in trajectories]
@@ -159,7 +168,10 @@ def learn(
         for rows, length in everything:
             ref_scores = programs.score(reference, batch.tokens, rows, ref_scores, length=length)
         ref_logprobs = ref_scores.logprobs
-    credit, returns = programs.estimate(batch, scores, ref_logprobs)
+    anchor_ids = batching.anchor_ids(
+        trajectories, num_rows=whole, max_turns=config["rollout"]["max_turns"]
+    )
+    credit, returns = programs.estimate(batch, scores, ref_logprobs, anchor_ids)
 
     collected: list[dict[str, Any]] = []
     size = whole // rl["num_minibatches"]
@@ -177,7 +189,6 @@ def learn(
                 aggregation=rl["aggregation"],
                 observation_weight=rl["observation_weight"],
             )
-            parts = [(rows, whole)] if rl["num_minibatches"] == 1 else None
             parts = everything if rl["num_minibatches"] == 1 else split(rows)
             state, metrics = learner.update(
                 state,
@@ -193,7 +204,23 @@ def learn(
         key: float((max if key.endswith("_max") else np.mean)([m[key] for m in collected]))
         for key in collected[0]
     }
-    return state, means | _facts(batch, credit, turn_rewards, trajectories, everything)
+    credit = np.asarray(credit)
+    facts = _facts(batch, credit, turn_rewards, trajectories, everything)
+    return state, means | facts, [row[:end] for row, end in zip(credit, lengths)]
+
+
+def records(
+    trajectories: Sequence[Trajectory], credit: Sequence[np.ndarray], reward: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """JSON records of the trajectories with what they were rewarded and credited with."""
+    return [
+        trajectory.to_json()
+        | {
+            "turn_rewards": rewards.turn_rewards(trajectory, **reward).tolist(),
+            "advantages": advantages.tolist(),
+        }
+        for trajectory, advantages in zip(trajectories, credit, strict=True)
+    ]
 
 
 def _targets(
@@ -239,7 +266,7 @@ def _facts(batch, credit, turn_rewards, trajectories, parts) -> dict[str, float]
     deviations = [float(np.std(values)) for values in groups.values()]
     places = sum(len(rows) * length for rows, length in parts)
     used = sum(trajectory.num_tokens for trajectory in trajectories)
-    credit = np.asarray(credit)[np.asarray(batch.action_mask)]
+    credit = credit[np.asarray(batch.action_mask)]
     return {
         "batch/reward_mean": float(np.mean(returns)),
         "batch/group_std_mean": float(np.mean(deviations)),

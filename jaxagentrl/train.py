@@ -52,6 +52,7 @@ class Session:
 
 def run(config: Mapping[str, Any], directory: str) -> None:
     """Runs, or continues, the experiment of `config` in the folder `directory`."""
+    prepare.check(config)
     reinforce.check(config["rl"])
     folder = workdir.open_workdir(directory, config, free_keys=FREE_KEYS)
     for change in folder.version_changes:
@@ -63,12 +64,12 @@ def run(config: Mapping[str, Any], directory: str) -> None:
             session = Session(config, folder, setup, writer)
             if host["stage"] == "start":
                 seconds = {"time/prepare_s": time.monotonic() - started}
-                writer.write("baseline", 0, _baselines(session, state.params) | seconds)
+                values = _timed(seconds, _baselines, session, state.params)
+                writer.write("baseline", 0, values)
                 host = _save(session, state, stage="sft", step=0)
             if host["stage"] == "sft":
                 state = _imitate(session, state, host["step"])
-                values = _evaluate(session, state.params, "sft")
-                writer.write("eval", 0, values)
+                writer.write("eval", 0, _timed({}, _evaluate, session, state.params, "sft"))
                 state = _start_rl(state, config, setup)
                 host = _save(session, state, stage="rl", step=0)
             state = _reinforce(session, state, host)
@@ -139,25 +140,38 @@ def _reinforce(session: Session, state: TrainState, host: Mapping[str, Any]) -> 
                 **_play_options(session, state.params),
             )
             clock.append(time.monotonic())
-            state, measured = reinforce.learn(
+            state, measured, credit = reinforce.learn(
                 state, reference, played.trajectories, programs, config, iteration=iteration
             )
             state = dataclasses.replace(state, iteration=state.iteration + 1)
             clock.append(time.monotonic())
             values = measured | evaluate.summary("rollout", played)
-            done = iteration + 1
-            if done % rl["eval_every"] == 0 or done == rl["num_iterations"]:
-                values |= _evaluate(session, state.params, "rl", keep=done == rl["num_iterations"])
+            done, last = iteration + 1, iteration + 1 == rl["num_iterations"]
+            if done % rl["eval_every"] == 0 or last:
+                values |= _evaluate(session, state.params, "rl", keep=last)
+                records = reinforce.records(played.trajectories, credit, config["reward"])
+                _keep(session, f"rl_{done:06d}", records)
             values |= {
                 "time/rollout_s": clock[1] - clock[0],
                 "time/update_s": clock[2] - clock[1],
                 "time/evaluate_s": time.monotonic() - clock[2],
             }
-            session.writer.write("rl", done, values)
+            try:
+                session.writer.write("rl", done, values)
+            except metrics.NonFiniteError:
+                records = reinforce.records(played.trajectories, credit, config["reward"])
+                _keep(session, f"nonfinite_rl_{done:06d}", records)
+                raise
             advance(note=f"success {values['rollout/success_rate']:.2f}")
-            if done % rl["save_every"] == 0 or done == rl["num_iterations"]:
+            if done % rl["save_every"] == 0 or last:
                 _save(session, state, stage="rl", step=done, sampler=sampler.state())
     return state
+
+
+def _timed(values: dict[str, float], measure: Any, *arguments: Any) -> dict[str, float]:
+    """Adds what `measure` returns and how long it took."""
+    since = time.monotonic()
+    return values | measure(*arguments) | {"time/evaluate_s": time.monotonic() - since}
 
 
 def _baselines(session: Session, params: learner.Params) -> dict[str, float]:
@@ -192,10 +206,15 @@ def _evaluate(
             **_play_options(session, params),
         )
     if keep:
-        session.folder.trajectories.mkdir(exist_ok=True)
-        lines = "".join(json.dumps(t.to_json()) + "\n" for t in played.trajectories)
-        workdir.write_atomic(session.folder.trajectories / f"eval_{name}.jsonl", lines)
+        _keep(session, f"eval_{name}", [t.to_json() for t in played.trajectories])
     return evaluate.summary("eval", played)
+
+
+def _keep(session: Session, name: str, records: list[dict[str, Any]]) -> None:
+    """Writes trajectories/<name>.jsonl, one episode a line."""
+    session.folder.trajectories.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    workdir.write_atomic(session.folder.trajectories / f"{name}.jsonl", lines)
 
 
 def _play_options(session: Session, params: learner.Params) -> dict[str, Any]:
@@ -273,10 +292,9 @@ def _restore(
 
 def _export(session: Session, state: TrainState) -> None:
     """The trained policy as a Hugging Face folder."""
-    with workdir.replacing_folder(session.folder.model) as directory:
-        pretrained.save(
-            directory,
-            session.setup.model,
-            state.params["policy"],
-            tokenizer=session.setup.chat_format.tokenizer,
-        )
+    pretrained.save(
+        session.folder.model,
+        session.setup.model,
+        state.params["policy"],
+        tokenizer=session.setup.chat_format.tokenizer,
+    )

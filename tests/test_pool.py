@@ -47,6 +47,11 @@ def say(pool, commands):
     return collect(pool, len(commands))
 
 
+def processes(pool, handles):
+    """The process ids that episodes report."""
+    return {answer.observation for answer in say(pool, dict.fromkeys(handles, "pid")).values()}
+
+
 def test_answers_of_many_episodes():
     with make_pool(num_workers=2) as pool:
         opened = start(pool, range(20))
@@ -58,7 +63,8 @@ def test_answers_of_many_episodes():
             stepped = say(pool, {handle: f"go {handle}" for handle in range(20)})
             for handle, answer in stepped.items():
                 assert isinstance(answer, StepResult)
-                assert answer.observation == " | ".join([str(handle)] + [f"go {handle}"] * (turn + 1))
+                history = [str(handle)] + [f"go {handle}"] * (turn + 1)
+                assert answer.observation == " | ".join(history)
         assert pool.counters == QUIET
 
 
@@ -72,10 +78,10 @@ def test_episodes_of_one_task_share_a_process_and_tasks_spread():
         for member in range(8):
             pool.reset(member, fakes.task("same"))
         collect(pool, 8)
-        assert len({a.observation for a in say(pool, dict.fromkeys(range(8), "pid")).values()}) == 1
+        assert len(processes(pool, range(8))) == 1
     with make_pool(num_workers=2) as pool:
         start(pool, range(30))
-        assert len({a.observation for a in say(pool, dict.fromkeys(range(30), "pid")).values()}) == 2
+        assert len(processes(pool, range(30))) == 2
 
 
 @pytest.mark.parametrize(("fatal", "quoted"), [("crash", "SIGSEGV"), ("raise", "made to fail")])
@@ -132,7 +138,7 @@ def test_a_crash_while_replaying_is_the_crash_of_that_episode(tmp_path):
 
 @pytest.mark.parametrize("hang", ["hang", "hang_in_c"])
 def test_a_hang_is_ended_and_spares_the_others(hang):
-    with make_pool(step_limit_s=0.4) as pool:
+    with make_pool(step_limit_s=1.0) as pool:
         start(pool, "abc")
         began = time.monotonic()
         answers = say(pool, {"a": "one", "b": hang, "c": "one"})
@@ -147,7 +153,7 @@ def test_a_hang_is_ended_and_spares_the_others(hang):
     [("crash", "crash"), ("hang", "reset time limit"), ("no_game_file", "game file")],
 )
 def test_failing_resets(command, reason):
-    with make_pool(reset_limit_s=0.4) as pool:
+    with make_pool(reset_limit_s=1.0) as pool:
         pool.reset("good", fakes.task("good"))
         pool.reset("bad", fakes.task("bad", reset=command))
         answers = collect(pool, 2)
@@ -326,7 +332,8 @@ def test_workers_die_with_their_parent(ending):
 
 def test_everything_imports_without_jax():
     code = "import sys; sys.modules['jax'] = None; import envs_host.pool, envs_host.textworld"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=os.path.dirname(envs_host.__path__[0]))
+    root = os.path.dirname(envs_host.__path__[0])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
 # Real games.

@@ -114,9 +114,9 @@ def test_what_is_sent_is_harmless_and_cleaning_twice_changes_nothing(text):
 
 
 PRINTED = (
-    "\n\n-= Vault =-\nYou find yourself in a vault.\n\nYou can see a counter. On the counter you can"
-    " make out a cookie.\n\n\n\nThere is a note on the floor.\n\n\nYour score has just gone up by one"
-    " point.\n\n>          -= Vault =-0/12"
+    "\n\n-= Vault =-\nYou find yourself in a vault.\n\nYou can see a counter. On the counter you "
+    "can make out a cookie.\n\n\n\nThere is a note on the floor.\n\n\nYour score has just gone up "
+    "by one point.\n\n>          -= Vault =-0/12"
 )
 
 
@@ -131,7 +131,8 @@ def test_observation():
         "You are now in the vault. You eat it. You are carrying: a pie."
     )
     # Told once: the answer to "inventory" is the inventory.
-    assert textworld_text.observation("vault", "You are carrying nothing.", "You are carrying nothing.") == (
+    carried = "You are carrying nothing."
+    assert textworld_text.observation("vault", carried, carried) == (
         "You are now in the vault. You are carrying nothing."
     )
 
@@ -315,7 +316,7 @@ def test_answers_are_those_of_textworld(task):
             if refusal is not None:
                 continue
             state, their_score, done = theirs.step(command)
-            (room,) = [fact.arguments[1].name for fact in state.facts if str(fact).startswith("at(P")]
+            (room,) = [f.arguments[1].name for f in state.facts if str(f).startswith("at(P")]
             told = textworld_text.clean_feedback(state.feedback, opening=False)
             assert result.observation == textworld_text.observation(room, told, state.inventory)
             assert result.info.admissible_commands == tuple(state.admissible_commands)

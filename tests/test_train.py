@@ -1,0 +1,163 @@
+"""The whole run through the real command line: what it leaves, and that kill -9 changes nothing."""
+
+import json
+import os
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxagentrl import metrics, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def command(workdir: pathlib.Path, cache: pathlib.Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "jaxagentrl.main",
+        f"--config={ROOT / 'configs' / 'textworld_smoke.py'}",
+        f"--workdir={workdir}",
+        f"--config.env.cache_dir={cache}",
+        *overrides,
+    ]
+
+
+def run(*arguments, check=True, **options) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=600, **options
+    )
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("games")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache) -> pathlib.Path:
+    """A workdir of an uninterrupted smoke run."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(workdir, cache)
+    assert "after RL" in done.stdout
+    return workdir
+
+
+def comparable(workdir: pathlib.Path) -> list[dict]:
+    return [metrics.without_time(line) for line in metrics.read(workdir / "metrics.jsonl")]
+
+
+def test_a_run_leaves_what_the_design_promises(finished):
+    for name in ("config.json", "metrics.jsonl", "curves.png", "report.html"):
+        assert (finished / name).stat().st_size > 0, name
+    assert list((finished / "tensorboard").rglob("events.*"))
+    config = json.loads((finished / "config.json").read_text())
+    assert config["versions"]["textworld"] and config["facts"]["games"]
+    lines = comparable(finished)
+    assert [line["step"] for line in lines if line["phase"] == "rl"] == [1, 2, 3, 4]
+    baseline = lines[0]
+    assert baseline["walkthrough/success_rate"] == 1.0
+    for prefix in ("random", "walkthrough", "eval"):
+        assert baseline[f"{prefix}/episodes"] == 8
+        assert baseline[f"{prefix}/success_low"] <= baseline[f"{prefix}/success_high"]
+    gaps = [line["policy/sampler_gap_max"] for line in lines if line["phase"] == "rl"]
+    assert max(gaps) <= 1e-4  # promise 2, on every run
+    episodes = [json.loads(row) for row in (finished / "trajectories" / "eval_rl.jsonl").open()]
+    assert len(episodes) == 8 and episodes[0]["turns"][0]["action_ids"]
+
+
+def test_the_model_loads_in_transformers(finished):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(finished / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "model")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "open box"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    ids = ids if hasattr(ids, "shape") else ids["input_ids"]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+@pytest.mark.parametrize("phase, step", [("sft", 6), ("rl", 3)])
+def test_kill_9_and_go_on_equals_an_uninterrupted_run(finished, cache, tmp_path, phase, step):
+    workdir = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(workdir, cache), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        lines = metrics.read(workdir / "metrics.jsonl")
+        if any(line["phase"] == phase and line["step"] >= step for line in lines):
+            break
+        time.sleep(0.05)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    interrupted = comparable(workdir)
+    assert len(interrupted) < len(comparable(finished))
+    resumed = run(workdir, cache)
+    assert "continuing after" in resumed.stderr
+    assert comparable(workdir) == comparable(finished)
+
+
+def smoke_config() -> dict:
+    return runpy.run_path(str(ROOT / "configs" / "textworld_smoke.py"))["get_config"]().to_dict()
+
+
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        ("rl.group_size", 1, "rl.group_size is 1"),
+        ("rl.advantage.name", "gea", "rl.advantage.name"),
+        ("rl.advantage.name", "gae", "rl.critic"),
+        ("rl.critic", "head", "uses no critic"),
+        ("rl.kl.placement", "loss", "rl.kl"),
+        ("rl.kl.placement", "los", "rl.kl.placement"),
+        ("rl.num_minibatches", 5, "num_minibatches"),
+        ("sampling.max_length", 100, "filled_buckets"),
+        ("sampling.num_slots", 7, "num_waves"),
+        ("sft.batch_size", 99, "sft.batch_size"),
+        ("splits.test", (40001, 8), "share the seeds"),
+        ("env.name", "zork", "env.name"),
+        ("learner.length_buckets", (64,), "length_buckets"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_made(tmp_path, path, value, words):
+    config = smoke_config()
+    *parents, key = path.split(".")
+    place = config
+    for parent in parents:
+        place = place[parent]
+    assert key in place
+    place[key] = value
+    with pytest.raises(ValueError, match=words):
+        train.run(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_wrong_setting_is_one_paragraph_and_no_traceback(tmp_path, cache):
+    done = run(tmp_path / "new", cache, "--config.rl.group_size=1", check=False)
+    assert done.returncode != 0
+    assert "error: rl.advantage.name" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_misspelt_key_is_refused_with_the_right_one(tmp_path, cache):
+    done = run(tmp_path / "new", cache, "--config.sft.batchsize=3", check=False)
+    assert done.returncode != 0
+    assert "batch_size" in done.stderr
+
+
+def test_a_workdir_of_another_config_is_refused_and_untouched(finished, cache):
+    before = (finished / "metrics.jsonl").read_text()
+    done = run(finished, cache, "--config.seed=1", check=False)
+    assert done.returncode != 0 and "another config" in done.stderr and "seed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (finished / "metrics.jsonl").read_text() == before
