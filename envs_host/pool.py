@@ -4,9 +4,9 @@ Requests are queued and answers collected; a thread of the pool moves them in ba
 environments step while the caller computes. What a worker process can do, and what happens then:
 
 - crash (a segfault in an interpreter written in C, or an exception): the process is replaced. The
-  episode that was being stepped gets its commands replayed in the new process and its request tried
-  again, `max_replays` times; then it is answered with an `EnvFailure`. The others on that worker are
-  replayed as well, with their next command, and notice nothing;
+  episode that was being stepped gets its commands replayed in the new process and its request
+  tried again, `max_replays` times; then it is answered with an `EnvFailure`. The others on that
+  worker are replayed as well, with their next command, and notice nothing;
 - hang past the time limit: the process is killed, then as above;
 - grow past the memory limit: the process is replaced between two batches, its episodes replayed.
 

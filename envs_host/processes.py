@@ -1,8 +1,8 @@
 """Child processes that start clean and never outlive their parent.
 
 `multiprocessing`'s spawn imports the parent's main module again in every child, which would load
-jax (seconds, and a fight over the accelerator) into each environment worker. Here a child is a fresh
-interpreter that is told one function to call:
+jax (seconds, and a fight over the accelerator) into each environment worker. Here a child is a
+fresh interpreter that is told one function to call:
 
 - it ignores SIGINT: Ctrl-C is the parent's to handle, which then closes its children;
 - its standard input is a pipe that only the parent holds open. A thread waits for its end, so the
@@ -22,7 +22,9 @@ import threading
 from multiprocessing.connection import Connection
 
 _STDERR_TAIL = 2000
-_STARTER = "import sys; sys.path[:] = {path!r}; from envs_host import processes; processes._run({fd})"
+_STARTER = (
+    "import sys; sys.path[:] = {path!r}; from envs_host import processes; processes._run({fd})"
+)
 
 
 class Child:

@@ -24,7 +24,7 @@ _VERIFIED: set[tuple] = set()  # Files whose digest was checked, with their size
 class TextWorldEnv:
     """One live episode of a TextWorld game; terminated means won or lost.
 
-    A limit on the number of turns is not the environment's business, so `truncated` is always False.
+    A limit on the turns is not the environment's business, so `truncated` is always False.
     """
 
     def __init__(

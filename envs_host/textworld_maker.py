@@ -26,7 +26,7 @@ _CHALLENGES = {
 
 def work(connection: Connection, cache_dir: str, scratch: str) -> None:
     """Makes the games whose specs come through the connection, until it ends."""
-    # Inform keeps a folder in HOME, and TextWorld looks for a `textworld_data` folder where it runs.
+    # Inform keeps a folder in HOME, and TextWorld looks for `textworld_data` where it runs.
     os.environ["HOME"] = scratch
     os.chdir(scratch)
     tempfile.tempdir = scratch

@@ -84,7 +84,8 @@ class Spec:
         family = given.pop("family", None)
         if family not in FAMILIES:
             raise ValueError(
-                f"the game family {family!r} is unknown: 'family' must be one of {sorted(FAMILIES)}."
+                f"the game family {family!r} is unknown: 'family' must be one of "
+                f"{sorted(FAMILIES)}."
             )
         seed = given.pop("seed", None)
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:

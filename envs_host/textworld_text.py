@@ -11,8 +11,8 @@ Commands come from a language model that may be half trained, so they can be any
    `MAX_COMMAND_LENGTH` characters (the games' line buffer is that long).
 4. What is left is not sent, and the command counts as not valid, if it is empty or if it (or what
    follows a comma) starts with one of `REFUSED`: verbs that address the interpreter instead of the
-   world (`quit` and `restart` open a yes/no prompt that swallows the next command, `verbose` changes
-   every later text), `oops`, which can smuggle them in, or TextWorld's own debugging commands.
+   world (`quit` and `restart` open a yes/no prompt that swallows the next command, `verbose`
+   changes every later text), `oops`, which can smuggle them in, or TextWorld's debugging commands.
 """
 
 import re

@@ -32,7 +32,8 @@ class Task:
         params: generation parameters, JSON-able, without the seed.
         seed: generation seed.
         file: path of the game file.
-        digest: SHA-256 of the game file, in hexadecimal.
+        digest: SHA-256 of the game file, in hexadecimal; for TextWorld without the date in it, so
+            that a game has the same digest wherever and whenever it is made.
         objective: what the player is asked to do; may be empty.
         max_score: score of a perfect episode.
         walkthrough: commands that win, replayed in the real engine when the task was made.
