@@ -13,17 +13,19 @@ def get_config() -> ml_collections.ConfigDict:
         num_workers=2,
     )
     # (first seed, number of seeds) of each split.
-    config.splits = dict(demo=(40001, 300), train=(50001, 500), test=(1, 200))
+    config.splits = dict(demo=(40001, 300), train=(50001, 400), test=(1, 300))
     config.pool = dict(
         num_workers=2, step_limit_s=10.0, reset_limit_s=30.0, worker_memory_mb=2000.0
     )
     config.prompt = dict(style="brief", show_admissible=False)
     config.tokenizer = dict(
         directory=ml_collections.config_dict.placeholder(str),
-        vocab_size=512,
+        vocab_size=768,
         names="parts",
         phrases=True,
         glue_tokens=True,
+        # Names of the basic theme end in a number below 100.
+        lexicon=[str(number) for number in range(100)] + [f"0{digit}" for digit in range(10)],
     )
     config.model = dict(
         directory=ml_collections.config_dict.placeholder(str),
@@ -35,11 +37,11 @@ def get_config() -> ml_collections.ConfigDict:
         intermediate_size=384,
     )
     config.sampling = dict(
-        num_slots=128,
+        num_slots=256,
         num_waves=2,
-        max_length=192,
+        max_length=176,
         max_turn_tokens=12,
-        filled_buckets=(64, 96, 128, 192),
+        filled_buckets=(64, 96, 128, 176),
         width_buckets=(24, 48, 96),
         row_divisors=(1, 4),
         cache_dtype="float32",
@@ -49,17 +51,20 @@ def get_config() -> ml_collections.ConfigDict:
         kind="intermediate",
         invalid_penalty=0.0,
         no_end_of_turn_penalty=0.0,
-        intermediate_scale=0.2,
+        intermediate_scale=0.25,
     )
     config.learner = dict(
-        length_buckets=(64, 80, 96, 128, 192), tokens_per_part=3072, row_multiple=8, remat=False
+        length_buckets=(80, 96, 112, 128, 144, 176),
+        tokens_per_part=3072,
+        row_multiple=8,
+        remat=False,
     )
     config.sft = dict(
-        num_steps=600,
+        num_steps=200,
         batch_size=16,
         observation_weight=0.5,
         log_every=20,
-        save_every=100,
+        save_every=50,
         optimizer=dict(
             learning_rate=2e-3,
             warmup_steps=40,
@@ -72,7 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
         ),
     )
     config.rl = dict(
-        num_iterations=80,
+        num_iterations=56,
         tasks_per_iteration=32,
         group_size=8,
         num_epochs=1,
@@ -81,17 +86,17 @@ def get_config() -> ml_collections.ConfigDict:
         critic="none",
         aggregation="token_mean",
         observation_weight=0.0,
-        eval_every=10,
-        save_every=10,
+        eval_every=8,
+        save_every=8,
         advantage=dict(
-            name="rewards_to_go_group",
+            name="gigpo",
             whiten=True,
-            negative_weight=1.0,
+            negative_weight=0.5,
             gae_lambda=1.0,
             group_scale="none",
             turn_horizon="episode",
             turn_discount=0.5,
-            step_weight=2.0,
+            step_weight=3.0,
         ),
         loss=dict(
             surrogate="clipped",
@@ -106,7 +111,7 @@ def get_config() -> ml_collections.ConfigDict:
         optimizer=dict(
             learning_rate=3e-4,
             warmup_steps=5,
-            decay_steps=ml_collections.config_dict.placeholder(int),
+            decay_steps=56,
             final_fraction=0.1,
             b1=0.9,
             b2=0.95,
