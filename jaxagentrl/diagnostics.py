@@ -31,7 +31,7 @@ def explained_variance(
     values, returns = masking.clean([values, returns], mask, differentiable=0)
     _, total = masking.masked_mean_and_var(returns, mask, axis_name=axis_name)
     _, left = masking.masked_mean_and_var(returns - values, mask, axis_name=axis_name)
-    return jnp.where(total > 0, 1.0 - left / jnp.where(total > 0, total, 1.0), 0.0)
+    return masking.divide(total - left, total)
 
 
 def explained_variance_per_turn(
@@ -65,7 +65,7 @@ def explained_variance_per_turn(
         return jnp.square(group_std(centered, ids, num_turns, 0, axis_name))
 
     total, left = variance(returns), variance(returns - values)
-    return jnp.where(total > 0, 1.0 - left / jnp.where(total > 0, total, 1.0), 0.0)
+    return masking.divide(total - left, total)
 
 
 def clip_fractions(
@@ -148,12 +148,10 @@ def effective_sample_size(
     # Divided by the largest weight first: squares of e²⁰ would leave float32.
     largest = jnp.max(ratios)
     largest = largest if axis_name is None else jax.lax.pmax(largest, axis_name)
-    scaled = ratios / jnp.where(largest > 0, largest, 1.0)
+    scaled = masking.divide(ratios, largest)
     mean = masking.masked_mean(scaled, mask, axis_name=axis_name)
     mean_square = masking.masked_mean(jnp.square(scaled), mask, axis_name=axis_name)
-    return jnp.where(
-        mean_square > 0, jnp.square(mean) / jnp.where(mean_square > 0, mean_square, 1.0), 0.0
-    )
+    return masking.divide(jnp.square(mean), mean_square)
 
 
 def sampler_mismatch(
@@ -259,9 +257,8 @@ def credit_by_turn(
         return masking.group_sum(x, ids, num_groups=num_turns, axis_name=axis_name)
 
     tokens, weight = per_turn(jnp.ones_like(credit)), per_turn(jnp.abs(credit))
-    total = jnp.sum(weight)
     return {
-        "mean": per_turn(credit) / jnp.maximum(tokens, 1.0),
-        "share": weight / jnp.where(total > 0, total, 1.0),
+        "mean": masking.divide(per_turn(credit), tokens),
+        "share": masking.divide(weight, jnp.sum(weight)),
         "tokens": tokens,
     }

@@ -138,7 +138,7 @@ def opo(
         axis_name=axis_name,
     )
     weight = masking.group_sum(lengths, group_ids, num_groups=num_groups, axis_name=axis_name)
-    baseline = weighted / jnp.where(weight > 0, weight, 1.0)
+    baseline = masking.divide(weighted, weight)
     return jnp.where(inside, centered - masking.take_group(baseline, group_ids), 0.0)
 
 

@@ -245,7 +245,7 @@ def make_apply(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
         state = dataclasses.replace(
             state, step=state.step + 1, params=params, opt_state=opt_state
         )
-        return state, {"optimizer/grad_norm": optax.global_norm(grads)}
+        return state, {"optimizer/grad_norm": optax.tree.norm(grads)}
 
     return apply
 

@@ -50,6 +50,12 @@ def total(x: Array, axis_name: AxisName = None) -> Array:
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
+def divide(x: Array, y: Array) -> Array:
+    """x / y, and 0 where y ≤ 0; the division by 0 happens in neither value nor gradient."""
+    positive = y > 0
+    return jnp.where(positive, x / jnp.where(positive, y, 1.0), 0.0)
+
+
 def masked_sum(x: Array, mask: Array, *, axis=None, axis_name: AxisName = None) -> Array:
     """Σ x over the mask.
 

@@ -6,6 +6,13 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def smoke_games(tmp_path_factory):
+    """Cache of the smoke config's games, made by whichever run comes first."""
+    return tmp_path_factory.mktemp("games")

@@ -135,3 +135,10 @@ def test_shapes_and_types_are_checked():
         masking.masked_sum(X, MASK.astype(np.float32))
     with pytest.raises(AssertionError):
         masking.group_sum(X, TURNS, num_groups=2)
+
+
+def test_division_by_nothing_is_zero_in_value_and_gradient():
+    x, y = jnp.array([3.0, 3.0, 0.0]), jnp.array([2.0, 0.0, 0.0])
+    np.testing.assert_array_equal(masking.divide(x, y), [1.5, 0, 0])
+    slope = jax.grad(lambda x, y: jnp.sum(masking.divide(x, y)), (0, 1))(x, y)
+    np.testing.assert_allclose(slope, [[0.5, 0, 0], [-0.75, 0, 0]])

@@ -37,8 +37,8 @@ def run(*arguments, check=True, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("games")
+def cache(smoke_games) -> pathlib.Path:
+    return smoke_games
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,305 @@
+"""Learning: the gradient knows nothing of micro-batches, every algorithm runs, and one of them learns."""
+
+import copy
+import functools
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from records import make_task, make_trajectory, make_turn
+
+from envs_host.types import StopReason
+from jaxagentrl import engine, estimate, imitate, learner, reinforce, train
+from jaxagentrl.models import decoder
+
+ROOT = pathlib.Path(__file__).parents[1]
+STOP = 3
+MODEL = decoder.DecoderConfig(
+    vocab_size=24,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    intermediate_size=32,
+)
+LENGTHS = (16, 32, 48)
+
+
+@functools.cache
+def smoke_config() -> dict:
+    return runpy.run_path(str(ROOT / "configs" / "textworld_smoke.py"))["get_config"]().to_dict()
+
+
+def make_config(**rl) -> dict:
+    config = copy.deepcopy(smoke_config())
+    config["learner"] = dict(
+        length_buckets=(48,), tokens_per_part=144, row_multiple=3, remat=False
+    )
+    config["rl"] |= dict(tasks_per_iteration=3, group_size=2, num_minibatches=1, num_epochs=1)
+    config["rl"]["optimizer"] |= dict(warmup_steps=0)
+    for key, value in rl.items():
+        config["rl"][key] = config["rl"][key] | value if isinstance(value, dict) else value
+    return config
+
+
+def make_trajectories(seed: int = 0) -> list:
+    """Three groups of two, ragged, some won; the first group without any signal."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for index in range(6):
+        turns = []
+        for turn in range(rng.integers(1, 5)):
+            action = rng.integers(4, 24, rng.integers(1, 4)).tolist() + [STOP]
+            turns.append(
+                make_turn(
+                    rng.integers(4, 24, rng.integers(2, 6)).tolist(),
+                    action,
+                    logprobs=np.log(rng.uniform(0.02, 0.06, len(action))),
+                    intermediate_reward=float(rng.integers(-1, 2)) if index > 1 else 0.0,
+                    anchor=f"state {turn % 2}",
+                )
+            )
+        won = index % 2 == 1 and index > 1
+        made.append(
+            make_trajectory(
+                turns,
+                task=make_task(f"game-{index // 2}", index // 2),
+                group=index // 2,
+                member=index % 2,
+                won=won,
+                score=2.0 if won else 0.0,
+                stop_reason=StopReason.DONE if won else StopReason.TURN_LIMIT,
+            )
+        )
+    return made
+
+
+def make_state(config: dict, critic: str = "none"):
+    params = {"policy": jax.tree.map(jnp.asarray, policy())}
+    params = learner.with_critic(params, MODEL, critic=critic)
+    programs, chain = reinforce.make_programs(config, MODEL)
+    reference = jax.tree.map(jnp.copy, {"policy": params["policy"]})
+    return train._fresh_state(params, chain), reference, programs
+
+
+@functools.cache
+def policy() -> dict:
+    return jax.device_get(decoder.init(MODEL, jax.random.key(0)))
+
+
+@functools.cache
+def imitation():
+    """The demonstrations, their targets and one compiled program for all tests."""
+    demonstrations = imitate.load(make_trajectories(), length_buckets=(48,))
+    targets = imitate.targets(demonstrations.batch, jnp.arange(6), observation_weight=0.5)
+    return (
+        demonstrations,
+        targets,
+        learner.make_accumulate(learner.make_sft_loss(MODEL, remat=False)),
+    )
+
+
+def gradient(parts):
+    """Gradient of the imitation loss of six trajectories, in the given micro-batches."""
+    demonstrations, targets, accumulate = imitation()
+    params = {"policy": policy()}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    total = 0.0
+    for part, length in parts:
+        part = np.asarray(part, np.int32)
+        grads, metrics = accumulate(
+            params, grads, demonstrations.batch, targets, part, length=length
+        )
+        total += float(metrics["loss/action"])
+    return grads, total
+
+
+def test_the_gradient_does_not_depend_on_the_split_the_order_or_the_padding():
+    whole, loss = gradient([([0, 1, 2, 3, 4, 5], 48)])
+    for parts in (
+        [([5, 3, 1, 0, 2, 4], 48)],
+        # Row 6 does not exist: it fills places.
+        [([0, 1, 6, 6, 6, 6], 48), ([6, 2, 3, 6, 6, 6], 48), ([4, 5, 6, 6, 6, 6], 48)],
+    ):
+        other, other_loss = gradient(parts)
+        assert abs(loss - other_loss) < 1e-5
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, other)
+
+
+def test_cutting_rows_to_their_length_changes_nothing():
+    lengths = np.array([t.num_tokens for t in make_trajectories()])
+    shapes = dict(length_buckets=LENGTHS, tokens_per_part=32, row_multiple=2)
+    parts = imitate.parts(np.arange(6), lengths, **shapes)
+    assert len({length for _, length in parts}) > 1  # else this shows nothing
+    whole, loss = gradient([([0, 1, 2, 3, 4, 5], 48)])
+    cut, cut_loss = gradient(parts)
+    assert abs(loss - cut_loss) < 1e-5
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, cut)
+
+
+def test_imitation_rows_cover_every_epoch_and_depend_on_the_step_alone():
+    rows = [imitate.step_rows(10, batch_size=3, seed=4, step=step) for step in range(6)]
+    for epoch in (rows[:3], rows[3:]):
+        assert len(set(np.concatenate(epoch).tolist())) == 9
+    assert not np.array_equal(np.concatenate(rows[:3]), np.concatenate(rows[3:]))
+    again = imitate.step_rows(10, batch_size=3, seed=4, step=4)
+    np.testing.assert_array_equal(rows[4], again)
+    with pytest.raises(ValueError, match="sft.batch_size"):
+        imitate.step_rows(2, batch_size=3, seed=0, step=0)
+
+
+CRITICS = {"gae": "head", "turn_gae": "separate"}
+
+
+@pytest.mark.parametrize("name", estimate.NAMES)
+def test_every_algorithm_updates_and_reports(name):
+    critic = CRITICS.get(name, "none")
+    config = make_config(advantage=dict(name=name), critic=critic)
+    state, reference, programs = make_state(config, critic)
+    before = jax.device_get(state.params)
+    state, measured, credit = reinforce.learn(
+        state, reference, make_trajectories(), programs, config, iteration=0
+    )
+    assert all(np.isfinite(value) for value in measured.values())
+    assert int(state.step) == 1
+    assert [len(row) for row in credit] == [t.num_tokens for t in make_trajectories()]
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(state.params))
+    assert moved["policy"]["embed"]["embedding"]
+    if critic != "none":
+        assert moved["value_head"]["kernel"] and measured["loss/value"] > 0
+
+
+@pytest.mark.parametrize(
+    "kl",
+    [
+        dict(placement="reward", estimator="k1", coefficient=0.1),
+        dict(placement="loss", estimator="k2", coefficient=0.1),
+        dict(placement="loss", estimator="k3_straight_through", coefficient=0.1),
+    ],
+)
+def test_kl_to_the_reference_is_zero_at_the_start_and_grows(kl):
+    config = make_config(kl=kl, advantage=dict(name="leave_one_out"), optimizer=dict(warmup_steps=0))
+    state, reference, programs = make_state(config)
+    values = []
+    for iteration in range(3):
+        state, measured, _ = reinforce.learn(
+            state, reference, make_trajectories(), programs, config, iteration=iteration
+        )
+        values.append(measured.get("loss/kl"))
+    if kl["placement"] == "loss":
+        assert abs(values[0]) < 1e-9 < values[2]
+
+
+def test_scoring_first_gives_the_same_gradient_as_bypassing_it():
+    """One update per batch: the old log-probs are the current ones, whichever way they come."""
+    trajectories = make_trajectories()
+    config = make_config(advantage=dict(name="leave_one_out"))
+    with_kl = make_config(
+        advantage=dict(name="leave_one_out"),
+        kl=dict(placement="reward", estimator="k1", coefficient=1e-12),
+    )
+    outcomes = []
+    for each in (config, with_kl):
+        state, reference, programs = make_state(each)
+        state, _, _ = reinforce.learn(state, reference, trajectories, programs, each, iteration=0)
+        outcomes.append(jax.device_get(state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *outcomes)
+
+
+def test_minibatches_and_epochs_take_their_steps_and_clip():
+    config = make_config(
+        num_minibatches=3, num_epochs=2, advantage=dict(name="leave_one_out"),
+        optimizer=dict(learning_rate=0.05, warmup_steps=0),
+    )
+    state, reference, programs = make_state(config)
+    state, measured, _ = reinforce.learn(
+        state, reference, make_trajectories(), programs, config, iteration=0
+    )
+    assert int(state.step) == 6
+    assert measured["policy/clip_fraction"] > 0 and measured["policy/old_kl"] > 0
+
+
+def test_negative_weight_scales_only_what_is_below_the_baseline():
+    outcomes = []
+    for weight in (1.0, 0.25):
+        config = make_config(advantage=dict(name="leave_one_out", negative_weight=weight))
+        state, reference, programs = make_state(config)
+        _, _, credit = reinforce.learn(
+            state, reference, make_trajectories(), programs, config, iteration=0
+        )
+        outcomes.append(np.concatenate(credit))
+    plain, damped = outcomes
+    np.testing.assert_allclose(damped[plain > 0], plain[plain > 0])
+    np.testing.assert_allclose(damped[plain < 0], 0.25 * plain[plain < 0], rtol=1e-6)
+    assert np.any(plain < 0)
+
+
+def test_reinforcement_learns_a_bandit_through_the_engine():
+    """One turn, one right first token: success must go from rare to usual."""
+    right = 7
+    config = make_config(
+        tasks_per_iteration=2,
+        group_size=8,
+        advantage=dict(name="leave_one_out"),
+        optimizer=dict(learning_rate=0.01, warmup_steps=0, decay_steps=None),
+    )
+    config["reward"] = dict(
+        kind="single",
+        invalid_penalty=0.0,
+        no_end_of_turn_penalty=0.0,
+        intermediate_scale=None,
+    )
+    state, reference, programs = make_state(config)
+    eng = engine.Engine(
+        MODEL,
+        num_slots=16,
+        num_waves=1,
+        max_length=16,
+        max_turn_tokens=2,
+        stop_id=STOP,
+        filled_buckets=(16,),
+        width_buckets=(8,),
+        row_divisors=(1,),
+    )
+    success = []
+    for iteration in range(40):
+        requests = [
+            engine.TurnRequest(slot, np.array([1, 2 + slot // 8]), 2, 1.0, (iteration, slot))
+            for slot in range(16)
+        ]
+        samples = eng.act(state.params["policy"], 0, requests)
+        trajectories = []
+        for slot, request in enumerate(requests):
+            sample, won = samples[slot], int(samples[slot].ids[0]) == right
+            turn = make_turn(
+                request.new_ids, sample.ids, logprobs=sample.logprobs, entropies=sample.entropies
+            )
+            trajectories.append(
+                make_trajectory(
+                    [turn],
+                    task=make_task(f"game-{slot // 8}"),
+                    group=slot // 8,
+                    member=slot % 8,
+                    won=won,
+                    score=2.0 * won,
+                )
+            )
+            eng.release(0, slot)
+        success.append(np.mean([t.won for t in trajectories]))
+        state, measured, _ = reinforce.learn(
+            state, reference, trajectories, programs, config, iteration=iteration
+        )
+        assert measured["policy/sampler_gap_max"] < 1e-4
+    assert np.mean(success[:3]) < 0.3 and np.mean(success[-5:]) > 0.8, success
+
+
+def test_weights_of_a_step_sum_to_one():
+    demonstrations = imitate.load(make_trajectories(), length_buckets=(48,))
+    targets = imitate.targets(demonstrations.batch, jnp.array([1, 4]), observation_weight=0.5)
+    np.testing.assert_allclose(np.sum(targets.weights), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(np.sum(targets.observation_weights), 0.5, rtol=1e-6)
+    assert not np.any(np.asarray(targets.weights)[[0, 2, 3, 5]])
