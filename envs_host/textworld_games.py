@@ -66,7 +66,7 @@ def generate(
 
     Args:
         specs: one dict per game, see the top of this file and `textworld_specs.FAMILIES`.
-        cache_dir: made if need be; may be shared by several runs at once.
+        cache_dir: made if need be; may be shared by several runs at once, and may start with "~".
         num_workers: processes; by default as many as this process may use cores.
         progress: show a progress bar if games must be made.
 
@@ -78,6 +78,7 @@ def generate(
     twice = [spec.name for spec, count in collections.Counter(wanted).items() if count > 1]
     if twice:
         raise ValueError(f"{len(twice)} games are asked for more than once, e.g. {twice[0]}.")
+    cache_dir = os.path.abspath(os.path.expanduser(cache_dir))
     os.makedirs(cache_dir, exist_ok=True)
     _sweep(cache_dir, "*" + PARTIAL)
     _sweep(tempfile.gettempdir(), _SCRATCH + "*")
@@ -144,7 +145,7 @@ def _generate_in_processes(specs: list[Spec], cache_dir: str, num_workers: int) 
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=_SCRATCH))
         children = {}
         for _ in range(num_workers):
-            child = Child("envs_host.textworld_maker:work", os.path.abspath(cache_dir), scratch)
+            child = Child("envs_host.textworld_maker:work", cache_dir, scratch)
             stack.callback(child.close)
             children[child.connection] = child
             at_work[child.connection] = None

@@ -433,6 +433,12 @@ def test_games_are_found_again_and_damaged_ones_made_again(tasks, cache_dir, tmp
     assert made.tasks[0] == dataclasses.replace(tasks["basic"], file=str(game))  # Same digest.
 
 
+def test_the_cache_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert textworld.generate([], cache_dir="~/a/games").tasks == []
+    assert (tmp_path / "a" / "games").is_dir()
+
+
 def test_games_are_those_of_tw_make(tasks, tmp_path):
     program = pathlib.Path(sys.executable).parent / "tw-make"
     command = "custom --world-size 2 --nb-objects 3 --quest-length 4 --theme basic --seed 50001"
