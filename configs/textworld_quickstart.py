@@ -109,10 +109,10 @@ def get_config() -> ml_collections.ConfigDict:
         ),
         kl=dict(placement="none", estimator="k2", coefficient=0.0),
         optimizer=dict(
-            learning_rate=3e-4,
+            learning_rate=4e-4,
             warmup_steps=5,
             decay_steps=56,
-            final_fraction=0.1,
+            final_fraction=0.25,
             b1=0.9,
             b2=0.95,
             weight_decay=0.0,
