@@ -38,7 +38,7 @@ _REFUSED_PREFIX = "tw-"
 REFUSAL = "That command is not part of the game."
 EMPTY = "No command was given."
 
-_NOT_PRINTABLE = re.compile(r"[^\x20-\x7e]|\\")
+_NOT_PRINTABLE = re.compile(r"[^\x20-\x7e\r\n]|\\")
 _END_OF_COMMAND = re.compile(r"[.;!?\r\n]|\bthen\b", re.IGNORECASE)
 _CLAUSE_START = re.compile(r'(?:^|,)[\s,"]*([^\s,"]+)')
 
@@ -66,9 +66,12 @@ def clean_command(text: str) -> tuple[str, str | None]:
     Returns:
         The command, and None if it may be sent, else the answer to give in the game's place.
     """
-    text = _END_OF_COMMAND.split(text.lstrip(" .;!?\t\r\n"), maxsplit=1)[0]
+    # In this order: a letter like the ellipsis is several full stops after normalization, and a
+    # word is "then" after what clung to it has gone.
     letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    command = " ".join(_NOT_PRINTABLE.sub(" ", "".join(letters)).split())
+    printable = _NOT_PRINTABLE.sub(" ", "".join(letters))
+    first = _END_OF_COMMAND.split(printable.lstrip(" .;!?\r\n"), maxsplit=1)[0]
+    command = " ".join(first.split())
     if len(command) > MAX_COMMAND_LENGTH:
         command = command[: MAX_COMMAND_LENGTH + 1].rpartition(" ")[0]
     if not command:

@@ -81,6 +81,9 @@ def task(request, name):
         (r"open \box\\", "open box"),
         ("ouvre la boîte", "ouvre la boite"),
         ("take 钥匙 key", "take key"),
+        ("take coin… go north", "take coin"),  # The ellipsis is three full stops in one letter.
+        ("take coin；go north", "take coin"),
+        ("take coin thenЖ go north", "take coin"),
         ("take " + "x" * 60 + " " + "y" * 60, "take " + "x" * 60),
     ],
 )
@@ -100,7 +103,8 @@ def test_refused_commands(text):
     assert refusal in (textworld_text.REFUSAL, textworld_text.EMPTY)
 
 
-@hypothesis.given(st.text())
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.text() | st.text(alphabet="thn eqiu.,;…；\\Ж\x00\n\u0301", max_size=30))
 def test_what_is_sent_is_harmless_and_cleaning_twice_changes_nothing(text):
     command, refusal = textworld_text.clean_command(text)
     assert len(command) <= textworld_text.MAX_COMMAND_LENGTH
@@ -108,6 +112,7 @@ def test_what_is_sent_is_harmless_and_cleaning_twice_changes_nothing(text):
     assert "  " not in command and command == command.strip()
     if refusal is None:
         assert textworld_text.clean_command(command) == (command, None)
+        assert not {".", ";", "!", "?"} & set(command) and "then" not in command.lower().split()
 
 
 # Observations.
