@@ -1,4 +1,15 @@
-"""The quick start."""
+"""The quick start: a small transformer learns to win unseen w2-o3-q4 TextWorld games from scratch.
+
+    python -m jaxagentrl.main --config=configs/textworld_quickstart.py --workdir=runs/quickstart
+
+Games: `tw-make custom --world-size 2 --nb-objects 3 --quest-length 4`, theme `basic` (names such as
+`thing6` and `Z-box`: a third of the tokens of `house` and no less skill). 300 walkthroughs are imitated
+for 200 steps, which is before the model has memorized them; 56 iterations of RL follow on 400 other
+games, 256 episodes each, with TextWorld's progress signal as the turns' reward and GiGPO's credit.
+
+Expected, on two CPU cores: about 18 minutes from an empty cache (six of them to make 1,000 games),
+1.3 GB of memory; held-out success and its intervals over seeds: the table in README.md.
+"""
 
 import ml_collections
 
