@@ -34,24 +34,18 @@ def test_explained_variance_per_turn():
 
 
 def test_clip_fractions():
-    ratio = np.array([[0.5, 0.5, 1.5, 1.5, 5.0, 1.0]], np.float32)
-    adv = np.array([[1, -1, 1, -1, -1, 1]], np.float32)
-    got = diagnostics.clip_fractions(
-        np.log(ratio),
-        np.zeros((1, 6), np.float32),
-        adv,
-        np.array([[1, 1, 1, 1, 1, 0]], bool),
-        clip_low=0.2,
-        clip_high=0.28,
-        dual_clip=3.0,
-    )
+    # Of ten tokens one each is clipped low, clipped high, and cut by the dual clip; 1.2 and .9 are
+    # within the clips, and the last is off the mask.
+    ratio = np.array([[0.5, 0.5, 1.5, 1.5, 5.0, 5.0, 1.2, 0.9, 2.0, 1.0, 9.0]], np.float32)
+    adv = np.array([[1, -1, 1, -1, -1, 0, 1, -1, 0, 1, 1]], np.float32)
+    mask = np.ones((1, 11), bool)
+    mask[0, 10] = False
+    rows = (np.log(ratio), np.zeros((1, 11), np.float32), adv, mask)
+    got = diagnostics.clip_fractions(*rows, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
     assert {k: float(v) for k, v in got.items()} == pytest.approx(
-        {"low": 0.2, "high": 0.2, "dual": 0.2}
+        {"low": 0.1, "high": 0.1, "dual": 0.1}
     )
-    got = diagnostics.clip_fractions(
-        np.log(ratio), np.zeros((1, 6), np.float32), adv, np.ones((1, 6), bool),
-        clip_low=0.2, clip_high=0.28,
-    )  # fmt: skip
+    got = diagnostics.clip_fractions(*rows, clip_low=0.2, clip_high=0.28)
     assert float(got["dual"]) == 0.0
 
 
