@@ -56,8 +56,18 @@ def get_config() -> ml_collections.ConfigDict:
         width_buckets=(24, 48, 96),
         row_divisors=(1, 4),
         cache_dtype="float32",
+        linger_share=0.0,
     )
-    config.rollout = dict(max_turns=8, temperature=1.0)
+    config.rollout = dict(
+        max_turns=8,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        stop_strings=(),
+        straggler_s=ml_collections.config_dict.placeholder(float),
+        episode_limit_s=ml_collections.config_dict.placeholder(float),
+    )
     config.reward = dict(
         kind="intermediate",
         invalid_penalty=0.0,

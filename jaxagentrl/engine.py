@@ -1,13 +1,17 @@
 """Host side of sampling: which slot holds what, and which compiled program runs next.
 
-An episode owns one slot of one wave for its whole life. `Engine.act` takes, for some slots of a
-wave, only the ids that are new since the slot's last turn, appends them to the cache and samples the
-next turn. History is never prefilled twice.
+An episode owns one slot of one wave for its whole life. `submit` queues, for a slot, only the ids
+that are new since its last turn; `launch` sends the wave's work to the device and returns at once;
+`receive` waits for it and returns the turns that ended. History is never prefilled twice.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,8 +27,11 @@ class TurnRequest:
     slot: int
     new_ids: np.ndarray  # int32, ids appended since the last turn (prompt or glue and observation)
     budget: int  # tokens the turn may have
-    temperature: float
     stream: tuple[int, ...]  # words that identify this turn's randomness
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +45,50 @@ class TurnSample:
 
 @dataclasses.dataclass
 class Counters:
-    """Sums over the engine's life; `tokens_reprefill` is what re-prefilling history would have cost."""
+    """Sums over the engine's life."""
 
-    tokens_extended: int = 0
-    tokens_padded: int = 0
+    tokens_extended: int = 0  # appended to caches by `extend`
+    tokens_padded: int = 0  # places of `extend` calls that held nothing
+    tokens_forked: int = 0  # copied from another slot instead of computed
     tokens_decoded: int = 0
-    tokens_reprefill: int = 0
+    tokens_reprefill: int = 0  # what prefilling every turn's history again would have computed
     turns: int = 0
+    decode_steps: int = 0
+    decode_places: int = 0  # decode steps x slots; tokens_decoded of these were used
     compiles: int = 0
-    seconds_extend: float = 0.0
-    seconds_decode: float = 0.0
+    seconds_extend: float = 0.0  # the host waited for extend and fork
+    seconds_decode: float = 0.0  # the host waited for decode
+    seconds_transfer: float = 0.0  # samples came from the device
+    seconds_compile: float = 0.0  # a program was called for the first time
+
+    def since(self, earlier: "Counters") -> "Counters":
+        """What was added since a copy was taken."""
+        mine, before = dataclasses.asdict(self), dataclasses.asdict(earlier)
+        return Counters(**{key: mine[key] - before[key] for key in mine})
+
+
+@dataclasses.dataclass
+class _Waiting:
+    """A turn on its way: prompt ids that the cache does not hold yet, and what was sampled so far."""
+
+    request: TurnRequest
+    ids: np.ndarray
+    pieces: list[TurnSample] = dataclasses.field(default_factory=list)
+    # The slot, and its turn, that computes the same first prompt for this one to copy.
+    leader: tuple[int, "_Waiting"] | None = None
+
+    @property
+    def budget(self) -> int:
+        return self.request.budget - sum(len(piece.ids) for piece in self.pieces)
+
+
+@dataclasses.dataclass
+class _Launched:
+    """What the device is doing for a wave."""
+
+    markers: list[jax.Array]  # ready when extend and fork are
+    sampled: sampling.Sampled
+    slots: list[int]  # that decode
 
 
 def check(
@@ -60,6 +101,7 @@ def check(
     width_buckets: Sequence[int],
     row_divisors: Sequence[int],
     cache_dtype: str,
+    linger_share: float,
 ) -> None:
     """Refuses sizes that an `Engine` cannot work with. Arguments as there.
 
@@ -86,10 +128,12 @@ def check(
             "sampling.width_buckets and sampling.row_divisors must be positive, got "
             f"{tuple(width_buckets)} and {tuple(row_divisors)}."
         )
-    if cache_dtype not in ("float32", "bfloat16"):
+    if cache_dtype not in kv_cache.DTYPES:
         raise ValueError(
-            f"sampling.cache_dtype must be 'float32' or 'bfloat16', got {cache_dtype!r}."
+            f"sampling.cache_dtype must be one of {kv_cache.DTYPES}, got {cache_dtype!r}."
         )
+    if not 0 <= linger_share < 1:
+        raise ValueError(f"sampling.linger_share must be in [0, 1), got {linger_share}.")
 
 
 class Engine:
@@ -101,11 +145,14 @@ class Engine:
         num_waves: each wave has its own cache, so one decodes while the environments of another step.
         max_length: positions per slot: the total token budget of an episode.
         max_turn_tokens: most tokens one turn may sample.
-        stop_id: id of the end-of-turn token.
+        stop_ids: ids that end a turn, the end-of-turn token among them.
         filled_buckets: cache lengths that attention may read, ascending, the last is max_length.
         width_buckets: widths of one extend; longer texts go in several.
         row_divisors: row counts of one extend, as divisors of a wave's slots (1 is the whole wave).
-        cache_dtype: dtype of keys and values.
+        cache_dtype: dtype of keys and values: "float32", "bfloat16", or "int8" with a scale per
+            head and position.
+        linger_share: a decode call ends once at most this share of its rows is still in its turn;
+            those go on with the wave's next call. 0 waits for all.
         notice: called with a sentence before a program is compiled.
     """
 
@@ -117,11 +164,12 @@ class Engine:
         num_waves: int,
         max_length: int,
         max_turn_tokens: int,
-        stop_id: int,
+        stop_ids: Sequence[int],
         filled_buckets: Sequence[int],
         width_buckets: Sequence[int],
         row_divisors: Sequence[int] = (1, 4),
         cache_dtype: str = "float32",
+        linger_share: float = 0.0,
         notice: Callable[[str], None] = lambda text: None,
     ):
         check(
@@ -133,6 +181,7 @@ class Engine:
             width_buckets=width_buckets,
             row_divisors=row_divisors,
             cache_dtype=cache_dtype,
+            linger_share=linger_share,
         )
         self.num_waves = num_waves
         self.slots_per_wave = num_slots // num_waves
@@ -140,14 +189,15 @@ class Engine:
         self.max_turn_tokens = max_turn_tokens
         self.counters = Counters()
         self._filled_buckets = sorted(filled_buckets)
-        self._width_buckets = sorted(width_buckets)
+        self._width_buckets = sorted(min(width, max_length) for width in width_buckets)
         self._row_buckets = sorted({math.ceil(self.slots_per_wave / d) for d in row_divisors})
+        self._stop_ids = np.tile(np.array(stop_ids, np.int32), (self.slots_per_wave, 1))
+        self._linger_share = linger_share
         self._notice = notice
         self._seen: set[tuple] = set()
         self._extend = sampling.make_extend(config)
-        self._decode = sampling.make_decode(
-            config, stop_id=stop_id, max_turn_tokens=max_turn_tokens
-        )
+        self._fork = sampling.make_fork()
+        self._decode = sampling.make_decode(config, max_turn_tokens=max_turn_tokens)
         self._caches = [
             kv_cache.init(
                 config.num_layers,
@@ -163,122 +213,308 @@ class Engine:
         self._lengths = np.zeros(shape, np.int32)
         # The last sampled token of a slot's previous turn, which no cache holds yet; −1 for none.
         self._carry = np.full(shape, -1, np.int32)
+        self._waiting: list[dict[int, _Waiting]] = [{} for _ in range(num_waves)]
+        self._launched: list[_Launched | None] = [None] * num_waves
 
     def length(self, wave: int, slot: int) -> int:
         """Tokens of the slot's episode so far."""
         return int(self._lengths[wave, slot]) + int(self._carry[wave, slot] >= 0)
 
+    def is_busy(self, wave: int, slot: int | None = None) -> bool:
+        """Whether a turn of the wave (of the slot) is on its way."""
+        return bool(self._waiting[wave]) if slot is None else slot in self._waiting[wave]
+
     def release(self, wave: int, slot: int) -> None:
         """Gives the slot back. What its cache row holds is junk from here on."""
+        self._check_settled(wave)
+        self._waiting[wave].pop(slot, None)
         self._lengths[wave, slot] = 0
         self._carry[wave, slot] = -1
 
-    def act(
-        self, params: decoder.Params, wave: int, requests: Sequence[TurnRequest]
-    ) -> Mapping[int, TurnSample]:
-        """Appends every request's ids and samples its turn; returns slot → sample."""
-        size = self.slots_per_wave
-        pending = np.zeros(size, np.int32)
-        budgets = np.zeros(size, np.int32)
-        temperatures = np.ones(size, np.float32)
-        words = len(requests[0].stream)
-        streams = np.zeros((size, words), np.uint32)
-        appended: dict[int, np.ndarray] = {}
-        for request in requests:
-            slot = request.slot
-            new = self._new_ids(wave, request)
-            appended[slot], pending[slot] = new[:-1], new[-1]
-            budgets[slot] = request.budget
-            temperatures[slot] = request.temperature
-            streams[slot] = request.stream
-            self.counters.tokens_reprefill += self.length(wave, slot) + len(request.new_ids)
-        self._append(params, wave, appended)
+    def cut(self, wave: int, slot: int, sample: TurnSample, keep: int) -> TurnSample:
+        """Takes back all but the first `keep` ≥ 1 tokens of the slot's last turn."""
+        if not 0 < keep <= len(sample.ids):
+            raise ValueError(f"a turn of {len(sample.ids)} tokens cannot be cut to {keep}.")
+        self._lengths[wave, slot] -= len(sample.ids) - keep
+        self._carry[wave, slot] = sample.ids[keep - 1]
+        return TurnSample(sample.ids[:keep], sample.logprobs[:keep], sample.entropies[:keep])
 
-        lengths = self._lengths[wave]
-        filled = self._bucket(int((lengths + budgets)[budgets > 0].max()), self._filled_buckets)
-        self._announce("decode", size, filled)
-        sampled, self._caches[wave] = self._decode(
-            params,
-            self._caches[wave],
-            pending,
-            lengths,
-            budgets,
-            temperatures,
-            streams,
-            filled=filled,
-        )
-        sampled = jax.device_get(sampled)
-        samples = {}
-        for request in requests:
-            slot, count = request.slot, int(sampled.counts[request.slot])
-            samples[slot] = TurnSample(
-                ids=sampled.tokens[slot, :count].copy(),
-                logprobs=sampled.logprobs[slot, :count].copy(),
-                entropies=sampled.entropies[slot, :count].copy(),
+    def submit(self, wave: int, request: TurnRequest) -> None:
+        """Queues a slot's next turn for the wave's next `launch`.
+
+        Raises:
+            ValueError: nothing new to say, a budget out of range, or more than the slot holds.
+        """
+        slot, new = request.slot, np.asarray(request.new_ids, np.int32)
+        self._check_settled(wave)
+        if slot in self._waiting[wave]:
+            raise ValueError(f"slot {slot} of wave {wave} is in the middle of a turn.")
+        if len(new) == 0 or not 0 < request.budget <= self.max_turn_tokens:
+            raise ValueError(
+                f"slot {slot}: a turn needs at least one new id and a budget in "
+                f"1..{self.max_turn_tokens}, got {len(new)} ids, {request.budget} tokens."
             )
+        self.counters.tokens_reprefill += self.length(wave, slot) + len(new)
+        if self._carry[wave, slot] >= 0:
+            new = np.concatenate([self._carry[wave, slot : slot + 1], new])
+        positions = int(self._lengths[wave, slot]) + len(new) + request.budget - 1
+        if positions > self.max_length:  # the last sampled token needs no cache position
+            raise ValueError(
+                f"slot {slot}: {positions} positions needed but a slot has {self.max_length} "
+                "(sampling.max_length). Check budgets before submitting."
+            )
+        self._carry[wave, slot] = -1
+        self._waiting[wave][slot] = _Waiting(request, new)
+
+    def launch(self, params: decoder.Params, wave: int) -> None:
+        """Sends the wave's queued work to the device; returns before it is done.
+
+        A prompt longer than the widest bucket is appended one bucket a launch while other rows have
+        something to decode, so that it does not hold them up. Equal first prompts are computed
+        once and copied.
+        """
+        self._check_settled(wave)
+        waiting = self._waiting[wave]
+        if not waiting:
+            return
+        self._find_leaders(wave)
+        markers: list[jax.Array] = []
+        slots: list[int] = []
+        while not slots:
+            markers += self._append(params, wave)
+            markers += self._copy_leaders(wave)
+            slots = sorted(slot for slot, item in waiting.items() if len(item.ids) == 1)
+        sampled = self._start_decode(params, wave, slots)
+        self._launched[wave] = _Launched(markers, sampled, slots)
+
+    def receive(self, wave: int) -> Mapping[int, TurnSample]:
+        """Waits for the wave's launch; returns slot → sample for every turn that ended."""
+        launched, self._launched[wave] = self._launched[wave], None
+        if launched is None:
+            return {}
+        clock = [time.monotonic()]
+        jax.block_until_ready(launched.markers)
+        clock.append(time.monotonic())
+        jax.block_until_ready(launched.sampled)
+        clock.append(time.monotonic())
+        sampled = jax.device_get(launched.sampled)
+        clock.append(time.monotonic())
+        self.counters.seconds_extend += clock[1] - clock[0]
+        self.counters.seconds_decode += clock[2] - clock[1]
+        self.counters.seconds_transfer += clock[3] - clock[2]
+        self.counters.decode_steps += int(sampled.steps)
+        self.counters.decode_places += int(sampled.steps) * self.slots_per_wave
+        ended = {}
+        for slot in launched.slots:
+            item, count = self._waiting[wave][slot], int(sampled.counts[slot])
+            arrays = (sampled.tokens, sampled.logprobs, sampled.entropies)
+            item.pieces.append(TurnSample(*(array[slot, :count].copy() for array in arrays)))
             self._lengths[wave, slot] += count
-            self._carry[wave, slot] = samples[slot].ids[-1]
             self.counters.tokens_decoded += count
+            if sampled.unfinished[slot]:
+                if count:
+                    item.ids = item.pieces[-1].ids[-1:]
+                continue
+            ended[slot] = _join(item.pieces)
+            self._carry[wave, slot] = ended[slot].ids[-1]
             self.counters.turns += 1
-        return samples
+            del self._waiting[wave][slot]
+        return ended
 
-    def _new_ids(self, wave: int, request: TurnRequest) -> np.ndarray:
-        carry = self._carry[wave, request.slot]
-        new = np.asarray(request.new_ids, np.int32)
-        if carry >= 0:
-            new = np.concatenate([np.array([carry], np.int32), new])
-        total = int(self._lengths[wave, request.slot]) + len(new) + request.budget
-        if len(request.new_ids) == 0 or not 0 < request.budget <= self.max_turn_tokens:
-            raise ValueError(
-                f"slot {request.slot}: a turn needs at least one new id and a budget in "
-                f"1..{self.max_turn_tokens}, got {len(request.new_ids)} ids, {request.budget} tokens."
-            )
-        if total > self.max_length + 1:  # the last sampled token needs no cache position
-            raise ValueError(
-                f"slot {request.slot}: {total - 1} positions needed but a slot has "
-                f"{self.max_length} (sampling.max_length). Check budgets before acting."
-            )
-        return new
+    def warm_up(self, params: decoder.Params, *, restricted: bool = False) -> None:
+        """Compiles every program that can be needed, by calls that change nothing.
 
-    def _append(self, params: decoder.Params, wave: int, rows: dict[int, np.ndarray]) -> None:
-        """Extends the cache by each row's ids, in chunks of the widest bucket."""
-        rows = {slot: ids for slot, ids in rows.items() if len(ids)}
-        while rows:
-            order = sorted(rows)
-            for start in range(0, len(order), self._row_buckets[-1]):
-                self._extend_rows(params, wave, order[start : start + self._row_buckets[-1]], rows)
-            rows = {slot: ids[self._width_buckets[-1] :] for slot, ids in rows.items()}
-            rows = {slot: ids for slot, ids in rows.items() if len(ids)}
+        Args:
+            restricted: whether turns will use top-k, top-p or min-p.
+        """
+        for rows in self._row_buckets:
+            nobody, zeros = np.full(rows, self.slots_per_wave, np.int32), np.zeros(rows, np.int32)
+            for index, width in enumerate(self._width_buckets):
+                narrower = self._width_buckets[index - 1] if index else 0
+                tokens = np.zeros((rows, width), np.int32)
+                for filled in self._filled_buckets:
+                    if filled > narrower:
+                        self._run_extend(params, 0, tokens, nobody, zeros, zeros, filled)
+            for filled in self._filled_buckets:
+                self._run_fork(0, zeros, nobody, filled)
+        for filled in self._filled_buckets:
+            self._run_decode(params, 0, {}, filled, restricted)
+        jax.block_until_ready(self._caches[0])
+
+    def _check_settled(self, wave: int) -> None:
+        if self._launched[wave] is not None:
+            raise RuntimeError(f"wave {wave} is on the device: receive it first.")
+
+    def _find_leaders(self, wave: int) -> None:
+        """Among turns that open an episode, the first of each prompt computes it for all."""
+        first: dict[bytes, tuple[int, _Waiting]] = {}
+        for slot, item in sorted(self._waiting[wave].items()):
+            if item.leader is not None:
+                leader_slot, leader = item.leader
+                if self._waiting[wave].get(leader_slot) is not leader:
+                    item.leader = None  # it was released in the middle of its prompt
+            if item.leader is None and self._lengths[wave, slot] == 0 and len(item.ids) > 1:
+                found = first.setdefault(item.ids.tobytes(), (slot, item))
+                item.leader = None if found[1] is item else found
+
+    def _copy_leaders(self, wave: int) -> list[jax.Array]:
+        """Copies the cache of every leader that is ready to its followers."""
+        copies = [
+            (item.leader[0], slot)
+            for slot, item in sorted(self._waiting[wave].items())
+            if item.leader is not None and len(item.leader[1].ids) == 1
+        ]
+        markers = []
+        for rows in _chunks(copies, self._row_buckets[-1]):
+            num_rows = self._bucket(len(rows), self._row_buckets)
+            sources = np.zeros(num_rows, np.int32)
+            targets = np.full(num_rows, self.slots_per_wave, np.int32)
+            sources[: len(rows)], targets[: len(rows)] = np.array(rows, np.int32).T
+            longest = int(self._lengths[wave, sources[: len(rows)]].max())
+            markers.append(self._run_fork(wave, sources, targets, self._filled(longest)))
+        for source, target in copies:
+            item = self._waiting[wave][target]
+            item.ids, item.leader = item.ids[-1:], None
+            self._lengths[wave, target] = self._lengths[wave, source]
+            self.counters.tokens_forked += int(self._lengths[wave, target])
+        return markers
+
+    def _append(self, params: decoder.Params, wave: int) -> list[jax.Array]:
+        """Appends to every row that has more than its last id to come, one bucket at the most."""
+        rows = {
+            slot: item.ids[:-1][: self._width_buckets[-1]]
+            for slot, item in self._waiting[wave].items()
+            if len(item.ids) > 1 and item.leader is None
+        }
+        by_width: dict[int, list[int]] = {}
+        for slot in sorted(rows):
+            by_width.setdefault(self._bucket(len(rows[slot]), self._width_buckets), []).append(slot)
+        markers = []
+        for width, slots in sorted(by_width.items()):
+            for part in _chunks(slots, self._row_buckets[-1]):
+                markers.append(self._extend_rows(params, wave, width, {s: rows[s] for s in part}))
+        return markers
 
     def _extend_rows(
-        self, params: decoder.Params, wave: int, order: list[int], rows: dict[int, np.ndarray]
-    ) -> None:
-        widest = min(max(len(rows[slot]) for slot in order), self._width_buckets[-1])
-        width = self._bucket(widest, self._width_buckets)
-        num_rows = self._bucket(len(order), self._row_buckets)
+        self, params: decoder.Params, wave: int, width: int, rows: Mapping[int, np.ndarray]
+    ) -> jax.Array:
+        num_rows = self._bucket(len(rows), self._row_buckets)
         tokens = np.zeros((num_rows, width), np.int32)
         slots = np.full(num_rows, self.slots_per_wave, np.int32)
         lengths = np.zeros(num_rows, np.int32)
         counts = np.zeros(num_rows, np.int32)
-        for row, slot in enumerate(order):
-            ids = rows[slot][:width]
+        for row, (slot, ids) in enumerate(rows.items()):
             tokens[row, : len(ids)] = ids
             slots[row], lengths[row], counts[row] = slot, self._lengths[wave, slot], len(ids)
-        filled = self._bucket(int((lengths + counts).max()), self._filled_buckets)
-        self._announce("extend", num_rows, width, filled)
-        self._caches[wave] = self._extend(
-            params, self._caches[wave], tokens, slots, lengths, counts, filled=filled
-        )
-        self._lengths[wave, slots[: len(order)]] += counts[: len(order)]
+        filled = self._filled(int((lengths + counts).max()))
+        marker = self._run_extend(params, wave, tokens, slots, lengths, counts, filled)
+        for slot, ids in rows.items():
+            self._lengths[wave, slot] += len(ids)
+            self._waiting[wave][slot].ids = self._waiting[wave][slot].ids[len(ids) :]
         self.counters.tokens_extended += int(counts.sum())
         self.counters.tokens_padded += num_rows * width - int(counts.sum())
+        return marker
 
-    def _announce(self, program: str, *sizes: int) -> None:
+    def _start_decode(
+        self, params: decoder.Params, wave: int, slots: Sequence[int]
+    ) -> sampling.Sampled:
+        items = {slot: self._waiting[wave][slot] for slot in slots}
+        longest = max(int(self._lengths[wave, slot]) + items[slot].budget for slot in slots)
+        requests = (item.request for item in items.values())
+        restricted = any(r.top_k > 0 or r.top_p < 1 or r.min_p > 0 for r in requests)
+        return self._run_decode(params, wave, items, self._filled(longest), restricted)
+
+    def _run_extend(self, params, wave, tokens, slots, lengths, counts, filled) -> jax.Array:
+        with self._first_call("extend", *tokens.shape, filled):
+            self._caches[wave], marker = self._extend(
+                params, self._caches[wave], tokens, slots, lengths, counts, filled=filled
+            )
+        return marker
+
+    def _run_fork(self, wave, sources, targets, filled) -> jax.Array:
+        with self._first_call("fork", len(sources), filled):
+            self._caches[wave], marker = self._fork(
+                self._caches[wave], sources, targets, filled=filled
+            )
+        return marker
+
+    def _run_decode(
+        self,
+        params: decoder.Params,
+        wave: int,
+        items: Mapping[int, _Waiting],
+        filled: int,
+        restricted: bool,
+    ) -> sampling.Sampled:
+        size = self.slots_per_wave
+        pending = np.zeros(size, np.int32)
+        controls = sampling.Controls(
+            budgets=np.zeros(size, np.int32),
+            temperatures=np.ones(size, np.float32),
+            top_k=np.zeros(size, np.int32),
+            top_p=np.ones(size, np.float32),
+            min_p=np.zeros(size, np.float32),
+            stop_ids=self._stop_ids,
+            streams=np.zeros((size, 2), np.uint32),
+        )
+        for slot, item in items.items():
+            pending[slot] = item.ids[0]
+            controls.budgets[slot] = item.budget
+            controls.temperatures[slot] = item.request.temperature
+            controls.top_k[slot] = item.request.top_k
+            controls.top_p[slot] = item.request.top_p
+            controls.min_p[slot] = item.request.min_p
+            controls.streams[slot] = stream_words(item.request.stream)
+        linger = np.int32(self._linger_share * len(items))
+        with self._first_call("decode", size, filled, *(["restricted"] if restricted else [])):
+            sampled, self._caches[wave] = self._decode(
+                params,
+                self._caches[wave],
+                pending,
+                # A copy: the device may read it after the host has moved on.
+                self._lengths[wave].copy(),
+                controls,
+                linger,
+                filled=filled,
+                restricted=restricted,
+            )
+        return sampled
+
+    @contextlib.contextmanager
+    def _first_call(self, program: str, *sizes: int | str) -> Iterator[None]:
         """Counts programs not seen before and says so before the compiler goes silent."""
-        if (program, *sizes) not in self._seen:
+        is_first = (program, *sizes) not in self._seen
+        if is_first:
             self._seen.add((program, *sizes))
-            self.counters.compiles += 1
             self._notice(f"compiling {program} {' x '.join(map(str, sizes))}")
+        since = time.monotonic()
+        yield
+        if is_first:
+            self.counters.compiles += 1
+            self.counters.seconds_compile += time.monotonic() - since
+
+    def _filled(self, length: int) -> int:
+        return self._bucket(length, self._filled_buckets)
 
     def _bucket(self, size: int, buckets: Sequence[int]) -> int:
         return next(bucket for bucket in buckets if bucket >= size)
+
+
+def stream_words(stream: Sequence[int]) -> np.ndarray:
+    """[2] uint32, a key for the turn that the words (run seed, task, member, turn, ...) name."""
+    digest = hashlib.blake2b(np.array(stream, np.uint32).tobytes(), digest_size=8)
+    return np.frombuffer(digest.digest(), np.uint32)
+
+
+def _join(pieces: Sequence[TurnSample]) -> TurnSample:
+    if len(pieces) == 1:
+        return pieces[0]
+    return TurnSample(
+        ids=np.concatenate([piece.ids for piece in pieces]),
+        logprobs=np.concatenate([piece.logprobs for piece in pieces]),
+        entropies=np.concatenate([piece.entropies for piece in pieces]),
+    )
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

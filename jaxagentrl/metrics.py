@@ -21,7 +21,8 @@ import tensorboardX
 
 from jaxagentrl import workdir as workdir_lib
 
-TIME_PREFIX = "time/"
+# What depends on the clock, and on which programs a restarted process compiles again.
+CLOCK_PREFIXES = ("time/", "ledger/")
 Line = dict[str, Any]
 
 _Z95 = 1.959963984540054
@@ -166,7 +167,7 @@ def read(path: str | os.PathLike) -> list[Line]:
 
 def without_time(line: Line) -> Line:
     """A line without what depends on the clock, for comparing runs."""
-    return {key: value for key, value in line.items() if not key.startswith(TIME_PREFIX)}
+    return {key: value for key, value in line.items() if not key.startswith(CLOCK_PREFIXES)}
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:

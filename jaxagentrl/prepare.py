@@ -103,7 +103,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             policy=policy,
             engine=engine.Engine(
                 model,
-                stop_id=chat_format.end_of_turn_id,
+                stop_ids=[chat_format.end_of_turn_id],
                 notice=progress.notice,
                 **config["sampling"],
             ),

@@ -1,12 +1,14 @@
 """Episodes: environments in worker processes × the engine's slots → trajectories.
 
 Slots are split in waves. While the device decodes one wave, worker processes step the environments
-of the others; a slot freed by a finished episode is taken by the next at once.
+of the others; a slot freed by a finished episode is taken at once by the next, whose environment was
+reset ahead of time.
 """
 
 import collections
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -27,13 +29,68 @@ class Pool(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Rules:
+    """How episodes are played; the config's `rollout` and `prompt`.
+
+    Attributes:
+        max_turns: turns until an episode is truncated.
+        temperature, top_k, top_p, min_p: of sampling; temperature 0 is greedy. Top-k, top-p and
+            min-p make the sampler's distribution another than the one that training scores: leave
+            them off (0, 1, 0) in training unless the surrogate corrects for it.
+        stop_strings: texts that end a turn like its end-of-turn token does. Looked for on the host:
+            the turn is cut after the token that completes one.
+        straggler_s: how long a wave whose other episodes are ready waits for slow environments;
+            None waits for all. With a number, which rows share a launch depends on the clock, and
+            results are equal only up to rounding.
+        episode_limit_s: an episode older than this is ended as truncated; None for no limit.
+        prompt_style, show_admissible: see `chat.first_user_text`.
+    """
+
+    max_turns: int
+    temperature: float
+    prompt_style: str
+    show_admissible: bool
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_strings: tuple[str, ...] = ()
+    straggler_s: float | None = None
+    episode_limit_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, is_right, expected in (
+            ("max_turns", self.max_turns >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1], 1 is off"),
+            ("min_p", 0 <= self.min_p < 1, "in [0, 1), 0 is off"),
+            ("stop_strings", all(self.stop_strings), "texts that are not empty"),
+            ("straggler_s", (self.straggler_s or 0) >= 0, "seconds or None"),
+            ("episode_limit_s", self.episode_limit_s is None or self.episode_limit_s > 0, "more "
+             "than 0 seconds or None"),
+        ):
+            if not is_right:
+                raise ValueError(f"rollout.{name} must be {expected}, got {getattr(self, name)!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Episode:
-    """One episode to be played. `stream` identifies its randomness, whatever slot it gets."""
+    """One episode to be played.
+
+    Attributes:
+        task: the game.
+        group, member: see `Trajectory`.
+        stream: uint32 words (run seed, phase, iteration, ...) that identify its randomness,
+            whatever slot it gets.
+        prefix: turns of an earlier episode of this task to be gone through first: their commands
+            are replayed in the environment, their tokens put into the slot. See `branch`.
+    """
 
     task: Task
     group: int
     member: int
-    stream: tuple[int, ...]  # uint32 words: run seed, phase, iteration, ...
+    stream: tuple[int, ...]
+    prefix: tuple[Turn, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +99,7 @@ class Rollout:
 
     trajectories: list[Trajectory]
     failures: list[tuple[Episode, EnvFailure]]
+    ledger: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def episodes(
@@ -55,6 +113,29 @@ def episodes(
     ]
 
 
+def branch(
+    trajectory: Trajectory, turn: int, *, group: int, num_members: int, stream: tuple[int, ...]
+) -> list[Episode]:
+    """Episodes that share the first `turn` turns of a trajectory and go on by themselves.
+
+    The ground of tree rollouts. Prefix tokens are computed once and copied to members of a wave.
+
+    Raises:
+        ValueError: no such turn.
+    """
+    if not 0 <= turn < trajectory.num_turns:
+        raise ValueError(
+            f"cannot branch before turn {turn}: the trajectory's turns are 0 to "
+            f"{trajectory.num_turns - 1}."
+        )
+    prefix = tuple(trajectory.turns[:turn])
+    words = (*stream, task_word(trajectory.task), turn)
+    return [
+        Episode(trajectory.task, group, member, (*words, member), prefix)
+        for member in range(num_members)
+    ]
+
+
 def task_word(task: Task) -> int:
     """32 bits of the game file's hash."""
     return int(task.digest[:8], 16)
@@ -62,16 +143,16 @@ def task_word(task: Task) -> int:
 
 @dataclasses.dataclass
 class _Live:
-    """An episode that holds a slot."""
+    """An episode that holds a slot, or will hold the next that is free."""
 
     index: int
     episode: Episode
+    since: float  # when its environment was first asked
     turns: list[Turn] = dataclasses.field(default_factory=list)
     observation: str = ""
     prompt_ids: np.ndarray | None = None
     sample: TurnSample | None = None  # waits for the environment's answer
     action: str = ""
-    ended: bool = True
     score: float = 0.0
     won: bool = False
 
@@ -79,44 +160,34 @@ class _Live:
 def collect(
     to_play: Iterable[Episode],
     *,
+    rules: Rules,
     pool: Pool,
     engine: Engine,
     params,
     chat_format: chat.ChatFormat,
-    prompt_style: str,
-    show_admissible: bool,
-    max_turns: int,
-    temperature: float,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Callable[..., None] = lambda count, note=None: None,
 ) -> Rollout:
     """Plays every episode with the policy.
 
     An episode ends when its task does (done), after `max_turns` (turn limit), when a full turn no
-    longer fits the slot (token limit, checked before generating), or when a turn was cut before its
-    end-of-turn token (no end of turn: the turn is kept, its command is not sent).
+    longer fits the slot (token limit, checked before generating), when a turn was cut before its
+    end (no end of turn: the turn is kept, its command is not sent), or when its time is up (time
+    limit: the turns so far are kept).
 
     Args:
         to_play: the episodes; more than there are slots is the normal case.
         engine: all slots free.
         params: policy parameters.
-        temperature: 0 is greedy.
         advance: called with 1 for every episode that ended.
+
+    Returns:
+        The trajectories, the failures of environments, and a ledger of where the seconds and the
+        tokens went, see `_Player.ledger`.
 
     Raises:
         ValueError: a first prompt does not fit a slot.
     """
-    return _Player(
-        list(to_play),
-        pool,
-        engine,
-        params,
-        chat_format,
-        prompt_style,
-        show_admissible,
-        max_turns,
-        temperature,
-        advance,
-    ).play()
+    return _Player(list(to_play), rules, pool, engine, params, chat_format, advance).play()
 
 
 @dataclasses.dataclass
@@ -124,18 +195,18 @@ class _Player:
     """State of one `collect` call."""
 
     to_play: list[Episode]
+    rules: Rules
     pool: Pool
     engine: Engine
     params: object
     chat_format: chat.ChatFormat
-    prompt_style: str
-    show_admissible: bool
-    max_turns: int
-    temperature: float
-    advance: Callable[[int], None]
+    advance: Callable[..., None]
 
     def play(self) -> Rollout:
+        self.began, self.seconds_environment = time.monotonic(), 0.0
+        self.counters = dataclasses.replace(self.engine.counters)
         self.queue = collections.deque(enumerate(self.to_play))
+        self.ahead: collections.deque[_Live] = collections.deque()
         self.waves: list[dict[int, _Live]] = [{} for _ in range(self.engine.num_waves)]
         self.answers: dict[int, object] = {}
         self.finished: dict[int, Trajectory] = {}
@@ -143,78 +214,193 @@ class _Player:
         for wave in range(len(self.waves)):
             self._refill(wave)
         while any(self.waves):
-            for wave, live in enumerate(self.waves):
-                if live:
-                    self._advance_wave(wave, live)
+            for wave in range(len(self.waves)):
+                self._receive(wave)
+                self._answer(wave)
+                self.engine.launch(self.params, wave)
         return Rollout(
             trajectories=[self.finished[index] for index in sorted(self.finished)],
             failures=[(self.to_play[i], self.failures[i]) for i in sorted(self.failures)],
+            ledger=self.ledger(),
         )
 
-    def _advance_wave(self, wave: int, live: dict[int, _Live]) -> None:
-        """Takes the wave's answers, samples a turn for every episode that goes on, sends it off."""
-        while any(item.index not in self.answers for item in live.values()):
-            self.answers.update(self.pool.poll())
-        requests = []
-        for slot, item in sorted(live.items()):
-            request = self._next_request(wave, slot, item, self.answers.pop(item.index))
-            if request is not None:
-                requests.append(request)
-        self._refill(wave)
-        if not requests:
-            return
-        samples = self.engine.act(self.params, wave, requests)
-        for request in requests:
-            item, sample = live[request.slot], samples[request.slot]
-            item.sample = sample
-            item.action = self.chat_format.decode_action(sample.ids)
-            item.ended = int(sample.ids[-1]) == self.chat_format.end_of_turn_id
-            if item.ended:
+    def ledger(self) -> dict[str, float]:
+        """Where the seconds and the tokens went.
+
+        Seconds are the host's: waiting for extend, for decode, for transfers, for environments,
+        compiling; what is left is its own work. Work that overlaps another's shows in neither.
+        """
+        used = self.engine.counters.since(self.counters)
+        total = time.monotonic() - self.began
+        seconds = {
+            "extend": used.seconds_extend,
+            "decode": used.seconds_decode,
+            "transfer": used.seconds_transfer,
+            "compile": used.seconds_compile,
+            "environment": self.seconds_environment,
+        }
+        seconds["host"] = max(0.0, total - sum(seconds.values()))
+        placed = used.tokens_extended + used.tokens_padded
+        return {
+            "seconds": total,
+            **{f"{name}_share": value / total for name, value in seconds.items()},
+            "tokens_decoded": used.tokens_decoded,
+            "tokens_prefilled": used.tokens_extended,
+            "tokens_forked": used.tokens_forked,
+            "tokens_reprefill": used.tokens_reprefill,
+            "slot_occupancy": used.tokens_decoded / max(1, used.decode_places),
+            "padding_share": used.tokens_padded / max(1, placed),
+            "compiles": used.compiles,
+        }
+
+    def _receive(self, wave: int) -> None:
+        """Sends the turns that the device has finished to their environments."""
+        live = self.waves[wave]
+        for slot, sample in sorted(self.engine.receive(wave).items()):
+            item = live[slot]
+            item.sample, stopped = self._cut_at_stop_string(wave, slot, sample)
+            item.action = self.chat_format.decode_action(item.sample.ids)
+            if stopped or self._has_ended(item.sample.ids):
                 self.pool.step(item.index, item.action)
             else:
-                self._keep_turn(item, command="", reward=0.0, intermediate=0.0, valid=False)
-                self._finish(wave, request.slot, item, StopReason.NO_END_OF_TURN)
-        self._refill(wave)
+                self._keep_unanswered(item)
+                self._finish(wave, slot, item, StopReason.NO_END_OF_TURN)
 
-    def _next_request(self, wave: int, slot: int, item: _Live, answer: object):
-        """Records what the environment answered; the request for the next turn, or None at the end."""
+    def _answer(self, wave: int) -> None:
+        """Goes on with every episode whose environment has answered, and fills what gets free."""
+        live = self.waves[wave]
+        asked = True
+        while asked:
+            self._wait(wave)
+            asked = False
+            for slot, item in sorted(live.items()):
+                if item.index in self.answers:
+                    asked |= self._go_on(wave, slot, item, self.answers.pop(item.index))
+                elif self._is_late(item) and not self.engine.is_busy(wave, slot):
+                    self._give_up(wave, slot, item)
+            asked |= self._refill(wave)
+
+    def _wait(self, wave: int) -> None:
+        """Until all the wave's environments have answered, or the slow ones have had their time."""
+        since = time.monotonic()
+        while True:
+            owing = [
+                item
+                for slot, item in self.waves[wave].items()
+                if item.index not in self.answers and not self.engine.is_busy(wave, slot)
+            ]
+            now = time.monotonic()
+            limits = []
+            if self.rules.straggler_s is not None:
+                limits.append(since + self.rules.straggler_s)
+            if self.rules.episode_limit_s is not None and owing:
+                limits.append(min(item.since for item in owing) + self.rules.episode_limit_s)
+            if not owing or any(limit <= now for limit in limits):
+                break
+            self.answers.update(self.pool.poll(min(limits) - now if limits else None))
+        self.seconds_environment += time.monotonic() - since
+
+    def _go_on(self, wave: int, slot: int, item: _Live, answer: object) -> bool:
+        """Records what the environment answered; asks for the next turn, or ends the episode.
+
+        Returns:
+            Whether the environment was asked again, which a replayed prefix does.
+        """
         if isinstance(answer, EnvFailure):
-            self.failures[item.index] = answer
-            self._free(wave, slot, item)
-            return None
+            self._fail(wave, slot, item, answer)
+            return False
         if isinstance(answer, StepResult):
             info = answer.info
             item.score, item.won = info.score, info.won
-            self._keep_turn(
-                item, info.command, answer.reward, info.intermediate_reward, info.valid_command
-            )
+            if item.sample is not None:
+                self._keep_turn(
+                    item, info.command, answer.reward, info.intermediate_reward, info.valid_command
+                )
             if answer.terminated:
-                return self._finish(wave, slot, item, StopReason.DONE)
-            if answer.truncated or len(item.turns) >= self.max_turns:
-                return self._finish(wave, slot, item, StopReason.TURN_LIMIT)
-        prompt_ids = self._prompt(item, answer)
-        budget = self.engine.max_turn_tokens
-        if self.engine.length(wave, slot) + len(prompt_ids) + budget > self.engine.max_length:
+                self._finish(wave, slot, item, StopReason.DONE)
+                return False
+            if answer.truncated or len(item.turns) >= self.rules.max_turns:
+                self._finish(wave, slot, item, StopReason.TURN_LIMIT)
+                return False
+        if self._is_late(item):
+            self._finish(wave, slot, item, StopReason.TIME_LIMIT)
+            return False
+        if len(item.turns) < len(item.episode.prefix):
+            return self._replay(wave, slot, item, answer)
+        prompt_ids, budget = self._prompt(item, answer), self.engine.max_turn_tokens
+        new_ids = prompt_ids
+        if item.episode.prefix and self.engine.length(wave, slot) == 0:
+            new_ids = np.concatenate([*_all_ids(item.turns), prompt_ids])
+        if self.engine.length(wave, slot) + len(new_ids) + budget > self.engine.max_length:
             if not item.turns:
                 raise ValueError(
                     f"task {item.episode.task.name}: the first prompt has {len(prompt_ids)} tokens; "
                     f"with a turn of {budget} that exceeds sampling.max_length "
                     f"({self.engine.max_length}). Raise it, or shorten the prompt (prompt.style)."
                 )
-            return self._finish(wave, slot, item, StopReason.TOKEN_LIMIT)
+            self._finish(wave, slot, item, StopReason.TOKEN_LIMIT)
+            return False
         item.observation, item.prompt_ids = answer.observation, prompt_ids
-        stream = (*item.episode.stream, len(item.turns))
-        return TurnRequest(slot, prompt_ids, budget, self.temperature, stream)
+        rules, stream = self.rules, (*item.episode.stream, len(item.turns))
+        self.engine.submit(
+            wave,
+            TurnRequest(
+                slot,
+                new_ids,
+                budget,
+                stream,
+                temperature=rules.temperature,
+                top_k=rules.top_k,
+                top_p=rules.top_p,
+                min_p=rules.min_p,
+            ),
+        )
+        return False
+
+    def _replay(self, wave: int, slot: int, item: _Live, answer: ResetResult | StepResult) -> bool:
+        """Sends the next command of the prefix, if the environment is where it was then."""
+        turn = item.episode.prefix[len(item.turns)]
+        if answer.observation != turn.observation:
+            message = (
+                f"task {item.episode.task.name}: replayed to turn {len(item.turns)}, the environment "
+                f"says {answer.observation!r}, but then it said {turn.observation!r}."
+            )
+            self._fail(wave, slot, item, EnvFailure("not deterministic", message))
+            return False
+        item.turns.append(turn)
+        self.pool.step(item.index, turn.action)
+        return True
 
     def _prompt(self, item: _Live, answer: ResetResult | StepResult) -> np.ndarray:
-        admissible = answer.info.admissible_commands if self.show_admissible else None
-        style = self.prompt_style
+        admissible = answer.info.admissible_commands if self.rules.show_admissible else None
+        style = self.rules.prompt_style
         if isinstance(answer, ResetResult):
             objective = answer.info.objective
             text = chat.first_user_text(objective, answer.observation, admissible, style=style)
             return self.chat_format.first_prompt(text)
         text = chat.later_user_text(answer.observation, admissible, style=style)
-        return self.chat_format.next_prompt(text, ended=item.ended)
+        return self.chat_format.next_prompt(
+            text, ended=self._has_ended(item.turns[-1].action_ids)
+        )
+
+    def _has_ended(self, ids: np.ndarray) -> bool:
+        return int(ids[-1]) == self.chat_format.end_of_turn_id
+
+    def _cut_at_stop_string(
+        self, wave: int, slot: int, sample: TurnSample
+    ) -> tuple[TurnSample, bool]:
+        """The turn up to the token that completes a stop string, and whether there is one."""
+        texts = self.rules.stop_strings
+        if not texts or not any(text in self.chat_format.decode(sample.ids) for text in texts):
+            return sample, False
+        for keep in range(1, len(sample.ids) + 1):
+            said = self.chat_format.decode(sample.ids[:keep])
+            if any(text in said for text in texts):
+                return self.engine.cut(wave, slot, sample, keep), True
+        return sample, False
+
+    def _keep_unanswered(self, item: _Live) -> None:
+        self._keep_turn(item, command="", reward=0.0, intermediate=0.0, valid=False)
 
     def _keep_turn(
         self, item: _Live, command: str, reward: float, intermediate: float, valid: bool
@@ -235,6 +421,25 @@ class _Player:
                 anchor=item.observation,
             )
         )
+        item.sample = None
+
+    def _is_late(self, item: _Live) -> bool:
+        limit = self.rules.episode_limit_s
+        return limit is not None and time.monotonic() - item.since >= limit
+
+    def _give_up(self, wave: int, slot: int, item: _Live) -> None:
+        """Ends an episode whose environment has not answered in the episode's time."""
+        if item.sample is not None:
+            self._keep_unanswered(item)
+        if item.turns:
+            self._finish(wave, slot, item, StopReason.TIME_LIMIT)
+            return
+        message = f"no first observation in {self.rules.episode_limit_s} s"
+        self._fail(wave, slot, item, EnvFailure("reset time limit", message))
+
+    def _fail(self, wave: int, slot: int, item: _Live, failure: EnvFailure) -> None:
+        self.failures[item.index] = failure
+        self._free(wave, slot, item)
 
     def _finish(self, wave: int, slot: int, item: _Live, reason: StopReason) -> None:
         task = item.episode.task
@@ -256,12 +461,28 @@ class _Player:
         del self.waves[wave][slot]
         self.advance(1)
 
-    def _refill(self, wave: int) -> None:
-        """Gives free slots to the next episodes; their first observations come with a later poll."""
+    def _refill(self, wave: int) -> bool:
+        """Gives free slots to the next episodes; whether there were any to give."""
+        taken = False
         for slot in range(self.engine.slots_per_wave):
-            if not self.queue:
-                return
             if slot not in self.waves[wave]:
-                index, episode = self.queue.popleft()
-                self.waves[wave][slot] = _Live(index, episode)
-                self.pool.reset(index, episode.task)
+                if not self.ahead:
+                    self._reset_ahead(1)
+                if not self.ahead:
+                    break
+                self.waves[wave][slot] = self.ahead.popleft()
+                taken = True
+        if taken:
+            self._reset_ahead(max(1, self.engine.slots_per_wave // 8))
+        return taken
+
+    def _reset_ahead(self, count: int) -> None:
+        """Resets environments of the next episodes, so that they are ready when a slot is."""
+        while self.queue and len(self.ahead) < count:
+            index, episode = self.queue.popleft()
+            self.ahead.append(_Live(index, episode, time.monotonic()))
+            self.pool.reset(index, episode.task)
+
+
+def _all_ids(turns: Sequence[Turn]) -> list[np.ndarray]:
+    return [ids for turn in turns for ids in (turn.prompt_ids, turn.action_ids)]

@@ -1,10 +1,11 @@
-"""Compiled programs of sampling: `extend` appends tokens to cache rows, `decode` samples a turn.
+"""Compiled programs of sampling: `extend` appends tokens to cache rows, `decode` samples turns,
+`fork` copies cache rows.
 
-Both work on a KV cache that lives on the device for a whole rollout. Everything that varies between
+All work on a KV cache that lives on the device for a whole rollout. Everything that varies between
 calls (lengths, budgets, temperatures, keys, which rows take part) is data; the few static sizes
 (rows, width, filled length) come from fixed buckets, so that nothing recompiles after warm-up.
 
-S slots, R rows of one call, W width of an extend, T token budget of a turn.
+S slots, R rows of one call, W width of an extend, T token budget of a turn, V vocabulary.
 """
 
 import functools
@@ -16,13 +17,27 @@ import jax.numpy as jnp
 from jaxagentrl.models import decoder, kv_cache
 
 
+class Controls(NamedTuple):
+    """What each slot's turn may be like. Data, so that no value of it compiles anything."""
+
+    budgets: jax.Array  # [S] int32, tokens the row may sample, at most T; 0 makes the row idle
+    temperatures: jax.Array  # [S] float32; 0 is greedy
+    top_k: jax.Array  # [S] int32, keep the k most probable tokens; 0 keeps all
+    top_p: jax.Array  # [S] float32, keep the smallest set of at least this mass; 1 keeps all
+    min_p: jax.Array  # [S] float32, keep what has at least this share of the mode; 0 keeps all
+    stop_ids: jax.Array  # [S, K] int32, tokens that end a turn; −1 is none
+    streams: jax.Array  # [S, 2] uint32, the key of the turn
+
+
 class Sampled(NamedTuple):
     """What one decode call produced, per slot."""
 
     tokens: jax.Array  # [S, T] int32, junk beyond `counts`
     logprobs: jax.Array  # [S, T] float32, of the distribution that was sampled from
     entropies: jax.Array  # [S, T] float32, nats, of that distribution
-    counts: jax.Array  # [S] int32, tokens sampled, the end-of-turn token included
+    counts: jax.Array  # [S] int32, tokens sampled, the stop token included
+    unfinished: jax.Array  # [S] bool, the call ended before the row's turn did
+    steps: jax.Array  # [] int32, forward passes
 
 
 class Extend(Protocol):
@@ -36,13 +51,14 @@ class Extend(Protocol):
         counts: jax.Array,
         *,
         filled: int,
-    ) -> kv_cache.KVCache: ...
+    ) -> tuple[kv_cache.KVCache, jax.Array]: ...
 
 
 def make_extend(config: decoder.DecoderConfig) -> Extend:
     """Program that appends tokens [R, W] to the cache rows `slots` [R].
 
-    Rows that are padding name a slot out of range. The cache argument is donated.
+    Rows that are padding name a slot out of range. The cache argument is donated. Beside the cache
+    comes the rows' new lengths [R], which the host may wait for when the cache is donated on.
     """
 
     @functools.partial(jax.jit, static_argnames="filled", donate_argnames="cache")
@@ -50,40 +66,57 @@ def make_extend(config: decoder.DecoderConfig) -> Extend:
         _, cache = decoder.hidden_cached(
             config, params, tokens, cache, slots, lengths, counts, filled=filled
         )
-        return cache
+        return cache, lengths + counts
 
     return extend
 
 
-def make_decode(config: decoder.DecoderConfig, *, stop_id: int, max_turn_tokens: int):
-    """Program that samples one turn for every active row in a single compiled loop.
+def make_fork():
+    """Program that copies the first `filled` positions of cache rows `sources` [R] to `targets` [R].
+
+    A target out of range is padding. The cache argument is donated. Beside the cache comes something
+    the host may wait for.
+    """
+
+    @functools.partial(jax.jit, static_argnames="filled", donate_argnames="cache")
+    def fork(cache, sources, targets, *, filled):
+        return kv_cache.copy_rows(cache, sources, targets, filled), targets + 0
+
+    return fork
+
+
+def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
+    """Program that samples turns for every active row in a single compiled loop.
 
     Arguments of the program:
         params, cache: the cache is donated.
-        pending: [S] int32, the last prompt token of each row, not yet in the cache.
+        pending: [S] int32, the last token of each row, not yet in the cache.
         lengths: [S] int32, tokens in the cache.
-        budgets: [S] int32, how many tokens the row may sample (at most `max_turn_tokens`); 0 makes
-            the row idle.
-        temperatures: [S] float32; 0 is greedy, whose reported log-prob is that of the temperature-1
-            distribution (the greedy choice itself has probability one).
-        streams: [S, C] uint32, words that identify the turn (run seed, iteration, task, member,
-            turn). Every token's key is folded from them and its position, so a trajectory does not
-            depend on slot, wave or finishing order.
+        controls: see `Controls`. Every token's key is folded from its row's stream and its
+            position, so a trajectory does not depend on slot, wave or finishing order.
+        linger: [] int32: the call ends once at most this many rows are still in their turn. They
+            are `unfinished` and go on in a later call, with the same result.
         filled: static bound on lengths + budgets.
+        restricted: static; False compiles without top-k, top-p and min-p, which cost a sort of the
+            vocabulary, and then requires them to be off.
+
+    A greedy row's log-probs are those of the temperature-1 distribution (the greedy choice itself
+    has probability one). Otherwise log-probs and entropies are of the distribution sampled from:
+    after temperature, top-k, top-p and min-p, renormalized.
 
     Returns:
         (Sampled, cache). The last sampled token of a row is in no cache: it opens the next extend.
     """
 
-    @functools.partial(jax.jit, static_argnames="filled", donate_argnames="cache")
-    def decode(params, cache, pending, lengths, budgets, temperatures, streams, *, filled):
-        keys = stream_keys(streams)
+    @functools.partial(jax.jit, static_argnames=("filled", "restricted"), donate_argnames="cache")
+    def decode(params, cache, pending, lengths, controls, linger, *, filled, restricted):
+        keys = jax.random.wrap_key_data(controls.streams)
         num_slots = pending.shape[0]
-        greedy = temperatures <= 0
-        scale = jnp.where(greedy, 1.0, temperatures)[:, None]
+        greedy = controls.temperatures <= 0
+        scale = jnp.where(greedy, 1.0, controls.temperatures)[:, None]
 
         def is_running(carry):
-            return jnp.any(carry["active"])
+            return jnp.sum(carry["active"]) > linger
 
         def step(carry):
             active, lengths = carry["active"], carry["lengths"]
@@ -98,23 +131,26 @@ def make_decode(config: decoder.DecoderConfig, *, stop_id: int, max_turn_tokens:
                 filled=filled,
             )
             logprobs = jax.nn.log_softmax(decoder.unembed(params, x[:, 0]) / scale)
+            if restricted:
+                logprobs = restrict(logprobs, controls.top_k, controls.top_p, controls.min_p)
             token = sample(logprobs, jax.vmap(jax.random.fold_in)(keys, lengths), greedy)
             chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
-            entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=1)
             # Idle rows write at index T, which is dropped.
             where = (jnp.arange(num_slots), jnp.where(active, carry["counts"], max_turn_tokens))
             counts = carry["counts"] + active
+            stopped = jnp.any(token[:, None] == controls.stop_ids, axis=1)
             out = carry["out"]
             return {
                 "cache": cache,
                 "pending": jnp.where(active, token, carry["pending"]),
                 "lengths": lengths + active,
                 "counts": counts,
-                "active": active & (token != stop_id) & (counts < budgets),
+                "active": active & ~stopped & (counts < controls.budgets),
+                "steps": carry["steps"] + 1,
                 "out": (
                     out[0].at[where].set(token, mode="drop"),
                     out[1].at[where].set(chosen, mode="drop"),
-                    out[2].at[where].set(entropy, mode="drop"),
+                    out[2].at[where].set(entropy(logprobs), mode="drop"),
                 ),
             }
 
@@ -127,25 +163,45 @@ def make_decode(config: decoder.DecoderConfig, *, stop_id: int, max_turn_tokens:
                 "pending": pending,
                 "lengths": lengths,
                 "counts": jnp.zeros_like(lengths),
-                "active": budgets > 0,
+                "active": controls.budgets > 0,
+                "steps": jnp.int32(0),
                 "out": (jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape)),
             },
         )
-        return Sampled(*final["out"], final["counts"]), final["cache"]
+        return Sampled(*final["out"], final["counts"], final["active"], final["steps"]), final["cache"]
 
     return decode
 
 
-def stream_keys(streams: jax.Array) -> jax.Array:
-    """[S] keys folded from the words [S, C] of each row."""
+def restrict(
+    logprobs: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
+) -> jax.Array:
+    """Log-probs [S, V] renormalized over the tokens that a row's settings keep; −inf for the rest.
 
-    def fold(words: jax.Array) -> jax.Array:
-        key = jax.random.key(0)
-        for index in range(words.shape[0]):
-            key = jax.random.fold_in(key, words[index])
-        return key
+    The three apply in this order: the `top_k` most probable (0: all), of those the smallest set
+    with at least mass `top_p` (Holtzman et al. 2020), of those the tokens with at least `min_p`
+    times the mode's probability (Nguyen et al. 2024). Tokens that tie with the last one kept stay.
+    The mode always stays.
+    """
+    size = logprobs.shape[-1]
+    ordered = -jnp.sort(-logprobs, axis=-1)
+    top_k = jnp.where(top_k > 0, top_k, size)[:, None]
+    kept = jnp.arange(size)[None] < top_k
+    mass = jnp.where(kept, jnp.exp(ordered), 0.0)
+    mass = mass / jnp.sum(mass, axis=-1, keepdims=True)
+    above = jnp.cumsum(mass, axis=-1) - mass
+    # `top_p` 1 means all: the cumulative sum may reach 1 in float32 before the last token.
+    kept = kept & ((above < top_p[:, None]) | (top_p >= 1)[:, None])
+    kept = kept & (jnp.exp(ordered - ordered[:, :1]) >= min_p[:, None])
+    kept = kept.at[:, 0].set(True)
+    last = jnp.sum(kept, axis=-1, keepdims=True) - 1
+    threshold = jnp.take_along_axis(ordered, last, axis=-1)
+    return jax.nn.log_softmax(jnp.where(logprobs >= threshold, logprobs, -jnp.inf))
 
-    return jax.vmap(fold)(streams)
+
+def entropy(logprobs: jax.Array) -> jax.Array:
+    """[S] entropies in nats of log-probs [S, V]; a log-prob of −inf counts nothing."""
+    return -jnp.sum(jnp.where(logprobs > -jnp.inf, jnp.exp(logprobs) * logprobs, 0.0), axis=-1)
 
 
 def sample(logprobs: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.Array:

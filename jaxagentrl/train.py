@@ -136,8 +136,7 @@ def _reinforce(session: Session, state: TrainState, host: Mapping[str, Any]) -> 
                     group_size=rl["group_size"],
                     stream=(config["seed"], STREAM_RL, iteration),
                 ),
-                temperature=config["rollout"]["temperature"],
-                **_play_options(session, state.params),
+                **_play_options(session, state.params, config["rollout"]["temperature"]),
             )
             clock.append(time.monotonic())
             state, measured, credit = reinforce.learn(
@@ -146,6 +145,7 @@ def _reinforce(session: Session, state: TrainState, host: Mapping[str, Any]) -> 
             state = dataclasses.replace(state, iteration=state.iteration + 1)
             clock.append(time.monotonic())
             values = measured | evaluate.summary("rollout", played)
+            values |= {f"ledger/{key}": value for key, value in played.ledger.items()}
             done, last = iteration + 1, iteration + 1 == rl["num_iterations"]
             if done % rl["eval_every"] == 0 or last:
                 values |= _evaluate(session, state.params, "rl", keep=last)
@@ -162,10 +162,22 @@ def _reinforce(session: Session, state: TrainState, host: Mapping[str, Any]) -> 
                 records = reinforce.records(played.trajectories, credit, config["reward"])
                 _keep(session, f"nonfinite_rl_{done:06d}", records)
                 raise
-            advance(note=f"success {values['rollout/success_rate']:.2f}")
+            advance(note=_note(values))
             if done % rl["save_every"] == 0 or last:
                 _save(session, state, stage="rl", step=done, sampler=sampler.state())
     return state
+
+
+def _note(values: Mapping[str, float]) -> str:
+    """What stands beside the bar: how well it goes, and what sampling waited for."""
+    shares = {
+        name: values[f"ledger/{name}_share"]
+        for name in ("extend", "decode", "transfer", "compile", "environment", "host")
+    }
+    success = values.get("rollout/success_rate")
+    told = "no episode ended" if success is None else f"success {success:.2f}"
+    parts = [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.05]
+    return f"{told}, sampling {values['ledger/seconds']:.1f} s: {', '.join(parts)}"
 
 
 def _timed(values: dict[str, float], measure: Any, *arguments: Any) -> dict[str, float]:
@@ -201,9 +213,8 @@ def _evaluate(
     with progress.bar(f"evaluating ({name})", len(test)) as advance:
         played = rollout.collect(
             rollout.episodes(test, group_size=1, stream=(config["seed"], STREAM_EVALUATE, 0)),
-            temperature=config["eval"]["temperature"],
             advance=advance,
-            **_play_options(session, params),
+            **_play_options(session, params, config["eval"]["temperature"]),
         )
     if keep:
         _keep(session, f"eval_{name}", [t.to_json() for t in played.trajectories])
@@ -217,16 +228,21 @@ def _keep(session: Session, name: str, records: list[dict[str, Any]]) -> None:
     workdir.write_atomic(session.folder.trajectories / f"{name}.jsonl", lines)
 
 
-def _play_options(session: Session, params: learner.Params) -> dict[str, Any]:
+def _play_options(
+    session: Session, params: learner.Params, temperature: float
+) -> dict[str, Any]:
     config, setup = session.config, session.setup
+    prompt = config["prompt"]
     return {
+        "rules": rollout.Rules(
+            **config["rollout"] | {"temperature": temperature},
+            prompt_style=prompt["style"],
+            show_admissible=prompt["show_admissible"],
+        ),
         "pool": setup.pool,
         "engine": setup.engine,
         "params": params["policy"],
         "chat_format": setup.chat_format,
-        "prompt_style": config["prompt"]["style"],
-        "show_admissible": config["prompt"]["show_admissible"],
-        "max_turns": config["rollout"]["max_turns"],
     }
 
 

@@ -1,15 +1,14 @@
 """Walkthroughs become the trajectories that a rollout with the same commands would record."""
 
-import collections
 import json
 
 import numpy as np
 import pytest
+from fake_engine import FakeEngine
 
 from envs_host import textworld
 from envs_host.types import EnvFailure, Info, ResetResult, StepResult, StopReason, Task
 from jaxagentrl import batching, chat, demos, rewards, rollout, tokenizer
-from jaxagentrl.engine import TurnSample
 
 COMMANDS = ("go east", "open box7", "take F-key from box7")
 
@@ -76,32 +75,15 @@ class ScriptedPool:
         del self.tasks[handle]
 
 
-class WalkthroughEngine:
-    """An engine whose policy says the walkthrough, with the interface that `rollout` uses."""
-
-    num_waves = 2
-    slots_per_wave = 2
-    max_turn_tokens = 32
-    max_length = 1000
+class WalkthroughEngine(FakeEngine):
+    """Says the walkthrough."""
 
     def __init__(self, chat_format):
+        super().__init__()
         self.chat_format = chat_format
-        self.lengths = collections.Counter()
 
-    def length(self, wave, slot):
-        return self.lengths[wave, slot]
-
-    def release(self, wave, slot):
-        self.lengths[wave, slot] = 0
-
-    def act(self, params, wave, requests):
-        samples = {}
-        for request in requests:
-            ids = self.chat_format.encode_action(COMMANDS[request.stream[-1]])
-            self.lengths[wave, request.slot] += len(request.new_ids) + len(ids)
-            zeros = np.zeros(len(ids), np.float32)
-            samples[request.slot] = TurnSample(ids=ids, logprobs=zeros, entropies=zeros)
-        return samples
+    def ids(self, request):
+        return self.chat_format.encode_action(COMMANDS[request.stream[-1]])
 
 
 @pytest.fixture
@@ -121,9 +103,7 @@ def test_a_demonstration_is_what_the_rollout_would_record(chat_format):
             engine=WalkthroughEngine(chat_format),
             params=None,
             chat_format=chat_format,
-            max_turns=8,
-            temperature=1.0,
-            **options,
+            rules=rollout.Rules(max_turns=8, temperature=1.0, **options),
         )
         assert len(recorded) == 5 and not played.failures
         for one, two in zip(recorded, played.trajectories, strict=True):

@@ -32,11 +32,22 @@ def make_engine(num_slots: int, num_waves: int = 1, **options) -> engine.Engine:
     defaults = dict(
         max_length=96,
         max_turn_tokens=6,
-        stop_id=STOP,
+        stop_ids=[STOP],
         filled_buckets=(32, 64, 96),
         width_buckets=(8, 16),
     )
     return engine.Engine(CONFIG, num_slots=num_slots, num_waves=num_waves, **defaults | options)
+
+
+def act(eng: engine.Engine, params, wave: int, requests) -> dict[int, engine.TurnSample]:
+    """Submits the requests and waits for all of them."""
+    for request in requests:
+        eng.submit(wave, request)
+    samples = {}
+    while eng.is_busy(wave):
+        eng.launch(params, wave)
+        samples |= eng.receive(wave)
+    return samples
 
 
 def conversations(count: int) -> list[list[np.ndarray]]:
@@ -70,7 +81,7 @@ def play(eng: engine.Engine, params, talks, temperature=1.0):
                         for i in half
                     ]
                     if requests:
-                        samples = eng.act(params, wave, requests)
+                        samples = act(eng, params, wave, requests)
                         for i, request in zip(half, requests, strict=True):
                             results[i].append(samples[request.slot])
         for wave in range(eng.num_waves):
@@ -129,15 +140,26 @@ def test_turns_stop_at_the_end_of_turn_token_or_the_budget(params):
     assert ended > 0
 
 
-def test_no_new_program_after_warm_up(params):
-    eng = make_engine(4, 2)
+def test_warm_up_compiles_everything_and_changes_nothing(params):
+    said = []
+    eng = make_engine(4, 2, notice=said.append)
+    eng.warm_up(params)
+    programs = eng.counters.compiles
+    assert len(said) == programs and len(set(said)) == programs
     with jax.log_compiles(False):
-        play(eng, params, conversations(8))
-        programs = eng.counters.compiles
-        sizes = eng._extend._cache_size(), eng._decode._cache_size()
-        play(eng, params, conversations(8))
-    assert eng.counters.compiles == programs == sum(sizes)
-    assert (eng._extend._cache_size(), eng._decode._cache_size()) == sizes
+        before = compiled(eng)
+        results = play(eng, params, conversations(40))
+    assert eng.counters.compiles == programs == sum(before)
+    assert compiled(eng) == before
+    cold = play(make_engine(4, 2), params, conversations(40))
+    for index in cold:
+        for a, b in zip(cold[index], results[index], strict=True):
+            np.testing.assert_array_equal(a.ids, b.ids)
+
+
+def compiled(eng: engine.Engine) -> list[int]:
+    """Programs that jax holds for the engine."""
+    return [program._cache_size() for program in (eng._extend, eng._fork, eng._decode)]
 
 
 def test_history_is_never_prefilled_again(params):
@@ -166,8 +188,9 @@ def test_greedy_is_the_argmax(params):
 def test_samples_follow_the_distribution_and_the_temperature():
     logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
     n = 20_000
-    streams = np.stack([np.full(n, 7), np.arange(n)], axis=1).astype(np.uint32)
-    keys = sampling.stream_keys(streams)
+    streams = np.stack([engine.stream_words((7, index)) for index in range(n)])
+    assert len({tuple(words) for words in streams.tolist()}) == n
+    keys = jax.random.wrap_key_data(streams)
     greedy = np.zeros(n, bool)
     tokens = sampling.sample(np.tile(logits, (n, 1)), keys, greedy)
     share = np.bincount(np.asarray(tokens), minlength=3) / n
@@ -176,12 +199,20 @@ def test_samples_follow_the_distribution_and_the_temperature():
 
 def test_requests_that_cannot_be_served_are_refused(params):
     eng = make_engine(2)
-    too_long = engine.TurnRequest(0, np.zeros(95, np.int32), 6, 1.0, (0,))
+    too_long = engine.TurnRequest(0, np.zeros(95, np.int32), 6, (0,))
     with pytest.raises(ValueError, match="max_length"):
-        eng.act(params, 0, [too_long])
+        eng.submit(0, too_long)
     with pytest.raises(ValueError, match="at least one new id"):
-        eng.act(params, 0, [engine.TurnRequest(0, np.zeros(0, np.int32), 6, 1.0, (0,))])
+        eng.submit(0, engine.TurnRequest(0, np.zeros(0, np.int32), 6, (0,)))
     with pytest.raises(ValueError, match="num_waves"):
         make_engine(3, 2)
     with pytest.raises(ValueError, match="filled_buckets"):
         make_engine(2, filled_buckets=(32, 64))
+    with pytest.raises(ValueError, match="linger_share"):
+        make_engine(2, linger_share=1.0)
+    eng.submit(0, engine.TurnRequest(0, np.zeros(3, np.int32), 6, (0,)))
+    with pytest.raises(ValueError, match="middle of a turn"):
+        eng.submit(0, engine.TurnRequest(0, np.zeros(3, np.int32), 6, (0,)))
+    eng.launch(params, 0)
+    with pytest.raises(RuntimeError, match="receive it first"):
+        eng.release(0, 0)

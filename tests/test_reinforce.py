@@ -260,7 +260,7 @@ def test_reinforcement_learns_a_bandit_through_the_engine():
         num_waves=1,
         max_length=16,
         max_turn_tokens=2,
-        stop_id=STOP,
+        stop_ids=[STOP],
         filled_buckets=(16,),
         width_buckets=(8,),
         row_divisors=(1,),
@@ -268,10 +268,13 @@ def test_reinforcement_learns_a_bandit_through_the_engine():
     success = []
     for iteration in range(40):
         requests = [
-            engine.TurnRequest(slot, np.array([1, 2 + slot // 8]), 2, 1.0, (iteration, slot))
+            engine.TurnRequest(slot, np.array([1, 2 + slot // 8]), 2, (iteration, slot))
             for slot in range(16)
         ]
-        samples = eng.act(state.params["policy"], 0, requests)
+        for request in requests:
+            eng.submit(0, request)
+        eng.launch(state.params["policy"], 0)
+        samples = eng.receive(0)
         trajectories = []
         for slot, request in enumerate(requests):
             sample, won = samples[slot], int(samples[slot].ids[0]) == right

@@ -4,11 +4,11 @@ import types
 
 import numpy as np
 import pytest
+from fake_engine import FakeEngine
 from records import make_task
 
 from envs_host.types import EnvFailure, Info, ResetResult, StepResult, StopReason
 from jaxagentrl import evaluate, metrics, rollout
-from jaxagentrl.engine import TurnSample
 
 EOT = 1
 
@@ -75,36 +75,20 @@ class ScriptedChat:
         return self.texts[int(ids[0]) - 10]
 
 
-class ScriptedEngine:
+class ScriptedEngine(FakeEngine):
     """Samples the script of each task; the stream's task word names it."""
 
-    max_turn_tokens = 4
-
     def __init__(self, scripts, chat_format, *, slots=2, waves=2, max_length=60):
+        super().__init__(
+            slots_per_wave=slots // waves, num_waves=waves, max_turn_tokens=4, max_length=max_length
+        )
         self.scripts, self.chat = scripts, chat_format
-        self.num_waves, self.slots_per_wave, self.max_length = waves, slots // waves, max_length
-        self.lengths = {}
 
-    def length(self, wave, slot):
-        return self.lengths.get((wave, slot), 0)
-
-    def release(self, wave, slot):
-        self.lengths[wave, slot] = 0
-
-    def act(self, params, wave, requests):
-        samples = {}
-        for request in requests:
-            turn = request.stream[-1]
-            script = self.scripts[request.stream[1]]
-            text = script[min(turn, len(script) - 1)]
-            end = [] if text == "endless" else [EOT]
-            ids = np.array([10 + self.chat.texts.index(text), *end], np.int32)
-            self.lengths[wave, request.slot] = self.length(wave, request.slot) + len(
-                request.new_ids
-            ) + len(ids)
-            zeros = np.zeros(len(ids), np.float32)
-            samples[request.slot] = TurnSample(ids, zeros, zeros)
-        return samples
+    def ids(self, request):
+        script = self.scripts[request.stream[1]]
+        text = script[min(request.stream[-1], len(script) - 1)]
+        end = [] if text == "endless" else [EOT]
+        return [10 + self.chat.texts.index(text), *end]
 
 
 def play(scripts: dict[str, list[str]], *, max_turns=3, max_length=60, slots=2):
@@ -121,10 +105,9 @@ def play(scripts: dict[str, list[str]], *, max_turns=3, max_length=60, slots=2):
         engine=engine,
         params=None,
         chat_format=chat_format,
-        prompt_style="brief",
-        show_admissible=False,
-        max_turns=max_turns,
-        temperature=1.0,
+        rules=rollout.Rules(
+            max_turns=max_turns, temperature=1.0, prompt_style="brief", show_admissible=False
+        ),
         advance=finished.append,
     )
     assert len(finished) == len(scripts) and not pool.live

@@ -242,8 +242,8 @@ def hidden_cached(
         layer = _merge(graph, layer_params)
         q, k, v = layer.attention.qkv(layer.attention_norm(x), rope)
         cache = kv_cache.write(cache, index, slots, targets, k, v)
-        keys, values = kv_cache.read(cache, index, slots, filled)
-        x = x + layer.attention.out(attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask))
+        keys, values = kv_cache.read(cache, index, slots, filled, q.dtype)
+        x = x + layer.attention.out(attend_cached(q, keys, values, mask))
         x = x + layer.mlp(layer.mlp_norm(x))
         return (x, cache, index + 1), None
 
@@ -313,6 +313,28 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     scores = jnp.where(mask[:, None, None], scores * size**-0.5, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgls,bske->blkge", weights, v).reshape(batch, length, heads, size)
+
+
+def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attend` on keys and values as `kv_cache` lays them out.
+
+    Args:
+        q: [R, W, H, E]. k: [R, K, E, S]. v: [R, K, S, E]. mask: [R, W, S] bool.
+
+    Returns:
+        [R, W, H, E].
+    """
+    rows, width, heads, size = q.shape
+    num_kv_heads = k.shape[1]
+    # Queries of one key/value head side by side: one matrix product per row and head.
+    q = q.reshape(rows, width, num_kv_heads, heads // num_kv_heads, size)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(rows, num_kv_heads, -1, size)
+    scores = jnp.einsum("rkqe,rkes->rkqs", q, k, preferred_element_type=jnp.float32)
+    mask = jnp.tile(mask, (1, heads // num_kv_heads, 1))[:, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores * size**-0.5, MASKED), axis=-1)
+    out = jnp.einsum("rkqs,rkse->rkqe", weights.astype(v.dtype), v)
+    out = out.reshape(rows, num_kv_heads, heads // num_kv_heads, width, size)
+    return out.transpose(0, 3, 1, 2, 4).reshape(rows, width, heads, size)
 
 
 def _layers(config: DecoderConfig, params: Params) -> tuple[nnx.GraphDef, Params]:

@@ -1,0 +1,53 @@
+"""An engine whose policy is a function, with the interface that `rollout` uses."""
+
+import collections
+
+import numpy as np
+
+from jaxagentrl.engine import Counters, TurnRequest, TurnSample
+
+
+class FakeEngine:
+    """Answers every request at the next `receive`; subclasses say with which ids."""
+
+    def __init__(self, *, slots_per_wave=2, num_waves=2, max_turn_tokens=32, max_length=1000):
+        self.slots_per_wave, self.num_waves = slots_per_wave, num_waves
+        self.max_turn_tokens, self.max_length = max_turn_tokens, max_length
+        self.counters = Counters()
+        self.requests: list[TurnRequest] = []
+        self._lengths = collections.Counter()
+        self._waiting: dict[tuple[int, int], TurnRequest] = {}
+
+    def ids(self, request: TurnRequest) -> list[int]:
+        raise NotImplementedError
+
+    def length(self, wave, slot):
+        return self._lengths[wave, slot]
+
+    def is_busy(self, wave, slot):
+        return (wave, slot) in self._waiting
+
+    def release(self, wave, slot):
+        self._lengths[wave, slot] = 0
+
+    def submit(self, wave, request):
+        assert not self.is_busy(wave, request.slot)
+        self.requests.append(request)
+        self._waiting[wave, request.slot] = request
+
+    def launch(self, params, wave):
+        pass
+
+    def receive(self, wave):
+        samples = {}
+        for slot in [slot for w, slot in self._waiting if w == wave]:
+            request = self._waiting.pop((wave, slot))
+            ids = np.array(self.ids(request), np.int32)
+            self._lengths[wave, slot] += len(request.new_ids) + len(ids)
+            zeros = np.zeros(len(ids), np.float32)
+            samples[slot] = TurnSample(ids, zeros, zeros)
+        return samples
+
+    def cut(self, wave, slot, sample, keep):
+        self._lengths[wave, slot] -= len(sample.ids) - keep
+        return TurnSample(*(array[:keep] for array in (sample.ids, sample.logprobs, sample.entropies)))
