@@ -52,8 +52,8 @@ def get_config() -> ml_collections.ConfigDict:
         num_waves=2,
         max_length=176,
         max_turn_tokens=12,
-        filled_buckets=(64, 96, 128, 176),
-        width_buckets=(24, 48, 96),
+        filled_buckets=(64, 112, 176),
+        width_buckets=(24, 64),
         row_divisors=(1, 4),
         cache_dtype="float32",
         linger_share=0.0,
@@ -107,6 +107,7 @@ def get_config() -> ml_collections.ConfigDict:
         critic="none",
         aggregation="token_mean",
         observation_weight=0.0,
+        skip_zero_signal=True,
         eval_every=8,
         save_every=8,
         advantage=dict(

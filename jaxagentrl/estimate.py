@@ -40,6 +40,7 @@ def make_estimate(
     step_weight: float,
     max_turns: int,
     kl_in_reward: float,
+    skip_zero_signal: bool,
 ) -> Callable[[TrajectoryBatch, Scores, Array, Array], tuple[Array, Array]]:
     """Program (batch, scores, ref_logprobs, anchor_ids [B, max_turns]) → (advantages, returns).
 
@@ -61,6 +62,8 @@ def make_estimate(
         step_weight: ω of gigpo: weight of the turn's credit beside the episode's.
         max_turns: static bound on turns, of rewards_to_go_group and gigpo.
         kl_in_reward: coefficient of −k1 on every action token; 0 for none.
+        skip_zero_signal: rows whose credit is 0 throughout, such as those of a group that was won or
+            lost by all, are no part of the whitening statistics and keep their 0.
     """
     if name not in NAMES:
         raise ValueError(f"rl.advantage.name must be one of {', '.join(NAMES)}, got {name!r}.")
@@ -125,7 +128,10 @@ def make_estimate(
         credit = to_advantages(rewards, batch, scores.values, anchor_ids)
         returns = jnp.where(batch.action_mask, credit + scores.values, 0.0)
         if whiten:
-            credit = advantages.whiten(credit, batch.action_mask)
+            mask = batch.action_mask
+            if skip_zero_signal:
+                mask = mask & jnp.any(credit != 0, axis=-1, keepdims=True)
+            credit = advantages.whiten(credit, mask)
         credit = jnp.where(credit < 0, negative_weight * credit, credit)
         return credit, returns
 

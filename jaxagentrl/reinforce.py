@@ -82,6 +82,21 @@ def check(rl: Mapping[str, Any]) -> None:
         )
 
 
+def skips_rows(rl: Mapping[str, Any]) -> bool:
+    """Whether rows without credit stay out of the update.
+
+    `rl.skip_zero_signal` asks for it; it is without effect while something else than the advantages
+    trains on every row: KL in the loss, entropy, observations, a critic.
+    """
+    return (
+        rl["skip_zero_signal"]
+        and rl["kl"]["placement"] != "loss"
+        and rl["loss"]["entropy_coefficient"] == 0
+        and rl["observation_weight"] == 0
+        and rl["critic"] == "none"
+    )
+
+
 def make_programs(
     config: Mapping[str, Any], model: decoder.DecoderConfig
 ) -> tuple[Programs, Any]:
@@ -108,6 +123,7 @@ def make_programs(
             num_groups=rl["tasks_per_iteration"],
             max_turns=config["rollout"]["max_turns"],
             kl_in_reward=in_reward,
+            skip_zero_signal=skips_rows(rl),
         ),
         accumulate=learner.make_accumulate(loss),
         apply=learner.make_apply(chain),
@@ -172,13 +188,18 @@ def learn(
         trajectories, num_rows=whole, max_turns=config["rollout"]["max_turns"]
     )
     credit, returns = programs.estimate(batch, scores, ref_logprobs, anchor_ids)
+    used = np.arange(len(lengths), dtype=np.int32)
+    if skips_rows(rl):
+        used = used[np.any(np.asarray(credit)[: len(lengths)] != 0, axis=1)]
+        everything = split(used)
 
     collected: list[dict[str, Any]] = []
-    size = whole // rl["num_minibatches"]
+    # Rows that are left out make minibatches smaller, not fewer.
+    size = max(1, -(-len(used) // rl["num_minibatches"]))
     for epoch in range(rl["num_epochs"]):
-        order = np.random.default_rng((config["seed"], iteration, epoch)).permutation(len(lengths))
-        for start in range(0, len(lengths), size):
-            rows = order[start : start + size].astype(np.int32)
+        order = np.random.default_rng((config["seed"], iteration, epoch)).permutation(used)
+        for start in range(0, len(used), size):
+            rows = order[start : start + size]
             targets = _targets(
                 batch,
                 jnp.zeros(whole, bool).at[rows].set(True),
@@ -202,10 +223,10 @@ def learn(
     collected = jax.device_get(collected)
     means = {
         key: float((max if key.endswith("_max") else np.mean)([m[key] for m in collected]))
-        for key in collected[0]
+        for key in (collected[0] if collected else {})  # nothing to learn from: no step was taken
     }
     credit = np.asarray(credit)
-    facts = _facts(batch, credit, turn_rewards, trajectories, everything)
+    facts = _facts(batch, credit, turn_rewards, trajectories, everything, used)
     return state, means | facts, [row[:end] for row, end in zip(credit, lengths)]
 
 
@@ -257,7 +278,7 @@ def _part_shapes(shapes: Mapping[str, Any]) -> dict[str, Any]:
     return {key: shapes[key] for key in ("length_buckets", "tokens_per_part", "row_multiple")}
 
 
-def _facts(batch, credit, turn_rewards, trajectories, parts) -> dict[str, float]:
+def _facts(batch, credit, turn_rewards, trajectories, parts, used) -> dict[str, float]:
     """What the batch was like: signal, padding."""
     returns = np.array([float(np.sum(r)) for r in turn_rewards])
     groups: dict[int, list[float]] = {}
@@ -265,12 +286,13 @@ def _facts(batch, credit, turn_rewards, trajectories, parts) -> dict[str, float]
         groups.setdefault(trajectory.group, []).append(value)
     deviations = [float(np.std(values)) for values in groups.values()]
     places = sum(len(rows) * length for rows, length in parts)
-    used = sum(trajectory.num_tokens for trajectory in trajectories)
+    tokens = sum(trajectories[row].num_tokens for row in used)
     credit = credit[np.asarray(batch.action_mask)]
     return {
         "batch/reward_mean": float(np.mean(returns)),
         "batch/group_std_mean": float(np.mean(deviations)),
         "batch/groups_without_signal": float(np.mean([d == 0.0 for d in deviations])),
         "batch/advantage_std": float(np.std(credit)),
-        "batch/padding_share": 1.0 - used / places,
+        "batch/padding_share": 1.0 - tokens / max(1, places),
+        "batch/rows_used_share": len(used) / len(trajectories),
     }

@@ -41,6 +41,7 @@ def make_config(**rl) -> dict:
     )
     config["rl"] |= dict(tasks_per_iteration=3, group_size=2, num_minibatches=1, num_epochs=1)
     config["rl"]["optimizer"] |= dict(warmup_steps=0)
+    config["rl"]["skip_zero_signal"] = False
     for key, value in rl.items():
         config["rl"][key] = config["rl"][key] | value if isinstance(value, dict) else value
     return config
@@ -208,6 +209,50 @@ def test_scoring_first_gives_the_same_gradient_as_bypassing_it():
         state, _, _ = reinforce.learn(state, reference, trajectories, programs, each, iteration=0)
         outcomes.append(jax.device_get(state.params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *outcomes)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean_token_mean"])
+def test_rows_without_signal_can_stay_out(aggregation):
+    """The update is the one that the rows with signal alone would give."""
+    skipping = make_config(
+        advantage=dict(name="leave_one_out"), skip_zero_signal=True, aggregation=aggregation
+    )
+    trajectories = make_trajectories()
+    assert {t.won for t in trajectories[:2]} == {False}
+    outcomes = []
+    for played in (trajectories, trajectories[2:]):
+        state, reference, programs = make_state(skipping)
+        state, measured, credit = reinforce.learn(
+            state, reference, played, programs, skipping, iteration=0
+        )
+        outcomes.append((jax.device_get(state.params), np.concatenate(credit[-4:]), measured))
+    (params, credit, measured), (alone, credit_alone, _) = outcomes
+    assert measured["batch/rows_used_share"] == 4 / 6
+    np.testing.assert_allclose(credit, credit_alone, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, alone)
+
+
+def test_a_batch_without_any_signal_takes_no_step():
+    config = make_config(advantage=dict(name="leave_one_out"), skip_zero_signal=True)
+    state, reference, programs = make_state(config)
+    before = jax.device_get(state.params)
+    state, measured, _ = reinforce.learn(
+        state, reference, make_trajectories()[:2], programs, config, iteration=0
+    )
+    assert int(state.step) == 0 and measured["batch/rows_used_share"] == 0
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
+
+
+def test_rows_stay_in_while_something_else_trains_on_them():
+    rl = make_config(skip_zero_signal=True)["rl"]
+    assert reinforce.skips_rows(rl)
+    for change in (
+        dict(critic="head"),
+        dict(observation_weight=0.1),
+        dict(kl=dict(placement="loss", coefficient=0.1)),
+        dict(loss=dict(entropy_coefficient=0.1)),
+    ):
+        assert not reinforce.skips_rows(make_config(skip_zero_signal=True, **change)["rl"])
 
 
 def test_minibatches_and_epochs_take_their_steps_and_clip():
