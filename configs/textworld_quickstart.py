@@ -98,7 +98,7 @@ def get_config() -> ml_collections.ConfigDict:
         ),
     )
     config.rl = dict(
-        num_iterations=56,
+        num_iterations=80,
         tasks_per_iteration=32,
         group_size=8,
         num_epochs=1,
@@ -133,7 +133,7 @@ def get_config() -> ml_collections.ConfigDict:
         optimizer=dict(
             learning_rate=4e-4,
             warmup_steps=5,
-            decay_steps=56,
+            decay_steps=80,
             final_fraction=0.25,
             b1=0.9,
             b2=0.95,
