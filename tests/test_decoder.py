@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxagentrl import logprobs
-from jaxagentrl.models import decoder, kv_cache
+from jaxagentrl.models import decoder, kv_cache, rope
 
 CONFIG = decoder.DecoderConfig(
     vocab_size=61,
@@ -19,6 +19,39 @@ CONFIG = decoder.DecoderConfig(
     head_dim=8,
     intermediate_size=48,
 )
+
+# One setting, or the settings that belong together, beyond the plain decoder.
+VARIANTS = {
+    "plain": {},
+    "biases": {"attention_bias": True, "tie_embeddings": False},
+    "query and key norms": {"qk_norm": True},
+    "window": {"sliding_window": 4},
+    "alternating windows": {"sliding_window": 4, "window_layers": (True, False)},
+    "two rotations": {
+        "sliding_window": 4,
+        "window_layers": (False, True),
+        "local_rope_theta": 100.0,
+        "rope_scaling": rope.Scaling("linear", 8.0),
+    },
+    "soft caps": {"attention_softcap": 0.5, "logit_softcap": 0.3},
+    "gemma": {
+        "norm_plus_one": True,
+        "post_norms": True,
+        "scale_embeddings": True,
+        "activation": "gelu_tanh",
+        "query_scale_dim": 16.0,
+    },
+}
+
+
+def variant(name: str):
+    """Config and parameters, the norms not at their neutral start."""
+    config = dataclasses.replace(CONFIG, **VARIANTS[name])
+    params = decoder.init(config, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)]
+    return config, jax.tree.unflatten(tree, noisy)
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +89,42 @@ def test_the_future_and_padding_change_nothing(params):
     np.testing.assert_array_equal(whole[:, :7], decoder.logits(CONFIG, params, changed)[:, :7])
 
 
-def test_packed_segments_equal_separate_rows(params):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_setting_changes_the_logits(name):
+    config, params = variant(name)
+    for setting in VARIANTS[name]:
+        if setting in ("window_layers", "tie_embeddings", "attention_bias", "qk_norm", "post_norms"):
+            continue  # these are seen by their leaves
+        changes = {setting: getattr(CONFIG, setting)}
+        if setting == "sliding_window":
+            changes |= {"window_layers": None, "local_rope_theta": None}
+        without = dataclasses.replace(config, **changes)
+        ids = tokens(2, 12)
+        gap = decoder.logits(config, params, ids) - decoder.logits(without, params, ids)
+        assert np.abs(gap).max() > 1e-3, setting
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_segments_equal_separate_rows(name):
+    config, params = variant(name)
     first, second = tokens(1, 5, seed=1), tokens(1, 7, seed=2)
     packed = np.concatenate([first, second], axis=1)
     segments = np.array([[0] * 5 + [1] * 7], np.int32)
     positions = np.array([[*range(5), *range(7)]], np.int32)
-    joint = decoder.logits(CONFIG, params, packed, positions=positions, segment_ids=segments)
-    np.testing.assert_allclose(joint[:, :5], decoder.logits(CONFIG, params, first), atol=1e-5)
-    np.testing.assert_allclose(joint[:, 5:], decoder.logits(CONFIG, params, second), atol=1e-5)
+    joint = decoder.logits(config, params, packed, positions=positions, segment_ids=segments)
+    np.testing.assert_allclose(joint[:, :5], decoder.logits(config, params, first), atol=1e-5)
+    np.testing.assert_allclose(joint[:, 5:], decoder.logits(config, params, second), atol=1e-5)
+
+
+def test_a_window_hides_what_lies_behind_it():
+    config, params = variant("window")
+    ids = tokens(1, 12)
+    changed = ids.copy()
+    changed[:, 0] = (ids[:, 0] + 1) % CONFIG.vocab_size
+    gap = np.abs(decoder.hidden(config, params, ids) - decoder.hidden(config, params, changed))
+    gap = gap.max(axis=(0, 2))
+    # Two layers with a window of 4 carry a token 6 places, and not farther.
+    assert np.all(gap[:7] > 0) and np.all(gap[7:] == 0)
 
 
 def test_rematerialization_changes_neither_value_nor_gradient(params):
@@ -78,15 +139,17 @@ def test_rematerialization_changes_neither_value_nor_gradient(params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), plain[1], remat[1])
 
 
-def test_appending_in_any_pieces_equals_one_pass(params):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_appending_in_any_pieces_equals_one_pass(name):
+    config, params = variant(name)
     ids = tokens(3, 20)
-    whole = decoder.hidden(CONFIG, params, ids)
+    whole = decoder.hidden(config, params, ids)
     cache = kv_cache.init(2, 5, 24, 2, 8, "float32")
     slots = jnp.array([4, 0, 2])
     start = 0
     for width in (7, 1, 12):
         part, cache = decoder.hidden_cached(
-            CONFIG,
+            config,
             params,
             ids[:, start : start + width],
             cache,
@@ -153,6 +216,12 @@ def test_chunked_logprobs_have_the_same_gradient(params):
         ({"num_kv_heads": 3}, "num_kv_heads"),
         ({"head_dim": 7}, "head_dim"),
         ({"num_layers": 0}, "num_layers"),
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"sliding_window": 4, "window_layers": (True,)}, "window_layers.*each of the 2 layers"),
+        ({"sliding_window": 4, "window_layers": (True, True)}, "some True and some False"),
+        ({"window_layers": (True, False)}, "sliding_window"),
+        ({"sliding_window": 4, "local_rope_theta": 1e4}, "local_rope_theta"),
+        ({"activation": "relu"}, "activation"),
     ],
 )
 def test_impossible_shapes_are_refused_by_name(change, words):

@@ -42,6 +42,8 @@ jaxagentrl.transforms
 jaxagentrl.diagnostics
 jaxagentrl.workdir
 jaxagentrl.models
+jaxagentrl.models.rope
+jaxagentrl.models.decoder_config
 jaxagentrl.models.kv_cache
 jaxagentrl.models.decoder
 jaxagentrl.models.sharding

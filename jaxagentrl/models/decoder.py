@@ -1,8 +1,14 @@
-"""A Flax NNX decoder of the Qwen2/Llama kind, used through pure functions on plain parameter trees.
+"""A Flax NNX decoder, used through pure functions on plain parameter trees.
 
-RMSNorm before each block (Zhang & Sennrich 2019), rotary positions in the half-split convention of
-`transformers` (Su et al. 2021), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020).
-Layers are one stacked module scanned over depth, so compile time does not grow with depth.
+RMSNorm before each block (Zhang & Sennrich 2019), rotary positions (`rope`), grouped-query attention
+(Ainslie et al. 2023), gated feed-forward (Shazeer 2020). Layers are one stacked module scanned over
+depth, so compile time does not grow with depth.
+
+What families of published models do differently are settings of `DecoderConfig`: biases (Qwen2),
+norms of queries and keys (Qwen3), sliding windows in all or some layers (Mistral, Gemma), soft caps,
+norms after each block, norms that scale by 1 + w, scaled embeddings, another rotation in the layers
+with a window (Gemma 2 and 3). A setting that is off adds nothing to the compiled program. Where
+layers differ, the scan takes along which kind each one is; there are no branches.
 
 One set of modules serves both passes: `hidden` attends within a batch of whole sequences (scoring,
 training), `hidden_cached` appends a few tokens to rows of a KV cache (sampling).
@@ -11,60 +17,38 @@ Shapes: B rows, L positions, D hidden size, N layers, H query heads, K key/value
 V vocabulary, F feed-forward size.
 """
 
-import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxagentrl.models import kv_cache
+from jaxagentrl.models import kv_cache, rope
+from jaxagentrl.models.decoder_config import DecoderConfig
 
 Params = dict[str, Any]
 
 # Large and negative instead of -inf: a row that attends to nothing (padding) stays finite.
 MASKED = -1e30
 
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of a decoder. Names follow the `config.json` of Qwen2 and Llama checkpoints."""
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-    tie_embeddings: bool = True
-    attention_bias: bool = False
-    max_position_embeddings: int = 32_768
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, float) and not value > 0:
-                raise ValueError(f"model.{field.name} must be positive, got {value!r}.")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_heads ({self.num_heads}) must be a multiple of model.num_kv_heads "
-                f"({self.num_kv_heads}): every key/value head serves the same number of queries."
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"model.head_dim must be even for rotary positions, got {self.head_dim}.")
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, size: int, eps: float):
-        self.scale = nnx.Param(jnp.ones((size,)))
-        self.eps = eps
+    def __init__(self, config: DecoderConfig, size: int):
+        self.plus_one = config.norm_plus_one
+        self.scale = nnx.Param(jnp.zeros((size,)) if self.plus_one else jnp.ones((size,)))
+        self.eps = config.norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        if self.plus_one:  # Gemma scales before it rounds to the lower precision, the others after
+            return _per_channel(normed, 1 + self.scale[...].astype(jnp.float32)).astype(x.dtype)
         return _per_channel(normed.astype(x.dtype), self.scale[...])
 
 
@@ -94,13 +78,20 @@ class Attention(nnx.Module):
         out_scale = heads**-0.5 * (2 * config.num_layers) ** -0.5
         self.o = Projection(heads, width, False, out_scale, rngs)
         self.head_dim = config.head_dim
+        self.has_norms = config.qk_norm
+        if self.has_norms:
+            self.q_norm = RMSNorm(config, config.head_dim)
+            self.k_norm = RMSNorm(config, config.head_dim)
 
-    def qkv(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def qkv(self, x: jax.Array, table: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         """Rotated queries [B, L, H, E], rotated keys and values [B, L, K, E]."""
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
-        return rotate(heads(self.q(x)), rope), rotate(heads(self.k(x)), rope), heads(self.v(x))
+        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+        if self.has_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rope.rotate(q, table), rope.rotate(k, table), v
 
     def out(self, attended: jax.Array) -> jax.Array:
         return self.o(attended.reshape(*attended.shape[:-2], -1))
@@ -113,17 +104,30 @@ class FeedForward(nnx.Module):
         self.up = Projection(width, inner, False, width**-0.5, rngs)
         down_scale = inner**-0.5 * (2 * config.num_layers) ** -0.5
         self.down = Projection(inner, width, False, down_scale, rngs)
+        self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
 
 class Layer(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention_norm = RMSNorm(config, config.hidden_size)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp_norm = RMSNorm(config, config.hidden_size)
         self.mlp = FeedForward(config, rngs)
+        self.has_post_norms = config.post_norms
+        if self.has_post_norms:
+            self.post_attention_norm = RMSNorm(config, config.hidden_size)
+            self.post_mlp_norm = RMSNorm(config, config.hidden_size)
+
+    def add_attention(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        y = self.attention.out(attended)
+        return x + (self.post_attention_norm(y) if self.has_post_norms else y)
+
+    def add_mlp(self, x: jax.Array) -> jax.Array:
+        y = self.mlp(self.mlp_norm(x))
+        return x + (self.post_mlp_norm(y) if self.has_post_norms else y)
 
 
 class Embedding(nnx.Module):
@@ -143,7 +147,7 @@ class Decoder(nnx.Module):
 
         self.embed = Embedding(config, rngs)
         self.layers = stacked(rngs)
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.final_norm = RMSNorm(config, config.hidden_size)
         if not config.tie_embeddings:
             self.lm_head = Projection(
                 config.hidden_size, config.vocab_size, False, config.hidden_size**-0.5, rngs
@@ -183,23 +187,27 @@ def hidden(
     length = tokens.shape[1]
     index = jnp.arange(length)
     mask = (index[None, :] <= index[:, None])[None]
+    distance = (index[:, None] - index[None, :])[None]
     if segment_ids is not None:
         mask = mask & (segment_ids[:, None, :] == segment_ids[:, :, None])
     if positions is None:
         positions = jnp.broadcast_to(index[None], tokens.shape)
-    rope = rope_tables(config, positions)
-
-    def block(x: jax.Array, layer: Layer) -> jax.Array:
-        q, k, v = layer.attention.qkv(layer.attention_norm(x), rope)
-        x = x + layer.attention.out(attend(q, k, v, mask))
-        return x + layer.mlp(layer.mlp_norm(x))
-
+    tables = rope_tables(config, positions)
     graph, layers = _layers(config, params)
 
-    def step(x: jax.Array, layer_params: Params) -> tuple[jax.Array, None]:
-        return block(x, _merge(graph, layer_params)), None
+    def step(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, None]:
+        layer_params, is_local = inputs
+        layer = _merge(graph, layer_params)
+        q, k, v = layer.attention.qkv(layer.attention_norm(x), _table_of(tables, is_local))
+        seen = _within_window(config, mask, distance, is_local)
+        x = layer.add_attention(
+            x,
+            attend(q, k, v, seen, scale=config.attention_scale, softcap=config.attention_softcap),
+        )
+        return layer.add_mlp(x), None
 
-    x, _ = jax.lax.scan(jax.checkpoint(step) if remat else step, embed(params, tokens), layers)
+    x = embed(config, params, tokens)
+    x, _ = jax.lax.scan(jax.checkpoint(step) if remat else step, x, (layers, _local_layers(config)))
     return final_norm(config, params, x)
 
 
@@ -231,24 +239,33 @@ def hidden_cached(
     width = tokens.shape[1]
     offsets = jnp.arange(width)
     positions = lengths[:, None] + offsets[None]
-    rope = rope_tables(config, positions)
-    mask = jnp.arange(filled)[None, None, :] <= positions[:, :, None]
+    tables = rope_tables(config, positions)
+    index = jnp.arange(filled)[None, None, :]
+    mask = index <= positions[:, :, None]
+    distance = positions[:, :, None] - index
     # A padding token writes nowhere: its position is sent out of range.
     targets = jnp.where(offsets[None] < counts[:, None], positions, cache.max_length)
     graph, layers = _layers(config, params)
 
-    def step(carry, layer_params):
+    def step(carry, inputs):
         x, cache, index = carry
+        layer_params, is_local = inputs
         layer = _merge(graph, layer_params)
-        q, k, v = layer.attention.qkv(layer.attention_norm(x), rope)
+        q, k, v = layer.attention.qkv(layer.attention_norm(x), _table_of(tables, is_local))
+        seen = _within_window(config, mask, distance, is_local)
         cache = kv_cache.write(cache, index, slots, targets, k, v)
         keys, values = kv_cache.read(cache, index, slots, filled, q.dtype)
-        x = x + layer.attention.out(attend_cached(q, keys, values, mask))
-        x = x + layer.mlp(layer.mlp_norm(x))
-        return (x, cache, index + 1), None
+        x = layer.add_attention(
+            x,
+            attend_cached(
+                q, keys, values, seen,
+                scale=config.attention_scale, softcap=config.attention_softcap,
+            ),
+        )
+        return (layer.add_mlp(x), cache, index + 1), None
 
-    carry = (embed(params, tokens), cache, jnp.int32(0))
-    (x, cache, _), _ = jax.lax.scan(step, carry, layers)
+    carry = (embed(config, params, tokens), cache, jnp.int32(0))
+    (x, cache, _), _ = jax.lax.scan(step, carry, (layers, _local_layers(config)))
     return final_norm(config, params, x), cache
 
 
@@ -263,11 +280,12 @@ def logits(
     """[B, L, V] float32 logits; entry t scores token t + 1. For tests and tools; training uses
     `jaxagentrl.logprobs`, which never holds the whole array."""
     x = hidden(config, params, tokens, positions=positions, segment_ids=segment_ids)
-    return unembed(params, x)
+    return unembed(params, x, softcap=config.logit_softcap)
 
 
-def embed(params: Params, tokens: jax.Array) -> jax.Array:
-    return jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
+def embed(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
+    return x * jnp.asarray(config.hidden_size**0.5, x.dtype) if config.scale_embeddings else x
 
 
 def unembedding(params: Params) -> jax.Array:
@@ -275,34 +293,74 @@ def unembedding(params: Params) -> jax.Array:
     return params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"].T
 
 
-def unembed(params: Params, x: jax.Array) -> jax.Array:
-    return jnp.matmul(x, unembedding(params).astype(x.dtype), preferred_element_type=jnp.float32)
+def unembed(params: Params, x: jax.Array, *, softcap: float | None = None) -> jax.Array:
+    """[..., V] float32 logits; `softcap` is `config.logit_softcap`."""
+    z = jnp.matmul(x, unembedding(params).astype(x.dtype), preferred_element_type=jnp.float32)
+    return cap(z, softcap)
+
+
+def cap(x: jax.Array, softcap: float | None) -> jax.Array:
+    """Squeezes into (−softcap, softcap), near the identity around 0; None leaves x as it is."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
 def final_norm(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:
-    norm = nnx.eval_shape(lambda: RMSNorm(config.hidden_size, config.norm_eps))
+    norm = nnx.eval_shape(lambda: RMSNorm(config, config.hidden_size))
     return _merge(nnx.split(norm)[0], params["final_norm"])(x)
 
 
 def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of [B, L, E/2] float32: position · θ^(−2i/E)."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions.astype(jnp.float32)[..., None] * (config.rope_theta**-exponents)[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    """cos and sin, [B, L, E/2] float32; [2, B, L, E/2] where layers with a window have their own."""
+    table = rope.tables(
+        *rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling), positions
+    )
+    if config.local_rope_theta is None:
+        return table
+    local = rope.tables(*rope.frequencies(config.head_dim, config.local_rope_theta), positions)
+    return tuple(jnp.stack(pair) for pair in zip(table, local, strict=True))
 
 
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates [B, L, heads, E]; the pairs are (i, i + E/2), as in `transformers`' rotate_half."""
-    cos, sin = (table[:, :, None, :].astype(x.dtype) for table in rope)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+def _local_layers(config: DecoderConfig) -> jax.Array | None:
+    """[N] bool, which layers have the window; None where all layers are alike."""
+    return None if config.window_layers is None else jnp.array(config.window_layers)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def _table_of(
+    tables: tuple[jax.Array, jax.Array], is_local: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    if tables[0].ndim == 3:
+        return tables
+    return tuple(
+        jax.lax.dynamic_index_in_dim(table, is_local.astype(jnp.int32), keepdims=False)
+        for table in tables
+    )
+
+
+def _within_window(
+    config: DecoderConfig, mask: jax.Array, distance: jax.Array, is_local: jax.Array | None
+) -> jax.Array:
+    """The mask of one layer: what is at most a window back, if the layer has a window."""
+    if config.sliding_window is None:
+        return mask
+    near = distance < config.sliding_window
+    return mask & (near if is_local is None else near | ~is_local)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
     """Grouped-query attention with a float32 softmax.
 
     Args:
         q: [B, L, H, E]. k, v: [B, S, K, E] with K dividing H. mask: [B or 1, L, S] bool.
+        scale: of the scores, normally 1/√E.
+        softcap: see `cap`; acts on the scaled scores.
 
     Returns:
         [B, L, H, E].
@@ -310,16 +368,25 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], size)
     scores = jnp.einsum("blkge,bske->bkgls", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * size**-0.5, MASKED)
+    scores = jnp.where(mask[:, None, None], cap(scores * scale, softcap), MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgls,bske->blkge", weights, v).reshape(batch, length, heads, size)
 
 
-def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attend_cached(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
     """`attend` on keys and values as `kv_cache` lays them out.
 
     Args:
         q: [R, W, H, E]. k: [R, K, E, S]. v: [R, K, S, E]. mask: [R, W, S] bool.
+        scale, softcap: as in `attend`.
 
     Returns:
         [R, W, H, E].
@@ -331,7 +398,8 @@ def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> 
     q = q.transpose(0, 2, 3, 1, 4).reshape(rows, num_kv_heads, -1, size)
     scores = jnp.einsum("rkqe,rkes->rkqs", q, k, preferred_element_type=jnp.float32)
     mask = jnp.tile(mask, (1, heads // num_kv_heads, 1))[:, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores * size**-0.5, MASKED), axis=-1)
+    scores = jnp.where(mask, cap(scores * scale, softcap), MASKED)
+    weights = jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum("rkqs,rkse->rkqe", weights.astype(v.dtype), v)
     out = out.reshape(rows, num_kv_heads, heads // num_kv_heads, width, size)
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, width, heads, size)
