@@ -4,8 +4,10 @@ Worker processes import this file: nothing of jax in here.
 """
 
 import ctypes
+import hashlib
 import os
 import pathlib
+import random
 import signal
 import sys
 import time
@@ -76,3 +78,41 @@ class ScriptedEnv:
         elif verb == "modules":
             return " ".join(sorted(sys.modules))
         return None
+
+
+class RaggedEnv:
+    """Answers with words that depend on all that was said, after as many turns as the seed says.
+
+    Episodes take 1 to 20 turns, answers 1 to 30 words, and a random time of up to `latency_s`.
+    """
+
+    def __init__(self, *, latency_s: float = 0.0, stuck_seed: int = -1, forgets: bool = False):
+        self._latency_s, self._stuck_seed, self._forgets = latency_s, stuck_seed, forgets
+        self._clock = random.Random(os.getpid())
+
+    def reset(self, task: Task) -> ResetResult:
+        self._task, self._said = task, []
+        return ResetResult(self._answer(), self._info("", False))
+
+    def step(self, text: str) -> StepResult:
+        self._said.append(text)
+        if self._task.seed == self._stuck_seed and len(self._said) == 2:
+            time.sleep(1000)
+        time.sleep(self._clock.random() * self._latency_s)
+        done = len(self._said) > self._random("turns").randrange(20)
+        return StepResult(self._answer(), float(done), done, False, self._info(text, done))
+
+    def close(self) -> None:
+        pass
+
+    def _answer(self) -> str:
+        words = self._random(*self._said)
+        said = [words.choice(("box", "key", "door", "room")) for _ in range(words.randint(1, 30))]
+        return " ".join(said + [str(time.time_ns())] * self._forgets)
+
+    def _random(self, *parts: str) -> random.Random:
+        text = "|".join((str(self._task.seed), *parts))
+        return random.Random(hashlib.sha256(text.encode()).digest())
+
+    def _info(self, command: str, done: bool) -> Info:
+        return Info(float(done), 1.0, done, False, True, command, 0.0, (), "Say words.")

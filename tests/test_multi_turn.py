@@ -1,0 +1,270 @@
+"""Real engine, real worker processes, ragged episodes: what is sampled depends on the seed alone."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from envs_host.pool import EnvPool
+from envs_host.types import StopReason, Task
+from jaxagentrl import chat, engine, logprobs, rollout, tokenizer
+from jaxagentrl.models import decoder
+
+LENGTH = 256
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(scope="module")
+def chat_format(tmp_path_factory):
+    texts = ["box key door room", "Say words.", "take the box"]
+    made = tokenizer.train(texts * 9, vocab_size=300, directory=tmp_path_factory.mktemp("tokens"))
+    return chat.make(made)
+
+
+@functools.cache
+def make_model(vocab_size: int):
+    config = decoder.DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        intermediate_size=32,
+    )
+    params = decoder.init(config, jax.random.key(0))
+    # Ends a turn after a few tokens, and is sure enough of the rest that rounding decides nothing.
+    params["embed"]["embedding"] = params["embed"]["embedding"] * 10
+    return config, params
+
+
+def make_engine(chat_format, *, num_slots, num_waves, linger_share=0.0, **options):
+    config, _ = make_model(len(chat_format.tokenizer))
+    defaults = dict(filled_buckets=(LENGTH,), width_buckets=(32,), row_divisors=(1,))
+    return engine.Engine(
+        config,
+        num_slots=num_slots,
+        num_waves=num_waves,
+        max_length=LENGTH,
+        max_turn_tokens=8,
+        stop_ids=[chat_format.end_of_turn_id],
+        linger_share=linger_share,
+        **defaults | options,
+    )
+
+
+def make_tasks(count: int) -> list[Task]:
+    return [
+        Task("fakes:RaggedEnv", f"game-{i}", {}, i, "", f"{i:08x}" * 8, "Say words.", 1.0, ())
+        for i in range(count)
+    ]
+
+
+def make_pool(num_workers=1, **env_kwargs):
+    return EnvPool(
+        "fakes:RaggedEnv",
+        env_kwargs,
+        num_workers=num_workers,
+        step_limit_s=60.0,
+        reset_limit_s=60.0,
+        worker_memory_mb=1000.0,
+    )
+
+
+def make_rules(**changes) -> rollout.Rules:
+    fields = dict(max_turns=20, temperature=1.0, prompt_style="brief", show_admissible=False)
+    return rollout.Rules(**fields | changes)
+
+
+def play(chat_format, eng, pool, to_play, **rules):
+    _, params = make_model(len(chat_format.tokenizer))
+    options = dict(pool=pool, engine=eng, params=params, chat_format=chat_format)
+    # An untrained model seldom ends a turn; a stop string makes the others reach the environment.
+    rules = {"stop_strings": ("o", "e", "a")} | rules
+    return rollout.collect(to_play, rules=make_rules(**rules), **options)
+
+
+def assert_same(one: rollout.Rollout, other: rollout.Rollout) -> None:
+    assert not one.failures and not other.failures
+    for a, b in zip(one.trajectories, other.trajectories, strict=True):
+        assert (a.task, a.member, a.stop_reason) == (b.task, b.member, b.stop_reason)
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        for mine, yours in zip(a.turns, b.turns, strict=True):
+            np.testing.assert_allclose(mine.logprobs, yours.logprobs, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reference(chat_format):
+    """Twelve games, three members each: four slots, one wave, one process."""
+    to_play = rollout.episodes(make_tasks(12), group_size=3, stream=(1,))
+    with make_pool() as pool:
+        return play(chat_format, make_engine(chat_format, num_slots=4, num_waves=1), pool, to_play)
+
+
+@pytest.mark.parametrize(
+    "slots, waves, workers, linger, rules",
+    [
+        (64, 1, 1, 0.0, {}),
+        (8, 4, 8, 0.0, {}),
+        (12, 2, 3, 0.4, {"straggler_s": 0.002}),
+    ],
+)
+def test_slots_waves_workers_and_latencies_change_nothing(
+    chat_format, reference, slots, waves, workers, linger, rules
+):
+    to_play = rollout.episodes(make_tasks(12), group_size=3, stream=(1,))
+    eng = make_engine(chat_format, num_slots=slots, num_waves=waves, linger_share=linger)
+    with make_pool(workers, latency_s=0.02) as pool:
+        other = play(chat_format, eng, pool, to_play, **rules)
+    assert_same(reference, other)
+    turns = {trajectory.num_turns for trajectory in other.trajectories}
+    assert len(turns) > 4 and max(turns) > 8  # ragged, else this shows little
+    # Another seed is another rollout; a part of the episodes is a part of the rollout.
+    with make_pool() as pool:
+        part = play(chat_format, eng, pool, to_play[5:8])
+        again = play(
+            chat_format, eng, pool, rollout.episodes(make_tasks(2), group_size=1, stream=(2,))
+        )
+    for a, b in zip(reference.trajectories[5:8], part.trajectories, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+    assert any(
+        a.tokens.tolist() != b.tokens.tolist()
+        for a, b in zip(reference.trajectories[::3], again.trajectories)
+    )
+
+
+def test_the_record_is_what_a_forward_pass_over_it_says(chat_format, reference):
+    config, params = make_model(len(chat_format.tokenizer))
+    ids = np.zeros((len(reference.trajectories), LENGTH), np.int32)
+    for row, trajectory in enumerate(reference.trajectories):
+        ids[row, : trajectory.num_tokens] = trajectory.tokens
+    x = decoder.hidden(config, params, ids)
+    scores, _ = logprobs.token_logprobs(x, decoder.unembedding(params), ids)
+    for row, trajectory in enumerate(reference.trajectories):
+        fields = trajectory.token_fields()
+        expected = np.asarray(scores)[row, : trajectory.num_tokens][fields["action_mask"]]
+        reported = fields["sampler_logprobs"][fields["action_mask"]]
+        np.testing.assert_allclose(reported, expected, atol=1e-4)
+
+
+def test_two_hundred_ragged_episodes_compile_nothing_after_warm_up(chat_format):
+    eng = make_engine(
+        chat_format,
+        num_slots=32,
+        num_waves=2,
+        filled_buckets=(96, LENGTH),
+        width_buckets=(16, 64),
+        row_divisors=(1, 4),
+    )
+    _, params = make_model(len(chat_format.tokenizer))
+    eng.warm_up(params)
+    compiled = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event == COMPILED:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        to_play = rollout.episodes(make_tasks(50), group_size=4, stream=(3,))
+        with make_pool(2) as pool:
+            played = play(chat_format, eng, pool, to_play)
+        assert not compiled and played.ledger["compiles"] == 0
+        jax.jit(lambda x: x + 1)(np.zeros(3)).block_until_ready()
+        assert compiled  # the listener hears
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(played.trajectories) == 200
+    assert played.ledger["tokens_forked"] > 0
+    used = sum(t.num_tokens for t in played.trajectories)
+    sampled = sum(t.num_action_tokens for t in played.trajectories)
+    # Every token of a prompt enters the cache once, or as the first input of a decode.
+    appended = played.ledger["tokens_prefilled"] + played.ledger["tokens_forked"]
+    assert appended <= used - sampled + sum(t.num_turns for t in played.trajectories)
+    assert used < played.ledger["tokens_reprefill"]
+
+
+def test_the_ledger_accounts_for_all_seconds(reference):
+    shares = [value for key, value in reference.ledger.items() if key.endswith("_share")]
+    shares.remove(reference.ledger["padding_share"])
+    np.testing.assert_allclose(sum(shares), 1.0, atol=1e-6)
+    assert 0 < reference.ledger["slot_occupancy"] <= 1
+
+
+def test_a_turn_can_be_forked_and_goes_on_from_the_same_state(chat_format, reference):
+    longest = max(reference.trajectories, key=lambda trajectory: trajectory.num_turns)
+    turn = longest.num_turns // 2
+    to_play = rollout.branch(longest, turn, group=7, num_members=5, stream=(9,))
+    eng = make_engine(chat_format, num_slots=8, num_waves=1)
+    with make_pool(2) as pool:
+        played = play(chat_format, eng, pool, to_play)
+    assert not played.failures and len(played.trajectories) == 5
+    shared = sum(item.num_tokens for item in longest.turns[:turn])
+    assert played.ledger["tokens_forked"] >= 4 * shared  # computed for one, copied for four
+    for trajectory in played.trajectories:
+        assert trajectory.group == 7 and trajectory.num_turns > turn
+        np.testing.assert_array_equal(trajectory.tokens[:shared], longest.tokens[:shared])
+        assert trajectory.turns[turn].observation == longest.turns[turn].observation
+        np.testing.assert_array_equal(
+            trajectory.turns[turn].prompt_ids, longest.turns[turn].prompt_ids
+        )
+    assert len({tuple(t.tokens.tolist()) for t in played.trajectories}) > 1
+    test_the_record_is_what_a_forward_pass_over_it_says(chat_format, played)
+    with pytest.raises(ValueError, match="cannot branch"):
+        rollout.branch(longest, longest.num_turns, group=0, num_members=1, stream=())
+
+
+def test_an_environment_that_cannot_be_replayed_is_a_counted_failure(chat_format, reference):
+    longest = max(reference.trajectories, key=lambda trajectory: trajectory.num_turns)
+    to_play = rollout.branch(longest, 2, group=0, num_members=2, stream=(9,))
+    with make_pool(forgets=True) as pool:
+        played = play(chat_format, make_engine(chat_format, num_slots=4, num_waves=1), pool, to_play)
+    assert [failure.reason for _, failure in played.failures] == ["not deterministic"] * 2
+
+
+def test_stop_strings_cut_after_the_token_that_completes_one(chat_format, reference):
+    cut = 0
+    for trajectory in reference.trajectories:
+        for turn in trajectory.turns:
+            found = [
+                any(text in chat_format.decode(turn.action_ids[:count]) for text in "oea")
+                for count in range(1, len(turn.action_ids) + 1)
+            ]
+            assert not any(found[:-1])
+            cut += found[-1]
+            # A cut turn reached the environment; one that neither stopped nor ended did not.
+            assert found[-1] or turn.action_ids[-1] == chat_format.end_of_turn_id or not turn.command
+    assert cut > 20
+
+
+def test_an_episode_past_its_time_is_truncated_and_holds_nobody_up(chat_format):
+    to_play = rollout.episodes(make_tasks(6), group_size=1, stream=(1,))
+    eng = make_engine(chat_format, num_slots=4, num_waves=2)
+    eng.warm_up(make_model(len(chat_format.tokenizer))[1])
+    with make_pool() as pool:
+        normal = play(chat_format, eng, pool, to_play)
+    stuck = next(i for i, t in enumerate(normal.trajectories) if t.num_turns > 2)
+    with make_pool(6, stuck_seed=stuck) as pool:
+        played = play(chat_format, eng, pool, to_play, episode_limit_s=8.0, straggler_s=0.01)
+    assert not played.failures
+    for index, (a, b) in enumerate(zip(normal.trajectories, played.trajectories, strict=True)):
+        if index == stuck:
+            assert b.stop_reason is StopReason.TIME_LIMIT and b.truncated and b.num_turns == 2
+            np.testing.assert_array_equal(b.tokens, a.tokens[: b.num_tokens])
+        else:
+            np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+def test_rules_that_make_no_sense_are_refused():
+    for key, value in (
+        ("max_turns", 0),
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("min_p", 1.0),
+        ("stop_strings", ("",)),
+        ("episode_limit_s", 0.0),
+    ):
+        with pytest.raises(ValueError, match=f"rollout.{key}"):
+            make_rules(**{key: value})
