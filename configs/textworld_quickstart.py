@@ -17,6 +17,8 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
+    # Compiled programs outlive the process; None compiles everything anew.
+    config.compilation_cache_dir = "~/.cache/jaxagentrl/compiled"
     config.env = dict(
         name="textworld",
         params=dict(family="custom", world_size=2, nb_objects=3, quest_length=4, theme="basic"),

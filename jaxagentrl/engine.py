@@ -187,11 +187,12 @@ class Engine:
         self.slots_per_wave = num_slots // num_waves
         self.max_length = max_length
         self.max_turn_tokens = max_turn_tokens
+        self.stop_ids = frozenset(int(token) for token in stop_ids)
         self.counters = Counters()
         self._filled_buckets = sorted(filled_buckets)
         self._width_buckets = sorted(min(width, max_length) for width in width_buckets)
         self._row_buckets = sorted({math.ceil(self.slots_per_wave / d) for d in row_divisors})
-        self._stop_ids = np.tile(np.array(stop_ids, np.int32), (self.slots_per_wave, 1))
+        self._stop_ids = np.tile(np.array(sorted(self.stop_ids), np.int32), (self.slots_per_wave, 1))
         self._linger_share = linger_share
         self._notice = notice
         self._seen: set[tuple] = set()

@@ -1,7 +1,9 @@
 """`python -m jaxagentrl.main --config=configs/<x>.py --workdir=<folder>`: flags, and nothing else."""
 
+import os
 import sys
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -16,14 +18,25 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
+    config = _CONFIG.value.to_dict()
+    _keep_compiled_programs(config["compilation_cache_dir"])
     try:
-        train.run(_CONFIG.value.to_dict(), _WORKDIR.value)
+        train.run(config, _WORKDIR.value)
     except (ValueError, metrics.NonFiniteError, demos.DemonstrationError) as error:
         if _DEBUG.value:
             raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues from the last checkpoint")
+
+
+def _keep_compiled_programs(directory: str | None) -> None:
+    """Lets jax find again what an earlier process compiled; None compiles everything anew."""
+    if directory is not None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
+        # The default keeps only what took a second, but a run has dozens of smaller programs.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def run() -> None:

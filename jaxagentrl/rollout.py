@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -71,6 +71,11 @@ class Rules:
         ):
             if not is_right:
                 raise ValueError(f"rollout.{name} must be {expected}, got {getattr(self, name)!r}.")
+
+
+def is_restricted(rules: Mapping[str, Any]) -> bool:
+    """Whether some tokens are never sampled, which takes programs of its own."""
+    return rules["top_k"] > 0 or rules["top_p"] < 1 or rules["min_p"] > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +265,7 @@ class _Player:
             item = live[slot]
             item.sample, stopped = self._cut_at_stop_string(wave, slot, sample)
             item.action = self.chat_format.decode_action(item.sample.ids)
-            if stopped or self._has_ended(item.sample.ids):
+            if stopped or int(item.sample.ids[-1]) in self.engine.stop_ids:
                 self.pool.step(item.index, item.action)
             else:
                 self._keep_unanswered(item)
@@ -379,12 +384,8 @@ class _Player:
             text = chat.first_user_text(objective, answer.observation, admissible, style=style)
             return self.chat_format.first_prompt(text)
         text = chat.later_user_text(answer.observation, admissible, style=style)
-        return self.chat_format.next_prompt(
-            text, ended=self._has_ended(item.turns[-1].action_ids)
-        )
-
-    def _has_ended(self, ids: np.ndarray) -> bool:
-        return int(ids[-1]) == self.chat_format.end_of_turn_id
+        last = int(item.turns[-1].action_ids[-1])
+        return self.chat_format.next_prompt(text, ended=last == self.chat_format.end_of_turn_id)
 
     def _cut_at_stop_string(
         self, wave: int, slot: int, sample: TurnSample

@@ -37,7 +37,7 @@ from jaxagentrl.types import TrainState
 STREAM_EVALUATE, STREAM_RL = 1, 2
 
 # Keys that cannot change a result, only how fast it comes.
-FREE_KEYS = ("env.cache_dir", "env.num_workers", "pool")
+FREE_KEYS = ("compilation_cache_dir", "env.cache_dir", "env.num_workers", "pool")
 
 
 @dataclasses.dataclass
@@ -60,6 +60,9 @@ def run(config: Mapping[str, Any], directory: str) -> None:
     started = time.monotonic()
     with prepare.everything(config, folder) as setup:
         state, host = _restore(folder, config, setup)
+        setup.engine.warm_up(
+            state.params["policy"], restricted=rollout.is_restricted(config["rollout"])
+        )
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
             session = Session(config, folder, setup, writer)
             if host["stage"] == "start":

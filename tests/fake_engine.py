@@ -10,9 +10,10 @@ from jaxagentrl.engine import Counters, TurnRequest, TurnSample
 class FakeEngine:
     """Answers every request at the next `receive`; subclasses say with which ids."""
 
-    def __init__(self, *, slots_per_wave=2, num_waves=2, max_turn_tokens=32, max_length=1000):
+    def __init__(self, *, slots_per_wave=2, num_waves=2, max_turn_tokens=32, max_length=1000, stop_ids=()):
         self.slots_per_wave, self.num_waves = slots_per_wave, num_waves
         self.max_turn_tokens, self.max_length = max_turn_tokens, max_length
+        self.stop_ids = frozenset(stop_ids)
         self.counters = Counters()
         self.requests: list[TurnRequest] = []
         self._lengths = collections.Counter()

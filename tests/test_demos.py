@@ -79,7 +79,7 @@ class WalkthroughEngine(FakeEngine):
     """Says the walkthrough."""
 
     def __init__(self, chat_format):
-        super().__init__()
+        super().__init__(stop_ids=[chat_format.end_of_turn_id])
         self.chat_format = chat_format
 
     def ids(self, request):

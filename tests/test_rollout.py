@@ -80,7 +80,11 @@ class ScriptedEngine(FakeEngine):
 
     def __init__(self, scripts, chat_format, *, slots=2, waves=2, max_length=60):
         super().__init__(
-            slots_per_wave=slots // waves, num_waves=waves, max_turn_tokens=4, max_length=max_length
+            slots_per_wave=slots // waves,
+            num_waves=waves,
+            max_turn_tokens=4,
+            max_length=max_length,
+            stop_ids=[EOT],
         )
         self.scripts, self.chat = scripts, chat_format
 
