@@ -1,6 +1,6 @@
 """TextWorld as a text environment: real games, cleaned text, remembered answers.
 
-`generate` makes the games (see textworld_games.py); `TextWorldEnv` plays them. The form of an
+`generate` makes the games (see games.py); `TextWorldEnv` plays them. The form of an
 observation follows the code of "A Practitioner's Guide to Multi-turn Agentic Reinforcement
 Learning" (arXiv 2510.01132): the room, what the game told, what is carried.
 """
@@ -8,8 +8,8 @@ Learning" (arXiv 2510.01132): the room, what the game told, what is carried.
 import os
 
 from envs_host import textworld_text
+from envs_host.games import GenerationReport, generate
 from envs_host.textworld_engine import Engine, Extras, Moment, Outcome, digest, progress
-from envs_host.textworld_games import GenerationReport, generate
 from envs_host.textworld_memory import Engines, Memory, Node
 from envs_host.types import GameFileError, Info, ResetResult, StepResult, Task
 

@@ -1,21 +1,15 @@
-"""The making of a TextWorld game: generate, compile, play through. Runs in worker processes."""
+"""The making of a TextWorld game: generate, compile, play through. See maker.py."""
 
 import functools
-import hashlib
-import json
 import os
-import shutil
 import subprocess
 import tempfile
-from multiprocessing.connection import Connection
-from typing import Any
 
 from envs_host import textworld_engine, textworld_text
-from envs_host.textworld_specs import Spec
+from envs_host.specs import SetAside, Spec
 from envs_host.types import Task
 
 _ENDED_EARLY = "Game has ended before"  # TextWorld's words when a walkthrough goes wrong.
-PARTIAL = ".partial"  # Ending of a file on its way into the cache.
 _CHALLENGES = {
     "tw-simple": "tw-simple",
     "tw-cooking": "tw-cooking",
@@ -24,30 +18,7 @@ _CHALLENGES = {
 }
 
 
-def work(connection: Connection, cache_dir: str, scratch: str) -> None:
-    """Makes the games whose specs come through the connection, until it ends."""
-    # Inform keeps a folder in HOME, and TextWorld looks for `textworld_data` where it runs.
-    os.environ["HOME"] = scratch
-    os.chdir(scratch)
-    tempfile.tempdir = scratch
-    _import_textworld()
-    connection.send(None)
-    while True:
-        try:
-            spec = connection.recv()
-        except EOFError:
-            return
-        complaint = None
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                _make(spec, cache_dir, folder)
-            except (AssertionError, ValueError) as error:
-                # How TextWorld rejects parameters, e.g. more ingredients to take than in a recipe.
-                complaint = str(error) or repr(error)
-        connection.send(complaint)
-
-
-def _import_textworld() -> None:
+def prepare() -> None:
     """Imports the generator and takes two wastes out of it; the games stay the same (tested).
 
     Knowledge bases are parsed once per process instead of once per game (0.3 s), and the games
@@ -61,38 +32,11 @@ def _import_textworld() -> None:
     textworld.generator.compile_inform7_game = _compile
 
 
-def _make(spec: Spec, cache_dir: str, folder: str) -> None:
-    """Makes one game in `folder` and moves it into the cache, record last."""
-    paths = spec.paths(cache_dir)
-    built = [os.path.join(folder, name) for name in ("game.z8", "game.json", "game.task.json")]
-    record: dict[str, Any] = {"set_aside": None, "task": None, "sidecar_digest": None}
-    try:
-        task = _build(spec, built[0], built[1])
-    except _SetAside as reason:
-        record["set_aside"] = str(reason)
-    else:
-        with open(built[1], "rb") as sidecar:
-            record["sidecar_digest"] = hashlib.sha256(sidecar.read()).hexdigest()
-        record["task"] = task.to_json() | {"file": os.path.basename(paths[0])}
-    with open(built[2], "w") as record_file:
-        json.dump(record, record_file)
-    for source, destination in zip(built, paths):
-        if os.path.exists(source) and (record["task"] is not None or source == built[2]):
-            # The scratch folder may be on another disk, where a move is not atomic.
-            partial = f"{destination}.{os.getpid()}{PARTIAL}"
-            shutil.move(source, partial)
-            os.replace(partial, destination)
-
-
-class _SetAside(Exception):
-    """No usable game comes out of a spec; the message says why."""
-
-
-def _build(spec: Spec, story_path: str, sidecar_path: str) -> Task:
+def build(spec: Spec, story_path: str, sidecar_path: str) -> Task:
     """Generates, compiles and plays through one game.
 
     Raises:
-        _SetAside: there is no such game, or its walkthrough does not win.
+        SetAside: there is no such game, or its walkthrough does not win.
     """
     import textworld
     from textworld.generator import QuestGenerationError, generate_inform7_source
@@ -101,14 +45,14 @@ def _build(spec: Spec, story_path: str, sidecar_path: str) -> Task:
     try:
         game = _game(spec)
     except QuestGenerationError as error:
-        raise _SetAside(f"no quest of this kind: {error}") from error
+        raise SetAside(f"no quest of this kind: {error}") from error
     except ValueError as error:
         if _ENDED_EARLY not in str(error):
             raise
-        raise _SetAside(f"the walkthrough does not win: {error}") from error
+        raise SetAside(f"the walkthrough does not win: {error}") from error
     walkthrough = game.walkthrough
     if not walkthrough:
-        raise _SetAside("the game has no walkthrough")
+        raise SetAside("the game has no walkthrough")
     game.save(sidecar_path)
     _compile(generate_inform7_source(game), story_path)
     _play_through(story_path, walkthrough)
@@ -166,7 +110,7 @@ def _compile(source: str, story_path: str, verbose: bool = False) -> None:
         verbose: not used; TextWorld's function, which this replaces, has it.
 
     Raises:
-        _SetAside: the source does not compile, e.g. because the game is too big for a .z8 file.
+        SetAside: the source does not compile, e.g. because the game is too big for a .z8 file.
     """
     from textworld.generator.inform7.world2inform7 import I7_DEFAULT_PATH
 
@@ -187,14 +131,14 @@ def _compile(source: str, story_path: str, verbose: bool = False) -> None:
             )
             if ended.returncode != 0:
                 output = ended.stdout.decode(errors="replace").strip()[-500:]
-                raise _SetAside(f"does not compile ({os.path.basename(command[0])}): {output}")
+                raise SetAside(f"does not compile ({os.path.basename(command[0])}): {output}")
 
 
 def _play_through(story_path: str, walkthrough: list[str]) -> None:
     """Plays the walkthrough in the real engine, through the cleaning every command goes through.
 
     Raises:
-        _SetAside: it does not win.
+        SetAside: it does not win.
     """
     engine = textworld_engine.Engine(story_path, textworld_engine.Extras())
     try:
@@ -202,11 +146,11 @@ def _play_through(story_path: str, walkthrough: list[str]) -> None:
         for command in walkthrough:
             cleaned, refusal = textworld_text.clean_command(command)
             if refusal is not None or cleaned != command:
-                raise _SetAside(f"the walkthrough command {command!r} cannot be sent as it is")
+                raise SetAside(f"the walkthrough command {command!r} cannot be sent as it is")
             outcome = engine.step(outcome.state, outcome.moment, command)
             if outcome.moment.won or outcome.moment.lost:
                 break
     finally:
         engine.close()
     if not outcome.moment.won or command is not walkthrough[-1]:
-        raise _SetAside("the walkthrough does not win")
+        raise SetAside("the walkthrough does not win")

@@ -14,13 +14,22 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = """
 envs_host.types
 envs_host.processes
+envs_host.specs
 envs_host.textworld_text
 envs_host.textworld_engine
-envs_host.textworld_specs
 envs_host.textworld_maker
-envs_host.textworld_games
 envs_host.textworld_memory
+envs_host.alfworld_pddl
+envs_host.alfworld_text
+envs_host.alfworld_engine
+envs_host.alfworld_experts
+envs_host.alfworld_houses
+envs_host.alfworld_maker
+envs_host.maker
+envs_host.games
+envs_host.alfworld_data
 envs_host.textworld
+envs_host.alfworld
 envs_host
 envs_host.pool_worker
 envs_host.pool_server

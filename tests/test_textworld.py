@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from envs_host import textworld, textworld_maker, textworld_text
 from envs_host.textworld_engine import Engine, Extras, Moment, Outcome, digest
 from envs_host.textworld_memory import Engines, Memory
-from envs_host.textworld_specs import Spec
+from envs_host.specs import SetAside, Spec
 from envs_host.types import GameFileError, Task
 
 # Jericho's word for games other than the famous ones it has hints for.
@@ -473,9 +473,9 @@ def test_a_walkthrough_that_does_not_win_sets_the_game_aside(tasks):
     task = tasks["basic"]
     textworld_maker._play_through(task.file, list(task.walkthrough))
     for wrong in (task.walkthrough[:-1], (*task.walkthrough, "look"), ("look",)):
-        with pytest.raises(textworld_maker._SetAside, match="does not win"):
+        with pytest.raises(SetAside, match="does not win"):
             textworld_maker._play_through(task.file, list(wrong))
-    with pytest.raises(textworld_maker._SetAside, match="cannot be sent"):
+    with pytest.raises(SetAside, match="cannot be sent"):
         textworld_maker._play_through(task.file, ["take K-key. go south"])
 
 

@@ -1,10 +1,10 @@
-"""Generation of TextWorld games into a content-addressed cache.
+"""Generation of games into a content-addressed cache.
 
 A game is named by a spec, e.g. `dict(family="custom", world_size=2, nb_objects=3, quest_length=4,
-theme="basic", seed=50001)`, and stored under the hash of the full spec and TextWorld's version:
+theme="basic", seed=50001)`, and stored under the hash of the full spec and its library's version:
 
-    <key>.z8          the game
-    <key>.json        TextWorld's description of it, for state tracking
+    <key>.z8          the game; <key>.tw-pddl for ALFWorld
+    <key>.json        a description of it: TextWorld's for state tracking, ALFWorld's `traj_data`
     <key>.task.json   its `Task`, or why it was set aside; written last, so an entry without it does
                       not exist and an interrupted generation leaves nothing broken
 
@@ -26,12 +26,13 @@ from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from envs_host import textworld_engine
+from envs_host import alfworld_engine, textworld_engine
+from envs_host.maker import PARTIAL
 from envs_host.processes import Child
-from envs_host.textworld_maker import PARTIAL
-from envs_host.textworld_specs import Spec
+from envs_host.specs import Spec
 from envs_host.types import GameFileError, Task
 
+_DIGEST = {"textworld": textworld_engine.digest, "alfworld": alfworld_engine.digest}
 _SCRATCH = "jaxagentrl-games-"
 _STALE_S = 3600.0
 
@@ -65,7 +66,7 @@ def generate(
     """Makes games, or finds them in the cache.
 
     Args:
-        specs: one dict per game, see the top of this file and `textworld_specs.FAMILIES`.
+        specs: one dict per game, see the top of this file and `specs.FAMILIES`.
         cache_dir: made if need be; may be shared by several runs at once, and may start with "~".
         num_workers: processes; by default as many as this process may use cores.
         progress: show a progress bar if games must be made.
@@ -130,7 +131,7 @@ def _load(spec: Spec, cache_dir: str) -> Task | str | None:
     try:
         with open(sidecar_path, "rb") as sidecar:
             intact = hashlib.sha256(sidecar.read()).hexdigest() == record["sidecar_digest"]
-        intact = intact and textworld_engine.digest(story_path) == record["task"]["digest"]
+        intact = intact and _DIGEST[spec.env](story_path) == record["task"]["digest"]
     except (FileNotFoundError, GameFileError):
         intact = False
     # A damaged entry is made again: the same spec gives the same game.
@@ -145,7 +146,7 @@ def _generate_in_processes(specs: list[Spec], cache_dir: str, num_workers: int) 
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=_SCRATCH))
         children = {}
         for _ in range(num_workers):
-            child = Child("envs_host.textworld_maker:work", cache_dir, scratch)
+            child = Child("envs_host.maker:work", cache_dir, scratch)
             stack.callback(child.close)
             children[child.connection] = child
             at_work[child.connection] = None
@@ -161,7 +162,7 @@ def _generate_in_processes(specs: list[Spec], cache_dir: str, num_workers: int) 
                         "run the same again to go on."
                     ) from error
                 if complaint:
-                    raise ValueError(f"TextWorld cannot make {spec.name}: {complaint}")
+                    raise ValueError(f"{spec.env} cannot make {spec.name}: {complaint}")
                 if queue:
                     at_work[connection] = queue.pop()
                     connection.send(at_work[connection])
@@ -185,7 +186,7 @@ class _Progress:
         from rich import progress as rich_progress
 
         self._bar = rich_progress.Progress(
-            rich_progress.TextColumn("Generating TextWorld games"),
+            rich_progress.TextColumn("Generating games"),
             rich_progress.BarColumn(),
             rich_progress.MofNCompleteColumn(),
             rich_progress.TimeElapsedColumn(),

@@ -1,4 +1,4 @@
-"""What a TextWorld game is made from: a family, its parameters and a seed."""
+"""What a game is made from: a family, its parameters and a seed."""
 
 import dataclasses
 import functools
@@ -10,8 +10,23 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 # Raise it when the same spec would give another entry in the cache.
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = {"textworld": 1, "alfworld": 1}
+_SUFFIX = {"textworld": ".z8", "alfworld": ".tw-pddl"}
 _REQUIRED = object()
+
+# ALFWorld's task types under its own names, in the order of its own numbers (1 to 6).
+TASK_TYPES = (
+    "pick_and_place_simple",
+    "look_at_obj_in_light",
+    "pick_clean_then_place_in_recep",
+    "pick_heat_then_place_in_recep",
+    "pick_cool_then_place_in_recep",
+    "pick_two_obj_and_place",
+)
+
+
+class SetAside(Exception):
+    """No usable game comes out of a spec; the message says why."""
 
 
 class _Parameter(NamedTuple):
@@ -62,7 +77,21 @@ FAMILIES: dict[str, dict[str, _Parameter]] = {
     },
     "coin_collector": {"level": _Parameter(_REQUIRED, "l{}")},
     "treasure_hunter": {"level": _Parameter(_REQUIRED, "l{}")},
+    # Houses of ALFWorld; see alfworld_houses.py.
+    "alfworld": {
+        "split": _Parameter("train", "{}", ("train", "valid_seen", "valid_unseen")),
+        "task_type": _Parameter("any", "{}", ("any", *TASK_TYPES)),
+        "room": _Parameter("any", "{}", ("any", "kitchen", "livingroom", "bedroom", "bathroom")),
+        "scene": _Parameter(None, "f{}"),
+        "num_receptacles": _Parameter(None, "r{}"),
+        "num_objects": _Parameter(None, "o{}"),
+        "closed": _Parameter(True, "closed", bool),
+        "expert": _Parameter("planner", "{}", ("planner", "handcoded")),
+    },
 }
+
+# The environment that plays a family; TextWorld, unless it is named here.
+_ENVIRONMENTS = {"alfworld": "alfworld"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +132,11 @@ class Spec:
         return cls(family, tuple(params.items()), seed)
 
     @property
+    def env(self) -> str:
+        """Name of the environment that plays it, and of the library that its making takes."""
+        return _ENVIRONMENTS.get(self.family, "textworld")
+
+    @property
     def name(self) -> str:
         """E.g. "custom-w2-o3-q4-basic-s50001"."""
         forms = FAMILIES[self.family]
@@ -116,14 +150,21 @@ class Spec:
     @functools.cached_property
     def key(self) -> str:
         """Where the cache keeps it."""
-        version = importlib.metadata.version("textworld")
-        content = [_CACHE_FORMAT, version, self.family, sorted(self.params), self.seed]
+        try:
+            version = importlib.metadata.version(self.env)
+        except importlib.metadata.PackageNotFoundError:
+            raise ValueError(
+                f"games of the family {self.family!r} need the library {self.env!r}: run "
+                f"pip install 'jaxagentrl[{self.env}]' (from a checkout: pip install -e "
+                f"'.[{self.env}]')."
+            ) from None
+        content = [_CACHE_FORMAT[self.env], version, self.family, sorted(self.params), self.seed]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
     def paths(self, cache_dir: str) -> tuple[str, str, str]:
         """Absolute paths of the entry in a cache: game, description, record."""
         stem = os.path.join(os.path.abspath(cache_dir), self.key)
-        return stem + ".z8", stem + ".json", stem + ".task.json"
+        return stem + _SUFFIX[self.env], stem + ".json", stem + ".task.json"
 
 
 def _check(family: str, name: str, value: Any) -> None:
