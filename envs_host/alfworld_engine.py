@@ -147,6 +147,9 @@ class Engine:
         feedback = self._narrator.feedback(*self._context(ground), after)
         return Outcome(feedback, after, self.world.reached(after), valid=True)
 
+    def close(self) -> None:
+        """Nothing is held that would have to be freed."""
+
     @staticmethod
     def _context(ground: Ground) -> tuple[str, dict[tuple[str, str], str]]:
         return ground.action.name, dict(zip(ground.action.parameters, ground.args, strict=True))

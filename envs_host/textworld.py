@@ -5,20 +5,17 @@ observation follows the code of "A Practitioner's Guide to Multi-turn Agentic Re
 Learning" (arXiv 2510.01132): the room, what the game told, what is carried.
 """
 
-import os
-
 from envs_host import textworld_text
 from envs_host.games import GenerationReport, generate
+from envs_host.memory import Engines, Memory, Node, verify
 from envs_host.textworld_engine import Engine, Extras, Moment, Outcome, digest, progress
-from envs_host.textworld_memory import Engines, Memory, Node
-from envs_host.types import GameFileError, Info, ResetResult, StepResult, Task
+from envs_host.types import Info, ResetResult, StepResult, Task
 
 __all__ = ["GenerationReport", "TextWorldEnv", "generate"]
 
 # Shared by the environments of a process: a group of episodes plays the same game.
 _ENGINES = Engines(max_idle=16)
 _MEMORY = Memory(max_entries=20_000)  # About 4 kB each, with the interpreter's state.
-_VERIFIED: set[tuple] = set()  # Files whose digest was checked, with their size and time.
 
 
 class TextWorldEnv:
@@ -71,7 +68,7 @@ class TextWorldEnv:
             GameFileError: the game file is missing, or not the one the task was recorded with.
         """
         self.close()
-        _verify(task)
+        verify(task, digest)
         self._task = task
         node = self._memory.root(self._key())
         if node is None:
@@ -143,7 +140,8 @@ class TextWorldEnv:
 
     def _started(self) -> Engine:
         if self._engine is None:
-            self._engine = _ENGINES.acquire(self._key(), self._task.file, self._extras)
+            self._engine = _ENGINES.acquire(
+                self._key(), lambda: Engine(self._task.file, self._extras))
         return self._engine
 
     def _compute(self, command: str) -> Outcome:
@@ -163,29 +161,3 @@ class TextWorldEnv:
         if self._engine is not None:
             _ENGINES.release(self._key())
             self._engine = None
-
-
-def _verify(task: Task) -> None:
-    """Checks the game file against the task's digest, once per file and process.
-
-    Raises:
-        GameFileError: it is missing or differs.
-    """
-    try:
-        status = os.stat(task.file)
-    except OSError as error:
-        raise GameFileError(
-            f"the game file {task.file} of task {task.name} cannot be read ({error.strerror}): "
-            "generate the games again."
-        ) from error
-    key = (task.file, task.digest, status.st_size, status.st_mtime_ns)
-    if key in _VERIFIED:
-        return
-    found = digest(task.file)
-    if found != task.digest:
-        raise GameFileError(
-            f"the game file {task.file} is not the one of task {task.name}: its digest is "
-            f"{found[:12]}..., the task was recorded with {task.digest[:12]}.... It is damaged or "
-            "was replaced: delete it and generate the games again."
-        )
-    _VERIFIED.add(key)

@@ -18,7 +18,7 @@ envs_host.specs
 envs_host.textworld_text
 envs_host.textworld_engine
 envs_host.textworld_maker
-envs_host.textworld_memory
+envs_host.memory
 envs_host.alfworld_pddl
 envs_host.alfworld_text
 envs_host.alfworld_engine

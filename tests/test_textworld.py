@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from envs_host import textworld, textworld_maker, textworld_text
 from envs_host.textworld_engine import Engine, Extras, Moment, Outcome, digest
-from envs_host.textworld_memory import Engines, Memory
+from envs_host.memory import Engines, Memory
 from envs_host.specs import SetAside, Spec
 from envs_host.types import GameFileError, Task
 
@@ -361,15 +361,19 @@ def test_episodes_that_share_an_interpreter_do_not_mix(tasks):
 def test_started_games_are_kept_while_used_and_a_few_after(tasks):
     engines = Engines(max_idle=1)
     names = ["basic", "eat", "house"]
+
+    def acquire(name):
+        engines.acquire((name,), lambda: Engine(tasks[name].file, Extras()))
+
     for name in names + ["basic"]:
-        engines.acquire((name,), tasks[name].file, Extras())
+        acquire(name)
     assert engines.started == 3
     for name in names:
         engines.release((name,))
-    engines.acquire(("basic",), tasks["basic"].file, Extras())  # Was in use all the time.
-    engines.acquire(("house",), tasks["house"].file, Extras())  # Was idle last.
+    acquire("basic")  # Was in use all the time.
+    acquire("house")  # Was idle last.
     assert engines.started == 3
-    engines.acquire(("eat",), tasks["eat"].file, Extras())
+    acquire("eat")
     assert engines.started == 4
 
 

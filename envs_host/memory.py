@@ -1,34 +1,39 @@
 """What the environments of a process share: started games, and the answers they have given.
 
-TextWorld games are deterministic, so the answer to a sequence of commands is computed once and
-remembered, together with the interpreter's state behind it: a new command is then computed from
-there, without playing the game up to it again.
+Games are deterministic, so the answer to a sequence of commands is computed once and remembered,
+together with the engine's state behind it: a new command is then computed from there, without playing
+the game up to it again.
 """
 
 import collections
+import os
+from collections.abc import Callable
+from typing import Any
 
-from envs_host.textworld_engine import Engine, Extras, Outcome
+from envs_host.types import GameFileError, Task
+
+_VERIFIED: set[tuple] = set()  # Files whose digest was checked, with their size and time.
 
 
 class Engines:
-    """Started games. Those in use by an episode stay; of the others, the last few."""
+    """Started games (with a `close`). Those in use by an episode stay; of the others, the last few."""
 
     def __init__(self, max_idle: int):
         self.started = 0
         self._max_idle = max_idle
-        self._engines: collections.OrderedDict[tuple, Engine] = collections.OrderedDict()
+        self._engines: collections.OrderedDict[tuple, Any] = collections.OrderedDict()
         self._users: collections.Counter[tuple] = collections.Counter()
 
-    def acquire(self, key: tuple, file: str, extras: Extras) -> Engine:
+    def acquire(self, key: tuple, start: Callable[[], Any]) -> Any:
         """Returns the started game; to be released by the same key.
 
         Args:
             key: tells games apart by content, so that a replaced file is not mistaken for the old.
-            file, extras: as for `Engine`.
+            start: starts it, if it is not started.
         """
         engine = self._engines.get(key)
         if engine is None:
-            engine = self._engines[key] = Engine(file, extras)
+            engine = self._engines[key] = start()
             self.started += 1
         self._engines.move_to_end(key)
         self._users[key] += 1
@@ -48,7 +53,7 @@ class Node:
 
     __slots__ = ("outcome", "children")
 
-    def __init__(self, outcome: Outcome):
+    def __init__(self, outcome: Any):
         self.outcome = outcome
         self.children: dict[str, Node] = {}
 
@@ -75,7 +80,7 @@ class Memory:
             self._roots.move_to_end(key)
         return node
 
-    def add(self, key: tuple, parent: Node | None, command: str, outcome: Outcome) -> Node:
+    def add(self, key: tuple, parent: Node | None, command: str, outcome: Any) -> Node:
         """Remembers the outcome of `command` after `parent`; without parent, the game's opening."""
         node = Node(outcome)
         if parent is None:
@@ -90,3 +95,29 @@ class Memory:
             oldest, _ = self._roots.popitem(last=False)
             self.entries -= self._sizes.pop(oldest)
         return node
+
+
+def verify(task: Task, digest: Callable[[str], str]) -> None:
+    """Checks the game file against the task's digest, once per file and process.
+
+    Raises:
+        GameFileError: it is missing or differs.
+    """
+    try:
+        status = os.stat(task.file)
+    except OSError as error:
+        raise GameFileError(
+            f"the game file {task.file} of task {task.name} cannot be read ({error.strerror}): "
+            "generate the games again."
+        ) from error
+    key = (task.file, task.digest, status.st_size, status.st_mtime_ns)
+    if key in _VERIFIED:
+        return
+    found = digest(task.file)
+    if found != task.digest:
+        raise GameFileError(
+            f"the game file {task.file} is not the one of task {task.name}: its digest is "
+            f"{found[:12]}..., the task was recorded with {task.digest[:12]}.... It is damaged or "
+            "was replaced: delete it and generate the games again."
+        )
+    _VERIFIED.add(key)
