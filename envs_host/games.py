@@ -87,7 +87,7 @@ def generate(
     missing = [spec for spec in wanted if records[spec] is None]
     if missing:
         num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(missing))
-        with _Progress(len(missing), progress) as advance:
+        with Progress("Generating games", len(missing), progress) as advance:
             for spec in _generate_in_processes(missing, cache_dir, num_workers):
                 records[spec] = _load(spec, cache_dir)
                 advance()
@@ -172,10 +172,11 @@ def _generate_in_processes(specs: list[Spec], cache_dir: str, num_workers: int) 
                     yield spec
 
 
-class _Progress:
-    """A progress bar, or nothing; entering it gives a function to call per game made."""
+class Progress:
+    """A progress bar, or nothing; entering it gives a function to call per game."""
 
-    def __init__(self, total: int, show: bool):
+    def __init__(self, what: str, total: int, show: bool):
+        self._what = what
         self._total = total
         self._show = show
         self._bar = None
@@ -186,7 +187,7 @@ class _Progress:
         from rich import progress as rich_progress
 
         self._bar = rich_progress.Progress(
-            rich_progress.TextColumn("Generating games"),
+            rich_progress.TextColumn(self._what),
             rich_progress.BarColumn(),
             rich_progress.MofNCompleteColumn(),
             rich_progress.TimeElapsedColumn(),
