@@ -94,6 +94,11 @@ FAMILIES: dict[str, dict[str, _Parameter]] = {
 _ENVIRONMENTS = {"alfworld": "alfworld"}
 
 
+def environment(family: str) -> str:
+    """Name of the environment that plays a family, and of the library that its making takes."""
+    return _ENVIRONMENTS.get(family, "textworld")
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """A game to be: a family, all its parameters, a seed."""
@@ -133,8 +138,8 @@ class Spec:
 
     @property
     def env(self) -> str:
-        """Name of the environment that plays it, and of the library that its making takes."""
-        return _ENVIRONMENTS.get(self.family, "textworld")
+        """See `environment`."""
+        return environment(self.family)
 
     @property
     def name(self) -> str:

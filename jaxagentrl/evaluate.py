@@ -35,6 +35,24 @@ def summary(prefix: str, rollout: Rollout) -> dict[str, float]:
     return {key: float(value) for key, value in values.items()}
 
 
+def breakdown(prefix: str, rollout: Rollout) -> dict[str, float]:
+    """Success by split and task type, for tasks that have them (ALFWorld): rate, n and interval.
+
+    Keys: `<prefix>/<split>/success_rate`, `<prefix>/<split>/<task type>/success_rate` and so on.
+    """
+    sets: dict[str, list[bool]] = {}
+    for trajectory in rollout.trajectories:
+        params = trajectory.task.params
+        if "split" in params and "task_type" in params:
+            split = f"{prefix}/{params['split']}"
+            for key in (split, f"{split}/{params['task_type']}"):
+                sets.setdefault(key, []).append(trajectory.won)
+    values: dict[str, float] = {}
+    for key in sorted(sets):
+        values |= metrics.success_metrics(key, sum(sets[key]), len(sets[key]))
+    return {key: float(value) for key, value in values.items()}
+
+
 def play(
     tasks: Sequence[Task], pool: Pool, policy: Policy, *, max_turns: int
 ) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from envs_host import textworld
+from envs_host import collect
 from envs_host.pool import EnvPool
 from envs_host.types import Task
 from jaxagentrl import chat, demos, engine, progress, tasks, tokenizer
@@ -39,11 +39,20 @@ def check(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: with the key, what was got, what was expected.
     """
-    if config["env"]["name"] != "textworld":
-        raise ValueError(f"env.name must be 'textworld', got {config['env']['name']!r}.")
-    ranges = tasks.seed_ranges({k: tuple(bounds) for k, bounds in config["splits"].items()})
-    if set(ranges) != {"demo", "train", "test"}:
-        raise ValueError(f"splits must be demo, train and test, got {sorted(ranges)}.")
+    ranges = _ranges(config["splits"])
+    further = [name for name in ranges if name.startswith("test_")]
+    if set(ranges) - set(further) != {"demo", "train", "test"}:
+        raise ValueError(
+            "splits must be demo, train and test, and further held-out ones as test_<name>, got "
+            f"{sorted(ranges)}."
+        )
+    for params in split_params(config["env"], config["splits"]).values():
+        environment = collect.environment(params)
+        if config["env"]["name"] != environment:
+            raise ValueError(
+                f"env.name is {config['env']['name']!r}, but games of the family "
+                f"{params['family']!r} are played by {environment!r}."
+            )
     sampling, learner, sft = config["sampling"], config["learner"], config["sft"]
     engine.check(**sampling)
     if max(learner["length_buckets"]) < sampling["max_length"]:
@@ -60,25 +69,48 @@ def check(config: Mapping[str, Any]) -> None:
 
 def games(env: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, list[Task]]:
     """Generates (or finds in the cache) the games of every split; no game is in two of them."""
-    ranges = tasks.seed_ranges({name: tuple(bounds) for name, bounds in splits.items()})
+    ranges, params = _ranges(splits), split_params(env, splits)
     made = {}
     for name, seeds in ranges.items():
-        specs = [dict(env["params"], seed=seed) for seed in seeds]
-        report = textworld.generate(
-            specs, cache_dir=env["cache_dir"], num_workers=env["num_workers"]
+        # Official games are numbered within their own split of the data, from 0.
+        same = [ranges[other].start for other in ranges if params[other] == params[name]]
+        report = collect.tasks(
+            params[name],
+            seeds,
+            first=min(same),
+            cache_dir=env["cache_dir"],
+            num_workers=env["num_workers"],
         )
         made[name] = report.tasks
-        if report.set_aside:
-            progress.notice(
-                f"{report.set_aside} of {len(specs)} {name} games set aside: their walkthrough "
-                "does not win"
-            )
+        for told in report.notices:
+            progress.notice(f"{name}: {told}")
     # The same small game can come out of two seeds: held-out games stay held out.
-    made["test"] = tasks.without(made["test"], [])
-    made["demo"] = tasks.without(made["demo"], made["test"])
-    made["train"] = tasks.without(made["train"], [*made["test"], *made["demo"]])
+    held_out: list[Task] = []
+    for name in sorted(made, key=lambda name: (not name.startswith("test"), name)):
+        made[name] = tasks.without(made[name], held_out)
+        held_out += made[name]
     tasks.check_splits(made)
     return made
+
+
+def split_params(env: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Parameters of each split's games: the environment's, changed by the third entry of the split.
+
+    E.g. `test=(1, 100, {"split": "valid_unseen"})`.
+    """
+    return {
+        name: dict(env["params"]) | dict(bounds[2] if len(bounds) > 2 else {})
+        for name, bounds in splits.items()
+    }
+
+
+def held_out(splits: Mapping[str, Any]) -> dict[str, str]:
+    """The held-out splits -> the prefix of their metrics: "eval" of "test", "eval_x" of "test_x"."""
+    return {name: "eval" + name[4:] for name in splits if name.startswith("test")}
+
+
+def _ranges(splits: Mapping[str, Any]) -> dict[str, range]:
+    return tasks.seed_ranges({name: tuple(bounds[:2]) for name, bounds in splits.items()})
 
 
 @contextlib.contextmanager

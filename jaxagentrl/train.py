@@ -211,17 +211,26 @@ def _baselines(session: Session, params: learner.Params) -> dict[str, float]:
 def _evaluate(
     session: Session, params: learner.Params, name: str, *, keep: bool = True
 ) -> dict[str, float]:
-    """Success on the held-out tasks, always with the same random streams."""
-    config, test = session.config, session.setup.splits["test"]
-    with progress.bar(f"evaluating ({name})", len(test)) as advance:
-        played = rollout.collect(
-            rollout.episodes(test, group_size=1, stream=(config["seed"], STREAM_EVALUATE, 0)),
-            advance=advance,
-            **_play_options(session, params, config["eval"]["temperature"]),
-        )
-    if keep:
-        _keep(session, f"eval_{name}", [t.to_json() for t in played.trajectories])
-    return evaluate.summary("eval", played)
+    """Success on the held-out tasks, always with the same random streams.
+
+    Further held-out splits ("test_<x>") are played where the record is kept: at the stages' ends.
+    """
+    config, values = session.config, {}
+    for split, prefix in prepare.held_out(config["splits"]).items():
+        if split != "test" and not keep:
+            continue
+        test = session.setup.splits[split]
+        with progress.bar(f"evaluating ({name}, {split})", len(test)) as advance:
+            played = rollout.collect(
+                rollout.episodes(test, group_size=1, stream=(config["seed"], STREAM_EVALUATE, 0)),
+                advance=advance,
+                **_play_options(session, params, config["eval"]["temperature"]),
+            )
+        if keep:
+            records = [t.to_json() for t in played.trajectories]
+            _keep(session, f"{prefix}_{name}", records)
+        values |= evaluate.summary(prefix, played) | evaluate.breakdown(prefix, played)
+    return values
 
 
 def _keep(session: Session, name: str, records: list[dict[str, Any]]) -> None:

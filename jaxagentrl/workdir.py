@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 VERSIONED_PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
-    "textworld",
+    "textworld", "alfworld",
 )
 _LAYOUT = (
     "metrics.jsonl", "tensorboard", "checkpoints", "trajectories", "tokenizer", "model",

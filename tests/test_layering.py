@@ -28,6 +28,7 @@ envs_host.alfworld_maker
 envs_host.maker
 envs_host.games
 envs_host.alfworld_data
+envs_host.collect
 envs_host.textworld
 envs_host.alfworld
 envs_host
