@@ -186,17 +186,18 @@ def _nonsense(env, task, options, findings):
 
 
 def _memory(env, tasks, scripts, options, num_episodes, findings):
-    """Growth of this process over episodes, the first half left out as warm-up."""
+    """Growth of this process over episodes of new commands, the first half left out as warm-up."""
     process = psutil.Process()
     live = envs_host.make(env, **options | {"admissible_commands": True})
     halfway = process.memory_info().rss
     for number in range(num_episodes):
         if number == num_episodes // 2:
             halfway = process.memory_info().rss
-        task, (script, _) = tasks[number % len(tasks)], scripts[number % len(tasks)]
-        live.reset(task)
-        for command in script:
-            live.step(command)
+        which = number % len(tasks)
+        rng, result = random.Random(1000 + number), live.reset(tasks[which])
+        for _ in scripts[which][0]:
+            if result.info.admissible_commands and not (result.info.won or result.info.lost):
+                result = live.step(rng.choice(result.info.admissible_commands))
     live.close()
     findings.memory_mb = process.memory_info().rss / 2**20
     half = num_episodes - num_episodes // 2
