@@ -66,6 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
         top_k=0,
         top_p=1.0,
         min_p=0.0,
+        cut_turns="end",
         stop_strings=(),
         straggler_s=ml_collections.config_dict.placeholder(float),
         episode_limit_s=ml_collections.config_dict.placeholder(float),

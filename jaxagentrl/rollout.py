@@ -37,6 +37,9 @@ class Rules:
         temperature, top_k, top_p, min_p: of sampling; temperature 0 is greedy. Top-k, top-p and
             min-p make the sampler's distribution another than the one that training scores: leave
             them off (0, 1, 0) in training unless the surrogate corrects for it.
+        cut_turns: what happens to a turn whose budget ends before it does: "end" ends the episode (no
+            end of turn: the turn is kept, its command is not sent); "send" sends what there is, and
+            the end-of-turn token comes with the next prompt, where it is not trained.
         stop_strings: texts that end a turn like its end-of-turn token does. Looked for on the host:
             the turn is cut after the token that completes one.
         straggler_s: how long a wave whose other episodes are ready waits for slow environments;
@@ -53,6 +56,7 @@ class Rules:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    cut_turns: str = "end"
     stop_strings: tuple[str, ...] = ()
     straggler_s: float | None = None
     episode_limit_s: float | None = None
@@ -64,6 +68,7 @@ class Rules:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1], 1 is off"),
             ("min_p", 0 <= self.min_p < 1, "in [0, 1), 0 is off"),
+            ("cut_turns", self.cut_turns in ("end", "send"), "'end' or 'send'"),
             ("stop_strings", all(self.stop_strings), "texts that are not empty"),
             ("straggler_s", (self.straggler_s or 0) >= 0, "seconds or None"),
             ("episode_limit_s", self.episode_limit_s is None or self.episode_limit_s > 0, "more "
@@ -176,8 +181,8 @@ def collect(
 
     An episode ends when its task does (done), after `max_turns` (turn limit), when a full turn no
     longer fits the slot (token limit, checked before generating), when a turn was cut before its
-    end (no end of turn: the turn is kept, its command is not sent), or when its time is up (time
-    limit: the turns so far are kept).
+    end (no end of turn, see `Rules.cut_turns`), or when its time is up (time limit: the turns so far
+    are kept).
 
     Args:
         to_play: the episodes; more than there are slots is the normal case.
@@ -265,7 +270,8 @@ class _Player:
             item = live[slot]
             item.sample, stopped = self._cut_at_stop_string(wave, slot, sample)
             item.action = self.chat_format.decode_action(item.sample.ids)
-            if stopped or int(item.sample.ids[-1]) in self.engine.stop_ids:
+            stopped |= int(item.sample.ids[-1]) in self.engine.stop_ids
+            if stopped or self.rules.cut_turns == "send":
                 self.pool.step(item.index, item.action)
             else:
                 self._keep_unanswered(item)

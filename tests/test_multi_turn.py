@@ -263,6 +263,7 @@ def test_rules_that_make_no_sense_are_refused():
         ("top_p", 0.0),
         ("top_k", -1),
         ("min_p", 1.0),
+        ("cut_turns", "drop"),
         ("stop_strings", ("",)),
         ("episode_limit_s", 0.0),
     ):

@@ -69,7 +69,7 @@ class ScriptedChat:
         return np.full(5, 2, np.int32)
 
     def next_prompt(self, text, *, ended):
-        return np.full(3, 2, np.int32)
+        return np.array([2, 2, 2] if ended else [EOT, 2, 2, 2], np.int32)
 
     def decode_action(self, ids):
         return self.texts[int(ids[0]) - 10]
@@ -95,7 +95,7 @@ class ScriptedEngine(FakeEngine):
         return [10 + self.chat.texts.index(text), *end]
 
 
-def play(scripts: dict[str, list[str]], *, max_turns=3, max_length=60, slots=2):
+def play(scripts: dict[str, list[str]], *, max_turns=3, max_length=60, slots=2, **rules):
     tasks = [make_task(name, index) for index, name in enumerate(scripts)]
     by_word = dict(enumerate(scripts.values()))
     chat_format = ScriptedChat(scripts)
@@ -110,7 +110,11 @@ def play(scripts: dict[str, list[str]], *, max_turns=3, max_length=60, slots=2):
         params=None,
         chat_format=chat_format,
         rules=rollout.Rules(
-            max_turns=max_turns, temperature=1.0, prompt_style="brief", show_admissible=False
+            max_turns=max_turns,
+            temperature=1.0,
+            prompt_style="brief",
+            show_admissible=False,
+            **rules,
         ),
         advance=finished.append,
     )
@@ -134,6 +138,14 @@ def test_every_stop_reason():
     assert cut.stop_reason is StopReason.NO_END_OF_TURN and cut.num_turns == 2
     assert cut.turns[1].command == "" and not cut.turns[1].valid_command
     assert [turn.observation for turn in winner.turns] == ["start", "after a"]
+
+
+def test_a_cut_turn_can_be_sent():
+    (cut,) = play({"cut": ["a", "endless", "cut"]}, cut_turns="send").trajectories
+    assert cut.won and cut.num_turns == 3
+    assert cut.turns[1].command == "endless"
+    # The token that the turn lacks opens the next prompt.
+    assert [turn.prompt_ids[0] == EOT for turn in cut.turns] == [False, False, True]
 
 
 def test_the_token_limit_is_checked_before_a_turn():

@@ -1,0 +1,337 @@
+"""Multi-turn sampling, side by side: ours against the ways in which others sample a conversation.
+
+    python tools/bench_rollout.py --size 25M --turns 5
+    python tools/bench_rollout.py --size 25M --turns 25 --episodes 16
+    python tools/bench_rollout.py --size 1M --turns 25 --per-turn      cost of each turn, ours
+    python tools/bench_rollout.py --size 1M --spread                   ragged against even episodes
+    python tools/bench_rollout.py --attention                          cache layouts, one decode step
+
+In one run, with the same random weights (written as a Hugging Face folder by us, read by them), the
+same TextWorld games in the same worker processes, the same temperature and budgets:
+
+    ours        `rollout.collect`: slots, only what is new is appended
+    reprefill   transformers `generate`: the whole conversation again every turn
+    kept cache  transformers `generate`, its cache handed from turn to turn, padded where rows differ
+    tunix       Tunix's vanilla sampler, the whole conversation again every turn (needs
+                `pip install google-tunix`; only with --tunix)
+
+An untrained model never ends a turn, so one id in twelve counts as an end of turn: turns are ragged,
+eight tokens on average, sixteen at most, and what is cut there is sent all the same. Every contender plays once to warm up and compile, and is
+timed on other episodes. Printed are episodes per second and our ratio to each.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from envs_host import textworld
+from envs_host.pool import EnvPool
+from jaxagentrl import chat, demos, engine, rollout, tokenizer
+from jaxagentrl.models import decoder, pretrained
+
+SIZES = {
+    "1M": dict(
+        vocab_size=1024, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
+        intermediate_size=384,
+    ),
+    "25M": dict(
+        vocab_size=8192, hidden_size=384, num_layers=13, num_heads=6, num_kv_heads=3, head_dim=64,
+        intermediate_size=1024,
+    ),
+    # The shape of SmolLM2-135M.
+    "135M": dict(
+        vocab_size=49152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
+        intermediate_size=1536,
+    ),
+}
+BUDGET = 16
+GAMES = dict(family="custom", world_size=2, nb_objects=3, quest_length=4, theme="basic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapped(chat.ChatFormat):
+    """A chat format whose model has more ids than its tokenizer: the surplus wraps around."""
+
+    def decode_action(self, ids) -> str:
+        return super().decode_action(np.asarray(ids) % len(self.tokenizer))
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What all contenders share."""
+
+    config: decoder.DecoderConfig
+    params: decoder.Params
+    folder: str
+    chat_format: chat.ChatFormat
+    tasks: list
+    pool: EnvPool
+    stop_ids: list[int]
+    turns: int
+    max_length: int
+
+
+def ours(world: World, num_slots: int, num_waves: int):
+    """Our sampler; returns a function that plays episodes and says how it went."""
+    buckets = sorted({min(world.max_length, 64 * 2**i) for i in range(12)})
+    sampler = engine.Engine(
+        world.config,
+        num_slots=num_slots,
+        num_waves=num_waves,
+        max_length=world.max_length,
+        max_turn_tokens=BUDGET,
+        stop_ids=world.stop_ids,
+        filled_buckets=buckets,
+        width_buckets=(32, 96),
+    )
+    rules = rollout.Rules(
+        max_turns=world.turns,
+        temperature=1.0,
+        prompt_style="brief",
+        show_admissible=False,
+        cut_turns="send",
+    )
+
+    def play(seed: int) -> dict[str, float]:
+        played = rollout.collect(
+            rollout.episodes(world.tasks, group_size=1, stream=(seed,)),
+            rules=rules,
+            pool=world.pool,
+            engine=sampler,
+            params=world.params,
+            chat_format=world.chat_format,
+        )
+        turns = sum(trajectory.num_turns for trajectory in played.trajectories)
+        return {"episodes": len(played.trajectories), "turns": turns} | played.ledger
+
+    sampler.warm_up(world.params)
+    return play
+
+
+def lockstep(world: World, sample_turn):
+    """Plays all episodes turn by turn with `sample_turn(histories, new_ids, state)`, as peers do."""
+
+    def play(seed: int) -> dict[str, float]:
+        del seed
+        count = len(world.tasks)
+        for index, task in enumerate(world.tasks):
+            world.pool.reset(index, task)
+        answers = _answers(world.pool, count)
+        live = list(range(count))
+        histories = {i: np.zeros(0, np.int32) for i in live}
+        actions: dict[int, np.ndarray] = {}
+        state, turns = None, 0
+        for turn in range(world.turns):
+            new = {}
+            for index in live:
+                answer, form = answers[index], world.chat_format
+                if turn == 0:
+                    text = chat.first_user_text(
+                        answer.info.objective, answer.observation, None, style="brief"
+                    )
+                    new[index] = form.first_prompt(text)
+                else:
+                    ended = int(actions[index][-1]) == form.end_of_turn_id
+                    text = chat.later_user_text(answer.observation, None, style="brief")
+                    new[index] = form.next_prompt(text, ended=ended)
+                histories[index] = np.concatenate([histories[index], new[index]])
+            actions, state = sample_turn(histories, new, live, state)
+            turns += len(live)
+            for index in live:
+                histories[index] = np.concatenate([histories[index], actions[index]])
+                world.pool.step(index, world.chat_format.decode_action(actions[index]))
+            answers = _answers(world.pool, len(live))
+        for index in range(count):
+            world.pool.release(index)
+        return {"episodes": count, "turns": turns}
+
+    return play
+
+
+def _answers(pool: EnvPool, count: int) -> dict:
+    answers: dict = {}
+    while len(answers) < count:
+        answers |= dict(pool.poll())
+    return answers
+
+
+def load_torch(world: World):
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(world.folder, dtype=torch.float32)
+    return torch, model.eval()
+
+
+def transformers_reprefill(world: World):
+    """Batched `generate` on left-padded conversations, from nothing every turn."""
+    torch, model = load_torch(world)
+
+    @torch.no_grad()
+    def sample_turn(histories, new, live, state):
+        del new
+        ids, mask = _left_pad(torch, [histories[i] for i in live])
+        out = model.generate(ids, attention_mask=mask, **_generation(world))
+        return _cut(world, out[:, ids.shape[1] :].numpy(), live), state
+
+    return lockstep(world, sample_turn)
+
+
+def transformers_kept_cache(world: World):
+    """`generate` given the cache of the turn before; rows that differ in length are padded for good."""
+    torch, model = load_torch(world)
+
+    @torch.no_grad()
+    def sample_turn(histories, new, live, state):
+        if state is None:
+            ids, mask = _left_pad(torch, [new[i] for i in live])
+            cache = None
+        else:
+            ids, mask, cache = state
+            more, more_mask = _left_pad(torch, [new[i] for i in live])
+            ids, mask = torch.cat([ids, more], 1), torch.cat([mask, more_mask], 1)
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            return_dict_in_generate=True,
+            **_generation(world),
+        )
+        sampled = out.sequences[:, ids.shape[1] :]
+        actions = _cut(world, sampled.numpy(), live)
+        kept = torch.tensor([[t < len(actions[i]) for t in range(sampled.shape[1])] for i in live])
+        mask = torch.cat([mask, kept.long()], 1)
+        return actions, (out.sequences, mask, out.past_key_values)
+
+    return lockstep(world, sample_turn)
+
+
+def _generation(world: World) -> dict:
+    return dict(
+        max_new_tokens=BUDGET,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=world.stop_ids,
+        pad_token_id=0,
+    )
+
+
+def _left_pad(torch, rows):
+    width = max(len(row) for row in rows)
+    ids = np.zeros((len(rows), width), np.int64)
+    mask = np.zeros((len(rows), width), np.int64)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :], mask[index, width - len(row) :] = row, 1
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _cut(world: World, sampled: np.ndarray, live) -> dict[int, np.ndarray]:
+    """What each row sampled, up to and with its first stop id."""
+    stops = np.isin(sampled, world.stop_ids)
+    ends = np.where(stops.any(1), stops.argmax(1) + 1, sampled.shape[1])
+    return {i: sampled[row, : ends[row]].astype(np.int32) for row, i in enumerate(live)}
+
+
+def tunix_sampler(world: World):
+    """Tunix's vanilla sampler (a Llama of the same shape and weights), text in and text out."""
+    import bench_tunix
+
+    return bench_tunix.contender(world, lockstep, BUDGET)
+
+
+def make_world(args, directory: str, pool: EnvPool, tasks) -> World:
+    config = decoder.DecoderConfig(**SIZES[args.size])
+    params = decoder.init(config, jax.random.key(0))
+    replays = demos.replay(tasks, pool)
+    texts = demos.texts(replays, prompt_style="brief", show_admissible=False)
+    trained = tokenizer.train(
+        texts, vocab_size=768, directory=pathlib.Path(directory) / "tokenizer", names="parts",
+        phrases=True, glue_tokens=True, lexicon=[],
+    )
+    made = chat.make(trained)
+    fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+    chat_format = Wrapped(**fields)
+    folder = str(pathlib.Path(directory) / "model")
+    pretrained.save(folder, config, params, tokenizer=trained)
+    stop_ids = sorted({*range(11, config.vocab_size, 12), made.end_of_turn_id})
+    per_turn = BUDGET + 40
+    max_length = -(-(120 + per_turn * args.turns) // 64) * 64
+    params = jax.device_put(params)
+    return World(
+        config, params, folder, chat_format, tasks, pool, stop_ids, args.turns, max_length
+    )
+
+
+def compare(world: World, args) -> None:
+    slots = args.slots or len(world.tasks)
+    contenders = {
+        "ours": lambda: ours(world, slots, args.waves),
+        "kept cache": lambda: transformers_kept_cache(world),
+        "reprefill": lambda: transformers_reprefill(world),
+    }
+    if args.tunix:
+        contenders["tunix"] = lambda: tunix_sampler(world)
+    rates = {}
+    for name, make in contenders.items():
+        play = make()
+        play(0)
+        best = None
+        for repeat in range(args.repeats):
+            since = time.perf_counter()
+            result = play(1 + repeat)
+            seconds = time.perf_counter() - since
+            if best is None or seconds / result["turns"] < best[0] / best[1]["turns"]:
+                best = seconds, result
+        seconds, result = best
+        rates[name] = result["turns"] / seconds
+        print(
+            f"{name:11} {result['turns'] / world.turns / seconds:8.3f} episodes/s  "
+            f"{1e3 * seconds / result['turns']:8.2f} ms a turn  "
+            f"ours is {rates['ours'] / rates[name]:6.2f} x",
+            flush=True,
+        )
+        if name == "ours":
+            print("            " + ", ".join(
+                f"{key} {value:.2f}" for key, value in result.items() if key.endswith("share")
+            ))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="1M")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--episodes", type=int, default=32)
+    parser.add_argument("--slots", type=int, help="default: one for each episode")
+    parser.add_argument("--waves", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--tunix", action="store_true")
+    parser.add_argument("--cache-dir", default="~/.cache/jaxagentrl/textworld")
+    args = parser.parse_args()
+
+    specs = [dict(GAMES, seed=seed) for seed in range(1, args.episodes + 1)]
+    tasks = textworld.generate(specs, cache_dir=args.cache_dir, num_workers=2).tasks
+    limits = dict(step_limit_s=60.0, reset_limit_s=60.0, worker_memory_mb=2000.0)
+    with tempfile.TemporaryDirectory() as directory, EnvPool(
+        "textworld", {}, num_workers=2, **limits
+    ) as pool:
+        world = make_world(args, directory, pool, tasks)
+        size = sum(x.size for x in jax.tree.leaves(world.params))
+        print(
+            f"{args.size}: {size / 1e6:.1f} M parameters, {len(tasks)} episodes of {args.turns} "
+            f"turns, at most {BUDGET} tokens a turn, {jax.devices()[0].platform}"
+        )
+        compare(world, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
