@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_workers=2,
     )
     # (first seed, number of seeds) of each split.
-    config.splits = dict(demo=(40001, 300), train=(50001, 650), test=(1, 250))
+    config.splits = dict(demo=(40001, 500), train=(50001, 500), test=(1, 250))
     config.pool = dict(
         num_workers=2, step_limit_s=10.0, reset_limit_s=30.0, worker_memory_mb=2000.0
     )
@@ -84,7 +84,7 @@ def get_config() -> ml_collections.ConfigDict:
         remat=False,
     )
     config.sft = dict(
-        num_steps=200,
+        num_steps=170,
         batch_size=16,
         observation_weight=0.5,
         log_every=20,
@@ -101,7 +101,7 @@ def get_config() -> ml_collections.ConfigDict:
         ),
     )
     config.rl = dict(
-        num_iterations=76,
+        num_iterations=80,
         tasks_per_iteration=32,
         group_size=8,
         num_epochs=1,
@@ -136,7 +136,7 @@ def get_config() -> ml_collections.ConfigDict:
         optimizer=dict(
             learning_rate=4e-4,
             warmup_steps=5,
-            decay_steps=76,
+            decay_steps=80,
             final_fraction=0.25,
             b1=0.9,
             b2=0.95,

@@ -7,6 +7,7 @@ reset ahead of time.
 
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -14,9 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from envs_host.types import EnvFailure, ResetResult, StepResult, StopReason, Task
-from jaxagentrl import chat
+from jaxagentrl import chat, contexts
 from jaxagentrl.engine import Engine, TurnRequest, TurnSample
 from jaxagentrl.trajectory import Trajectory, Turn
+
+
+CONTEXTS = ("end", "window", "last_turns")
 
 
 class Pool(Protocol):
@@ -42,6 +46,13 @@ class Rules:
             the end-of-turn token comes with the next prompt, where it is not trained.
         stop_strings: texts that end a turn like its end-of-turn token does. Looked for on the host:
             the turn is cut after the token that completes one.
+        context: what happens when the next turn no longer fits the slot. "end": the episode ends,
+            truncated. "window": the conversation opens anew at the oldest turn from which it fills
+            at most `context_keep` of the slot. "last_turns": it always holds the objective and the
+            last `history_turns` turns, so from then on every turn opens anew. Each context is a
+            training sample of its own, with exactly the ids that were sampled from.
+        context_keep: share of the slot, of "window".
+        history_turns: of "last_turns".
         straggler_s: how long a wave whose other episodes are ready waits for slow environments;
             None waits for all. With a number, which rows share a launch depends on the clock, and
             results are equal only up to rounding.
@@ -58,6 +69,9 @@ class Rules:
     min_p: float = 0.0
     cut_turns: str = "end"
     stop_strings: tuple[str, ...] = ()
+    context: str = "end"
+    context_keep: float = 0.5
+    history_turns: int = 2
     straggler_s: float | None = None
     episode_limit_s: float | None = None
 
@@ -69,6 +83,9 @@ class Rules:
             ("top_p", 0 < self.top_p <= 1, "in (0, 1], 1 is off"),
             ("min_p", 0 <= self.min_p < 1, "in [0, 1), 0 is off"),
             ("cut_turns", self.cut_turns in ("end", "send"), "'end' or 'send'"),
+            ("context", self.context in CONTEXTS, f"one of {', '.join(CONTEXTS)}"),
+            ("context_keep", 0 < self.context_keep < 1, "between 0 and 1"),
+            ("history_turns", self.history_turns >= 0, "0 or more"),
             ("stop_strings", all(self.stop_strings), "texts that are not empty"),
             ("straggler_s", (self.straggler_s or 0) >= 0, "seconds or None"),
             ("episode_limit_s", self.episode_limit_s is None or self.episode_limit_s > 0, "more "
@@ -163,6 +180,7 @@ class _Live:
     prompt_ids: np.ndarray | None = None
     sample: TurnSample | None = None  # waits for the environment's answer
     action: str = ""
+    fresh: bool = False  # the turn on its way opens a new context
     score: float = 0.0
     won: bool = False
 
@@ -213,6 +231,8 @@ class _Player:
     advance: Callable[..., None]
 
     def play(self) -> Rollout:
+        rules = self.rules
+        self.shown = {"style": rules.prompt_style, "show_admissible": rules.show_admissible}
         self.began, self.seconds_environment = time.monotonic(), 0.0
         self.counters = dataclasses.replace(self.engine.counters)
         self.queue = collections.deque(enumerate(self.to_play))
@@ -338,11 +358,17 @@ class _Player:
             return False
         if len(item.turns) < len(item.episode.prefix):
             return self._replay(wave, slot, item, answer)
-        prompt_ids, budget = self._prompt(item, answer), self.engine.max_turn_tokens
+        budget = self.engine.max_turn_tokens
+        prompt_ids = contexts.next_prompt(self.chat_format, item.turns, answer, **self.shown)
         new_ids = prompt_ids
         if item.episode.prefix and self.engine.length(wave, slot) == 0:
-            new_ids = np.concatenate([*_all_ids(item.turns), prompt_ids])
-        if self.engine.length(wave, slot) + len(new_ids) + budget > self.engine.max_length:
+            new_ids = np.concatenate([*contexts.newest(item.turns), prompt_ids])
+        room = self.engine.max_length - budget
+        item.fresh = self._must_slide(item, self.engine.length(wave, slot) + len(new_ids) > room)
+        if item.fresh:
+            self.engine.release(wave, slot)
+            new_ids = prompt_ids = self._slide(item, answer, room)
+        if self.engine.length(wave, slot) + len(new_ids) > room:
             if not item.turns:
                 raise ValueError(
                     f"task {item.episode.task.name}: the first prompt has {len(prompt_ids)} tokens; "
@@ -382,16 +408,25 @@ class _Player:
         self.pool.step(item.index, turn.action)
         return True
 
-    def _prompt(self, item: _Live, answer: ResetResult | StepResult) -> np.ndarray:
-        admissible = answer.info.admissible_commands if self.rules.show_admissible else None
-        style = self.rules.prompt_style
-        if isinstance(answer, ResetResult):
-            objective = answer.info.objective
-            text = chat.first_user_text(objective, answer.observation, admissible, style=style)
-            return self.chat_format.first_prompt(text)
-        text = chat.later_user_text(answer.observation, admissible, style=style)
-        last = int(item.turns[-1].action_ids[-1])
-        return self.chat_format.next_prompt(text, ended=last == self.chat_format.end_of_turn_id)
+    def _must_slide(self, item: _Live, is_full: bool) -> bool:
+        """Whether the next turn opens a new context."""
+        if self.rules.context == "last_turns":
+            return len(item.turns) > self.rules.history_turns
+        return is_full and self.rules.context == "window" and bool(item.turns)
+
+    def _slide(self, item: _Live, answer: StepResult, room: int) -> np.ndarray:
+        """The ids of the conversation that goes on without its oldest turns."""
+        open_anew = functools.partial(
+            contexts.conversation, self.chat_format, item.turns, answer, **self.shown
+        )
+        if self.rules.context == "last_turns":
+            return open_anew(keep=self.rules.history_turns)
+        room = int(min(room, self.rules.context_keep * self.engine.max_length))
+        for keep in range(len(item.turns) - 1, 0, -1):
+            ids = open_anew(keep=keep)
+            if len(ids) <= room:
+                return ids
+        return open_anew(keep=0)
 
     def _cut_at_stop_string(
         self, wave: int, slot: int, sample: TurnSample
@@ -426,6 +461,7 @@ class _Player:
                 valid_command=valid,
                 score=item.score,
                 anchor=item.observation,
+                fresh=item.fresh,
             )
         )
         item.sample = None
@@ -489,7 +525,3 @@ class _Player:
             index, episode = self.queue.popleft()
             self.ahead.append(_Live(index, episode, time.monotonic()))
             self.pool.reset(index, episode.task)
-
-
-def _all_ids(turns: Sequence[Turn]) -> list[np.ndarray]:
-    return [ids for turn in turns for ids in (turn.prompt_ids, turn.action_ids)]

@@ -30,6 +30,9 @@ class Turn:
         valid_command: False if the environment's parser refused the command.
         score: the environment's score after the action.
         anchor: key of the state the action was taken in, equal for equal states; None if unknown.
+        fresh: the prompt opens a new context: the model saw nothing of the episode but what
+            `prompt_ids` holds. True of turns before which the context slid; an episode's first turn
+            is one anyway.
     """
 
     prompt_ids: np.ndarray
@@ -44,6 +47,7 @@ class Turn:
     valid_command: bool
     score: float
     anchor: str | None = None
+    fresh: bool = False
 
     def __post_init__(self):
         for name, dtype in _TURN_ARRAYS.items():
@@ -76,6 +80,7 @@ class Turn:
             "valid_command": bool(self.valid_command),
             "score": float(self.score),
             "anchor": self.anchor,
+            "fresh": bool(self.fresh),
         }
 
     @classmethod
@@ -125,7 +130,10 @@ class Trajectory:
 
     @property
     def tokens(self) -> np.ndarray:
-        """int32 [num_tokens], exactly the ids the sampler consumed and produced, in order."""
+        """int32 [num_tokens], exactly the ids the sampler consumed and produced, in order.
+
+        After a slide of the context, what was kept of it is consumed, and here, again.
+        """
         pieces = [ids for turn in self.turns for ids in (turn.prompt_ids, turn.action_ids)]
         return np.concatenate([*pieces, self.tail_ids]).astype(np.int32)
 
@@ -133,6 +141,20 @@ class Trajectory:
     def num_tokens(self) -> int:
         """Tokens of the whole episode."""
         return sum(turn.num_tokens for turn in self.turns) + len(self.tail_ids)
+
+    @property
+    def contexts(self) -> list[tuple[int, int]]:
+        """(start, size) in `tokens` of every piece that the model saw as one text.
+
+        One piece unless the context slid. Each is a training sample of its own.
+        """
+        starts, position = [0], 0
+        for index, turn in enumerate(self.turns):
+            if turn.fresh and index:
+                starts.append(position)
+            position += turn.num_tokens
+        ends = [*starts[1:], self.num_tokens]
+        return [(start, end - start) for start, end in zip(starts, ends, strict=True)]
 
     @property
     def num_action_tokens(self) -> int:

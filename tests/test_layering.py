@@ -68,6 +68,7 @@ jaxagentrl.tokenizer
 jaxagentrl.chat
 jaxagentrl.trajectory
 jaxagentrl.rewards
+jaxagentrl.contexts
 jaxagentrl.rollout
 jaxagentrl.batching
 jaxagentrl.demos

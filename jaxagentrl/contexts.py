@@ -1,0 +1,79 @@
+"""What the model is shown of an episode: the prompt of the next turn, and conversations that slid.
+
+A conversation grows by appending and is never rendered again, so its ids are those that were sampled
+and trained on. Only when it must lose its oldest turns does it open anew; even then the actions that
+are kept are kept as ids.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from envs_host.types import ResetResult, StepResult
+from jaxagentrl import chat
+from jaxagentrl.trajectory import Turn
+
+
+def next_prompt(
+    chat_format: chat.ChatFormat,
+    turns: Sequence[Turn],
+    answer: ResetResult | StepResult,
+    *,
+    style: str,
+    show_admissible: bool,
+) -> np.ndarray:
+    """The ids that follow the last turn: int32 [n], up to where the model speaks.
+
+    Args:
+        turns: of the episode so far; none for its opening.
+        answer: what the environment said last.
+        style, show_admissible: see `chat.first_user_text`.
+    """
+    admissible = answer.info.admissible_commands if show_admissible else None
+    if not turns:
+        text = chat.first_user_text(
+            answer.info.objective, answer.observation, admissible, style=style
+        )
+        return chat_format.first_prompt(text)
+    return _later(chat_format, turns[-1], answer.observation, admissible, style)
+
+
+def conversation(
+    chat_format: chat.ChatFormat,
+    turns: Sequence[Turn],
+    answer: StepResult,
+    *,
+    keep: int,
+    style: str,
+    show_admissible: bool,
+) -> np.ndarray:
+    """Objective, the last `keep` turns and the answer, as if the episode had begun there: int32 [n].
+
+    Commands that were admissible in a kept turn are no longer told; those that are now, are.
+    """
+    kept = turns[len(turns) - keep :]
+    told: list[tuple[str, Sequence[str] | None]] = [(turn.observation, None) for turn in kept]
+    told.append((answer.observation, answer.info.admissible_commands if show_admissible else None))
+    text = chat.first_user_text(answer.info.objective, *told[0], style=style)
+    ids = [chat_format.first_prompt(text)]
+    for turn, (observation, admissible) in zip(kept, told[1:], strict=True):
+        ids += [turn.action_ids, _later(chat_format, turn, observation, admissible, style)]
+    return np.concatenate(ids)
+
+
+def newest(turns: Sequence[Turn]) -> list[np.ndarray]:
+    """The ids since the conversation last opened, in pieces."""
+    start = max((index for index, turn in enumerate(turns) if turn.fresh), default=0)
+    return [ids for turn in turns[start:] for ids in (turn.prompt_ids, turn.action_ids)]
+
+
+def _later(
+    chat_format: chat.ChatFormat,
+    last: Turn,
+    observation: str,
+    admissible: Sequence[str] | None,
+    style: str,
+) -> np.ndarray:
+    text = chat.later_user_text(observation, admissible, style=style)
+    ended = int(last.action_ids[-1]) == chat_format.end_of_turn_id
+    return chat_format.next_prompt(text, ended=ended)
