@@ -68,6 +68,9 @@ def get_config() -> ml_collections.ConfigDict:
         min_p=0.0,
         cut_turns="end",
         stop_strings=(),
+        context="end",
+        context_keep=0.5,
+        history_turns=2,
         straggler_s=ml_collections.config_dict.placeholder(float),
         episode_limit_s=ml_collections.config_dict.placeholder(float),
     )

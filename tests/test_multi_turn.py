@@ -41,12 +41,11 @@ def make_model(vocab_size: int):
 
 def make_engine(chat_format, *, num_slots, num_waves, linger_share=0.0, **options):
     config, _ = make_model(len(chat_format.tokenizer))
-    defaults = dict(filled_buckets=(LENGTH,), width_buckets=(32,), row_divisors=(1,))
+    defaults = dict(max_length=LENGTH, filled_buckets=(LENGTH,), width_buckets=(32,), row_divisors=(1,))
     return engine.Engine(
         config,
         num_slots=num_slots,
         num_waves=num_waves,
-        max_length=LENGTH,
         max_turn_tokens=8,
         stop_ids=[chat_format.end_of_turn_id],
         linger_share=linger_share,
@@ -83,6 +82,23 @@ def play(chat_format, eng, pool, to_play, **rules):
     # An untrained model seldom ends a turn; a stop string makes the others reach the environment.
     rules = {"stop_strings": ("o", "e", "a")} | rules
     return rollout.collect(to_play, rules=make_rules(**rules), **options)
+
+
+def assert_scored_alike(chat_format, trajectories) -> None:
+    """Every context, scored at once without a cache, gives the log-probs that were reported."""
+    config, params = make_model(len(chat_format.tokenizer))
+    pieces = [(t, start, size) for t in trajectories for start, size in t.contexts]
+    ids = np.zeros((len(pieces), LENGTH), np.int32)
+    for row, (trajectory, start, size) in enumerate(pieces):
+        ids[row, :size] = trajectory.tokens[start : start + size]
+    x = decoder.hidden(config, params, ids)
+    scores, _ = logprobs.token_logprobs(x, decoder.unembedding(params), ids)
+    for row, (trajectory, start, size) in enumerate(pieces):
+        fields = trajectory.token_fields()
+        sampled = fields["action_mask"][start : start + size]
+        expected = np.asarray(scores)[row, :size][sampled]
+        reported = fields["sampler_logprobs"][start : start + size][sampled]
+        np.testing.assert_allclose(reported, expected, atol=1e-4)
 
 
 def assert_same(one: rollout.Rollout, other: rollout.Rollout) -> None:
@@ -135,17 +151,63 @@ def test_slots_waves_workers_and_latencies_change_nothing(
 
 
 def test_the_record_is_what_a_forward_pass_over_it_says(chat_format, reference):
-    config, params = make_model(len(chat_format.tokenizer))
-    ids = np.zeros((len(reference.trajectories), LENGTH), np.int32)
-    for row, trajectory in enumerate(reference.trajectories):
-        ids[row, : trajectory.num_tokens] = trajectory.tokens
-    x = decoder.hidden(config, params, ids)
-    scores, _ = logprobs.token_logprobs(x, decoder.unembedding(params), ids)
-    for row, trajectory in enumerate(reference.trajectories):
-        fields = trajectory.token_fields()
-        expected = np.asarray(scores)[row, : trajectory.num_tokens][fields["action_mask"]]
-        reported = fields["sampler_logprobs"][fields["action_mask"]]
-        np.testing.assert_allclose(reported, expected, atol=1e-4)
+    assert_scored_alike(chat_format, reference.trajectories)
+
+
+@pytest.fixture(scope="module")
+def small_engine(chat_format):
+    """Slots too small for long episodes."""
+    return make_engine(chat_format, num_slots=8, num_waves=2, max_length=96, filled_buckets=(96,))
+
+
+def test_a_window_slides_over_turns(chat_format, small_engine):
+    to_play = rollout.episodes(make_tasks(12), group_size=2, stream=(1,))
+    with make_pool(2) as pool:
+        ended = play(chat_format, small_engine, pool, to_play)
+        slid = play(chat_format, small_engine, pool, to_play, context="window", context_keep=0.8)
+    cut = [t.stop_reason is StopReason.TOKEN_LIMIT for t in ended.trajectories]
+    assert any(cut) and not all(cut)
+    assert not any(t.stop_reason is StopReason.TOKEN_LIMIT for t in slid.trajectories)
+    for was_cut, a, b in zip(cut, ended.trajectories, slid.trajectories, strict=True):
+        # Up to the slide nothing differs, and who had room enough never slid.
+        assert (len(b.contexts) > 1) == was_cut
+        np.testing.assert_array_equal(a.tokens, b.tokens[: a.num_tokens])
+        assert all(size <= 96 for _, size in b.contexts)
+        for index, turn in enumerate(b.turns):
+            if turn.fresh:
+                # The last turn before the slide is still there, word for word.
+                last = b.turns[index - 1].action_ids.tolist()
+                prompt = turn.prompt_ids.tolist()
+                assert any(prompt[i : i + len(last)] == last for i in range(len(prompt)))
+    assert_scored_alike(chat_format, slid.trajectories)
+
+
+@pytest.mark.parametrize("history", [0, 2])
+def test_the_last_turns_alone_are_shown(chat_format, small_engine, history):
+    to_play = rollout.episodes(make_tasks(12), group_size=1, stream=(1,))
+    with make_pool(2) as pool:
+        played = play(
+            chat_format, small_engine, pool, to_play, context="last_turns", history_turns=history
+        )
+    assert not any(t.stop_reason is StopReason.TOKEN_LIMIT for t in played.trajectories)
+    longest = max(played.trajectories, key=lambda t: t.num_turns)
+    assert longest.num_turns > 5
+    for index, turn in enumerate(longest.turns):
+        assert turn.fresh == (index > history)
+        if turn.fresh:
+            shown = longest.turns[index - history : index]
+            expected = chat_format.first_prompt(
+                chat.first_user_text(
+                    "Say words.", (*shown, turn)[0].observation, None, style="brief"
+                )
+            ).tolist()
+            for before, after in zip(shown, (*shown[1:], turn)):
+                ended = int(before.action_ids[-1]) == chat_format.end_of_turn_id
+                text = chat.later_user_text(after.observation, None, style="brief")
+                expected += before.action_ids.tolist()
+                expected += chat_format.next_prompt(text, ended=ended).tolist()
+            assert turn.prompt_ids.tolist() == expected
+    assert_scored_alike(chat_format, played.trajectories)
 
 
 def test_two_hundred_ragged_episodes_compile_nothing_after_warm_up(chat_format):
@@ -210,7 +272,7 @@ def test_a_turn_can_be_forked_and_goes_on_from_the_same_state(chat_format, refer
             trajectory.turns[turn].prompt_ids, longest.turns[turn].prompt_ids
         )
     assert len({tuple(t.tokens.tolist()) for t in played.trajectories}) > 1
-    test_the_record_is_what_a_forward_pass_over_it_says(chat_format, played)
+    assert_scored_alike(chat_format, played.trajectories)
     with pytest.raises(ValueError, match="cannot branch"):
         rollout.branch(longest, longest.num_turns, group=0, num_members=1, stream=())
 
@@ -264,6 +326,9 @@ def test_rules_that_make_no_sense_are_refused():
         ("top_k", -1),
         ("min_p", 1.0),
         ("cut_turns", "drop"),
+        ("context", "summary"),
+        ("context_keep", 1.0),
+        ("history_turns", -1),
         ("stop_strings", ("",)),
         ("episode_limit_s", 0.0),
     ):
