@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from envs_host.types import ResetResult, StepResult
-from jaxagentrl import chat
+from jaxagentrl import chat, windowed
 from jaxagentrl.trajectory import Turn
 
 
@@ -27,8 +27,10 @@ def next_prompt(
     Args:
         turns: of the episode so far; none for its opening.
         answer: what the environment said last.
-        style, show_admissible: see `chat.first_user_text`.
+        style, show_admissible: see `chat.first_user_text` and `windowed`.
     """
+    if style == windowed.STYLE:
+        return _own_prompt(chat_format, turns, answer, show_admissible, history=0)
     admissible = answer.info.admissible_commands if show_admissible else None
     if not turns:
         text = chat.first_user_text(
@@ -51,6 +53,8 @@ def conversation(
 
     Commands that were admissible in a kept turn are no longer told; those that are now, are.
     """
+    if style == windowed.STYLE:
+        return _own_prompt(chat_format, turns, answer, show_admissible, history=keep)
     kept = turns[len(turns) - keep :]
     told: list[tuple[str, Sequence[str] | None]] = [(turn.observation, None) for turn in kept]
     told.append((answer.observation, answer.info.admissible_commands if show_admissible else None))
@@ -59,6 +63,25 @@ def conversation(
     for turn, (observation, admissible) in zip(kept, told[1:], strict=True):
         ids += [turn.action_ids, _later(chat_format, turn, observation, admissible, style)]
     return np.concatenate(ids)
+
+
+def _own_prompt(
+    chat_format: chat.ChatFormat,
+    turns: Sequence[Turn],
+    answer: ResetResult | StepResult,
+    show_admissible: bool,
+    *,
+    history: int,
+) -> np.ndarray:
+    """The one message of a turn that is a conversation of its own."""
+    text = windowed.user_text(
+        answer.info.objective,
+        [(turn.observation, turn.command) for turn in turns],
+        answer.observation,
+        answer.info.admissible_commands if show_admissible else None,
+        history=history,
+    )
+    return chat_format.first_prompt(text)
 
 
 def newest(turns: Sequence[Turn]) -> list[np.ndarray]:

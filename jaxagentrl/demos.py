@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from envs_host.types import EnvFailure, ResetResult, StepResult, StopReason, Task
-from jaxagentrl import chat
+from jaxagentrl import chat, windowed
 from jaxagentrl.rollout import Pool
 from jaxagentrl.trajectory import Trajectory, Turn
 
@@ -34,10 +34,27 @@ class Replay:
         """[T], as the walkthrough has them."""
         return self.task.walkthrough[: len(self.steps)]
 
-    def user_texts(self, *, prompt_style: str, show_admissible: bool = False) -> list[str]:
+    def user_texts(
+        self, *, prompt_style: str, show_admissible: bool = False, history_turns: int = 0
+    ) -> list[str]:
         """The T user messages that the commands answer."""
         before = [self.reset, *self.steps[:-1]]  # what was seen before each command
         shown = [r.info.admissible_commands if show_admissible else None for r in before]
+        if prompt_style == windowed.STYLE:
+            past = [
+                (result.observation, command)
+                for result, command in zip(before, self.commands, strict=True)
+            ]
+            return [
+                windowed.user_text(
+                    self.reset.info.objective,
+                    past[:turn],
+                    before[turn].observation,
+                    shown[turn],
+                    history=history_turns,
+                )
+                for turn in range(len(before))
+            ]
         first = chat.first_user_text(
             self.reset.info.objective, before[0].observation, shown[0], style=prompt_style
         )
@@ -55,6 +72,7 @@ def record(
     *,
     prompt_style: str,
     show_admissible: bool = False,
+    history_turns: int = 0,
     max_in_flight: int = 64,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Trajectory]:
@@ -67,6 +85,7 @@ def record(
         prompt_style: as in `chat.first_user_text`.
         show_admissible: whether the messages list the admissible commands; the pool's
             environments must have been asked for them.
+        history_turns: as in `rollout.Rules`; only the style of `windowed` tells them.
         max_in_flight: episodes that are live at the same time.
         advance: called with 1 for every episode that ended.
 
@@ -75,7 +94,11 @@ def record(
     """
     replays = replay(tasks, pool, max_in_flight=max_in_flight, advance=advance)
     return encode(
-        replays, chat_format, prompt_style=prompt_style, show_admissible=show_admissible
+        replays,
+        chat_format,
+        prompt_style=prompt_style,
+        show_admissible=show_admissible,
+        history_turns=history_turns,
     )
 
 
@@ -119,6 +142,7 @@ def encode(
     *,
     prompt_style: str,
     show_admissible: bool = False,
+    history_turns: int = 0,
 ) -> list[Trajectory]:
     """Makes the trajectories that a rollout sampling exactly these commands would have recorded.
 
@@ -126,15 +150,18 @@ def encode(
     """
     trajectories = []
     for group, played in enumerate(replays):
-        user_texts = played.user_texts(prompt_style=prompt_style, show_admissible=show_admissible)
+        user_texts = played.user_texts(
+            prompt_style=prompt_style, show_admissible=show_admissible, history_turns=history_turns
+        )
         seen = [played.reset, *played.steps[:-1]]
         turns = []
         for index, step in enumerate(played.steps):
-            if index == 0:
-                prompt_ids = chat_format.first_prompt(user_texts[0])
+            own_prompt = prompt_style == windowed.STYLE
+            if index == 0 or own_prompt:
+                prompt_ids = chat_format.first_prompt(user_texts[index])
             else:
                 prompt_ids = chat_format.next_prompt(user_texts[index], ended=True)
-            action_ids = chat_format.encode_action(played.commands[index])
+            action_ids = chat_format.encode_action(_said(played.commands[index], prompt_style))
             turns.append(
                 Turn(
                     prompt_ids=prompt_ids,
@@ -149,6 +176,7 @@ def encode(
                     valid_command=step.info.valid_command,
                     score=step.info.score,
                     anchor=seen[index].observation,
+                    fresh=own_prompt and index > 0,
                 )
             )
         last = played.steps[-1].info
@@ -168,12 +196,23 @@ def encode(
 
 
 def texts(
-    replays: Sequence[Replay], *, prompt_style: str, show_admissible: bool = False
+    replays: Sequence[Replay],
+    *,
+    prompt_style: str,
+    show_admissible: bool = False,
+    history_turns: int = 0,
 ) -> Iterator[str]:
     """Every user message and every command of the replays: what `tokenizer.train` wants."""
     for played in replays:
-        yield from played.user_texts(prompt_style=prompt_style, show_admissible=show_admissible)
-        yield from played.commands
+        yield from played.user_texts(
+            prompt_style=prompt_style, show_admissible=show_admissible, history_turns=history_turns
+        )
+        yield from (_said(command, prompt_style) for command in played.commands)
+
+
+def _said(command: str, prompt_style: str) -> str:
+    """The turn that gives a command."""
+    return windowed.action_text(command) if prompt_style == windowed.STYLE else command
 
 
 def _handle(index: int) -> tuple[str, int]:

@@ -123,7 +123,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             replays = demos.replay(
                 splits["demo"], pool, advance=advance
             )
-        loaded = _tokenizer(config["tokenizer"], config["prompt"], replays, workdir)
+        loaded = _tokenizer(config, replays, workdir)
         chat_format = chat.make(loaded)
         model, policy = _model(config["model"], len(loaded), jax.random.key(config["seed"]))
         yield Setup(
@@ -151,20 +151,18 @@ def make_pool(config: Mapping[str, Any], **env_options: Any) -> EnvPool:
     return EnvPool(config["env"]["name"], options | env_options, **config["pool"])
 
 
-def _tokenizer(
-    options: Mapping[str, Any],
-    prompt: Mapping[str, Any],
-    replays: Sequence[demos.Replay],
-    workdir: Workdir,
-):
+def _tokenizer(config: Mapping[str, Any], replays: Sequence[demos.Replay], workdir: Workdir):
     """The tokenizer of a pretrained model, or one trained on the demonstrations' text."""
-    options = dict(options)
+    options, prompt = dict(config["tokenizer"]), config["prompt"]
     directory = options.pop("directory")
     if directory is not None:
         return tokenizer.load(directory)
     if not workdir.tokenizer.exists():
         texts = demos.texts(
-            replays, prompt_style=prompt["style"], show_admissible=prompt["show_admissible"]
+            replays,
+            prompt_style=prompt["style"],
+            show_admissible=prompt["show_admissible"],
+            history_turns=config["rollout"]["history_turns"],
         )
         tokenizer.train(texts, directory=workdir.tokenizer, **options)
     return tokenizer.load(workdir.tokenizer)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from envs_host.types import EnvFailure, ResetResult, StepResult, StopReason, Task
-from jaxagentrl import chat, contexts
+from jaxagentrl import chat, contexts, windowed
 from jaxagentrl.engine import Engine, TurnRequest, TurnSample
 from jaxagentrl.trajectory import Trajectory, Turn
 
@@ -57,7 +57,8 @@ class Rules:
             None waits for all. With a number, which rows share a launch depends on the clock, and
             results are equal only up to rounding.
         episode_limit_s: an episode older than this is ended as truncated; None for no limit.
-        prompt_style, show_admissible: see `chat.first_user_text`.
+        prompt_style, show_admissible: see `chat.first_user_text`; of the style of `windowed` every
+            turn is a conversation of its own, so `context` must be "last_turns".
     """
 
     max_turns: int
@@ -93,6 +94,11 @@ class Rules:
         ):
             if not is_right:
                 raise ValueError(f"rollout.{name} must be {expected}, got {getattr(self, name)!r}.")
+        if self.prompt_style == windowed.STYLE and self.context != "last_turns":
+            raise ValueError(
+                f"prompt.style {windowed.STYLE!r} tells the last turns in every prompt: set "
+                f"rollout.context to 'last_turns', got {self.context!r}."
+            )
 
 
 def is_restricted(rules: Mapping[str, Any]) -> bool:
@@ -292,7 +298,7 @@ class _Player:
             item.action = self.chat_format.decode_action(item.sample.ids)
             stopped |= int(item.sample.ids[-1]) in self.engine.stop_ids
             if stopped or self.rules.cut_turns == "send":
-                self.pool.step(item.index, item.action)
+                self.pool.step(item.index, self._command(item.action))
             else:
                 self._keep_unanswered(item)
                 self._finish(wave, slot, item, StopReason.NO_END_OF_TURN)
@@ -344,8 +350,11 @@ class _Player:
             info = answer.info
             item.score, item.won = info.score, info.won
             if item.sample is not None:
+                valid = info.valid_command
+                if self.rules.prompt_style == windowed.STYLE:
+                    valid = windowed.read(item.action).valid
                 self._keep_turn(
-                    item, info.command, answer.reward, info.intermediate_reward, info.valid_command
+                    item, info.command, answer.reward, info.intermediate_reward, valid
                 )
             if answer.terminated:
                 self._finish(wave, slot, item, StopReason.DONE)
@@ -405,11 +414,17 @@ class _Player:
             self._fail(wave, slot, item, EnvFailure("not deterministic", message))
             return False
         item.turns.append(turn)
-        self.pool.step(item.index, turn.action)
+        self.pool.step(item.index, self._command(turn.action))
         return True
+
+    def _command(self, action: str) -> str:
+        """What a turn gives the environment."""
+        return windowed.read(action).command if self.rules.prompt_style == windowed.STYLE else action
 
     def _must_slide(self, item: _Live, is_full: bool) -> bool:
         """Whether the next turn opens a new context."""
+        if self.rules.prompt_style == windowed.STYLE:
+            return bool(item.turns)
         if self.rules.context == "last_turns":
             return len(item.turns) > self.rules.history_turns
         return is_full and self.rules.context == "window" and bool(item.turns)

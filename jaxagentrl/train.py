@@ -90,6 +90,7 @@ def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState
         setup.chat_format,
         prompt_style=session.config["prompt"]["style"],
         show_admissible=session.config["prompt"]["show_admissible"],
+        history_turns=session.config["rollout"]["history_turns"],
     )
     shapes = session.config["learner"]
     steps = imitate.train(

@@ -66,6 +66,7 @@ jaxagentrl.optimizer
 jaxagentrl.estimate
 jaxagentrl.tokenizer
 jaxagentrl.chat
+jaxagentrl.windowed
 jaxagentrl.trajectory
 jaxagentrl.rewards
 jaxagentrl.contexts
@@ -95,7 +96,7 @@ CORE_LIBRARIES = {
 }
 
 # Host records and texts, usable without an accelerator library.
-WITHOUT_JAX = ("chat", "trajectory", "rewards", "tasks", "tokenizer", "progress", "workdir")
+WITHOUT_JAX = ("chat", "windowed", "trajectory", "rewards", "tasks", "tokenizer", "progress", "workdir")
 
 
 def sources():

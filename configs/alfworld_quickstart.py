@@ -1,0 +1,66 @@
+"""The ALFWorld quick start: a small transformer learns household tasks in rooms it has never seen.
+
+    pip install -e '.[alfworld]'
+    python -m jaxagentrl.main --config=configs/alfworld_quickstart.py --workdir=runs/alfworld
+
+Houses: generated, one room of ALFWorld's floor plans with 5 of its receptacles and 5 objects, all
+containers closed, one of the six task types. Training rooms and test rooms differ as in the original
+(`valid_unseen`); `test_seen` are new houses in the training rooms. 400 searches of the hand-coded expert
+are imitated, then RL follows on other houses, with the change of the distance to the goal as the
+turns' reward and GiGPO's credit. This is smaller than the official rooms, which have 20 to 40
+receptacles and about as many kinds of objects: it shows the whole way, not the benchmark.
+"""
+
+import pathlib
+import runpy
+
+import ml_collections
+
+# One token each, so that what a test room has and the demonstrations have not can be copied.
+_NAMES = (
+    "alarmclock apple armchair baseballbat basketball bathtubbasin bed book bowl box bread "
+    "butterknife cabinet candle cart cd cellphone cloth coffeemachine coffeetable countertop "
+    "creditcard cup desk desklamp diningtable dishsponge drawer dresser egg floorlamp fork fridge "
+    "garbagecan glassbottle handtowel handtowelholder kettle keychain knife ladle laptop "
+    "laundryhamper lettuce microwave mug newspaper ottoman pan papertowel pen pencil peppershaker "
+    "pillow plate pot potato remotecontrol safe saltshaker shelf sidetable sinkbasin soapbar "
+    "soapbottle sofa spatula spoon spraybottle statue stoveburner tennisracket tissuebox toaster "
+    "toilet toiletpaper toiletpaperhanger toiletpaperroll tomato towelholder tvstand vase watch "
+    "wateringcan winebottle"
+).split()
+
+
+def get_config() -> ml_collections.ConfigDict:
+    quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
+    config = runpy.run_path(str(quickstart))["get_config"]()
+    config.env = dict(
+        name="alfworld",
+        params=dict(family="alfworld", num_receptacles=5, num_objects=5),
+        cache_dir="~/.cache/jaxagentrl/alfworld",
+        num_workers=2,
+    )
+    config.splits = dict(
+        demo=(400_001, 400, {"expert": "handcoded"}),
+        train=(500_001, 800),
+        test=(1, 150, {"split": "valid_unseen"}),
+        test_seen=(100_001, 150, {"split": "valid_seen"}),
+    )
+    config.tokenizer.update(
+        vocab_size=1024,
+        phrases=False,
+        lexicon=[f" {name}" for name in _NAMES] + [f" {number}" for number in range(1, 10)],
+    )
+    config.sampling.update(
+        num_slots=128,
+        max_length=448,
+        filled_buckets=(128, 224, 448),
+        width_buckets=(32, 96),
+    )
+    config.rollout.update(max_turns=14)
+    config.reward.update(intermediate_scale=0.08)
+    config.learner.update(length_buckets=(128, 192, 256, 320, 384, 448), tokens_per_part=3072)
+    config.sft.update(num_steps=300)
+    config.sft.optimizer.update(learning_rate=2e-3)
+    config.rl.update(num_iterations=60, tasks_per_iteration=16, eval_every=10, save_every=10)
+    config.rl.optimizer.update(decay_steps=60)
+    return config
