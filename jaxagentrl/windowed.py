@@ -6,7 +6,7 @@ observation and what can be done, and asks for `<think>…</think><action>…</a
 over 50 turns, and nothing is append-only: each prompt is sampled from, and trained, by itself.
 
 Its rule of validity: a turn is valid if it has a think and an action part and no Chinese character. The
-reward's `invalid_penalty` (0.1 there) is for turns that are not. What an invalid turn says is not sent
+reward's `invalid_penalty` (0.1 there, for a win of 10) is for turns that are not. What an invalid turn says is not sent
 (verl-agent sends its last 30 characters, which no game takes): the game answers that nothing happens.
 """
 

@@ -21,7 +21,8 @@ from envs_host import alfworld_engine, games
 from envs_host.specs import TASK_TYPES
 
 REFUSED_SHARE = 0.1
-RANDOM_STEPS = 40
+RANDOM_STEPS = 100
+SIZES = (6, 15, None)  # Receptacles of the generated rooms; None is all.
 # Things a model may write that no game takes.
 NONSENSE = ("", "look around", "go to the kitchen", "take mug", "Look", "put mug 1 in desk 1", "help me")
 
@@ -106,8 +107,9 @@ def _check(file: str, given: list[str], theirs, outcome, commands) -> None:
 
 def _generated(args: argparse.Namespace, cache: str) -> list[str]:
     specs = [
-        {"family": "alfworld", "split": split, "task_type": task_type, "seed": args.seed + number}
-        for number in range(5) for task_type in TASK_TYPES for split in ("train", "valid_unseen")
+        {"family": "alfworld", "split": split, "task_type": task_type, "seed": args.seed + number,
+         "num_receptacles": SIZES[number % len(SIZES)]}
+        for number in range(6) for task_type in TASK_TYPES for split in ("train", "valid_unseen")
     ]
     return [task.file for task in games.generate(specs, cache_dir=cache).tasks]
 
