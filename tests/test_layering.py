@@ -57,7 +57,9 @@ jaxagentrl.models.decoder_config
 jaxagentrl.models.kv_cache
 jaxagentrl.models.decoder
 jaxagentrl.models.sharding
+jaxagentrl.models.pretrained_families
 jaxagentrl.models.pretrained_config
+jaxagentrl.models.tensor_files
 jaxagentrl.models.pretrained
 jaxagentrl.sampling
 jaxagentrl.engine

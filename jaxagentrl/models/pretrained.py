@@ -2,21 +2,24 @@
 
 PyTorch stores a projection as [out, in] and one tensor per layer; our trees hold [in, out] and all
 layers in one leaf with a leading layer axis. Which settings are understood: `pretrained_config`.
+
+One tensor at a time goes from the file to its place on the device or devices, and back: beyond the
+parameters themselves the host holds one tensor.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from jaxagentrl import workdir
-from jaxagentrl.models import decoder, pretrained_config
+from jaxagentrl.models import decoder, pretrained_config, tensor_files
 from jaxagentrl.models.pretrained_config import PretrainedError, listed
 
 Params = dict[str, Any]
@@ -29,8 +32,15 @@ _INDEX = "model.safetensors.index.json"
 _OUR_FILES = {
     pretrained_config.FILE, _GENERATION, _SINGLE, _INDEX, "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja",
+    "chat_template.jinja", "tokenizer.model",
 }
+
+# A Gemma 3 with images keeps its language model under a prefix (of older and newer files), beside
+# parts that text does not need.
+_TEXT_PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.",
+                  "language_model.lm_head.": "lm_head."}
+_IMAGE_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.",
+                   "model.multi_modal_projector.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +88,12 @@ def load(
     """
     directory = pathlib.Path(directory)
     config = pretrained_config.read_config(directory)
-    locations = _locate_tensors(directory)
-    with _OpenFiles() as files:
-        _check_tensors(directory, config, locations, files)
-        params: Params = {}
-        for entry in _table(config):
-            leaf = _read_leaf(entry, config, locations, files, jax.numpy.dtype(dtype))
-            _set(params, entry.path, _place(leaf, mesh))
+    stored = _locate_tensors(directory)
+    _check_tensors(directory, config, stored)
+    params: Params = {}
+    for entry in _table(config):
+        leaf = _read_leaf(entry, config, stored, jnp.dtype(dtype), mesh)
+        _set(params, entry.path, leaf)
     return config, params
 
 
@@ -94,6 +103,7 @@ def save(
     params: Params,
     *,
     tokenizer: Any = None,
+    stop_ids: Sequence[int] = (),
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
@@ -106,8 +116,10 @@ def save(
         config: the decoder's shape.
         params: its parameters, exactly the tree of `decoder.init` (no value head); stored in the
             dtype they have.
-        tokenizer: a transformers tokenizer to save along; its end-of-sequence and padding ids go
-            into generation_config.json.
+        tokenizer: a transformers tokenizer to save along, with its chat template; its
+            end-of-sequence and padding ids go into generation_config.json.
+        stop_ids: ids that end a turn, where these are not the tokenizer's end of sequence (Gemma's
+            `<end_of_turn>`): generation stops at them too.
         max_shard_bytes: files are split before they grow larger.
 
     Raises:
@@ -116,11 +128,7 @@ def save(
     directory = pathlib.Path(directory).absolute()
     _check_params(config, params)
     _refuse_foreign_files(directory)
-    special = {} if tokenizer is None else {
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-    }
+    special = {} if tokenizer is None else _special_ids(tokenizer, stop_ids)
     settings = pretrained_config.to_json(config, str(params["embed"]["embedding"].dtype))
     with workdir.replacing_folder(directory) as folder:
         _write_weights(folder, config, params, max_shard_bytes)
@@ -130,99 +138,109 @@ def save(
             tokenizer.save_pretrained(folder)
 
 
+def _special_ids(tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
+    end = tokenizer.eos_token_id
+    ends = [id for id in dict.fromkeys([end, *map(int, stop_ids)]) if id is not None]
+    return {
+        "eos_token_id": ends if len(ends) > 1 else end,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+
+
 def _table(config: decoder.DecoderConfig) -> list[_Entry]:
     """Every parameter of the decoder, in the order of the forward pass."""
     width, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     queries = config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
     layer = "model.layers.{layer}"
+
+    def norm(ours: str, theirs: str) -> _Entry:
+        return _Entry(("layers", ours, "scale"), f"{layer}.{theirs}.weight", (width,), False)
+
     entries = [
         _Entry(("embed", "embedding"), "model.embed_tokens.weight", (vocab, width), False),
-        _Entry(("layers", "attention_norm", "scale"), f"{layer}.input_layernorm.weight",
-               (width,), False),
+        norm("attention_norm", "input_layernorm"),
     ]
     for name, size in (("q", queries), ("k", keys), ("v", keys)):
         path, tensor = ("layers", "attention", name), f"{layer}.self_attn.{name}_proj"
         entries.append(_Entry((*path, "kernel"), f"{tensor}.weight", (size, width), True))
         if config.attention_bias:
             entries.append(_Entry((*path, "bias"), f"{tensor}.bias", (size,), False))
-    entries += [
-        _Entry(("layers", "attention", "o", "kernel"), f"{layer}.self_attn.o_proj.weight",
-               (width, queries), True),
-        _Entry(("layers", "mlp_norm", "scale"), f"{layer}.post_attention_layernorm.weight",
-               (width,), False),
-    ]
+    if config.qk_norm:
+        entries += [
+            _Entry(("layers", "attention", f"{name}_norm", "scale"),
+                   f"{layer}.self_attn.{name}_norm.weight", (config.head_dim,), False)
+            for name in ("q", "k")
+        ]
+    entries.append(_Entry(("layers", "attention", "o", "kernel"),
+                          f"{layer}.self_attn.o_proj.weight", (width, queries), True))
+    # The name that is given to the norm before the feed-forward is, with norms on both sides, that
+    # of the one after attention.
+    if config.post_norms:
+        entries += [norm("post_attention_norm", "post_attention_layernorm"),
+                    norm("mlp_norm", "pre_feedforward_layernorm")]
+    else:
+        entries.append(norm("mlp_norm", "post_attention_layernorm"))
     for name, shape in (("gate", (inner, width)), ("up", (inner, width)), ("down", (width, inner))):
         entries.append(_Entry(("layers", "mlp", name, "kernel"), f"{layer}.mlp.{name}_proj.weight",
                               shape, True))
+    if config.post_norms:
+        entries.append(norm("post_mlp_norm", "post_feedforward_layernorm"))
     entries.append(_Entry(("final_norm", "scale"), "model.norm.weight", (width,), False))
     if not config.tie_embeddings:
         entries.append(_Entry(("lm_head", "kernel"), "lm_head.weight", (vocab, width), True))
     return entries
 
 
-class _OpenFiles:
-    """Safetensors files, opened once each; tensors are read from disk only when asked for."""
-
-    def __init__(self):
-        self._files: dict[pathlib.Path, Any] = {}
-
-    def __enter__(self) -> "_OpenFiles":
-        return self
-
-    def __exit__(self, *unused) -> None:
-        self._files.clear()   # the memory map goes with its last reference
-
-    def get(self, path: pathlib.Path) -> Any:
-        if path not in self._files:
-            try:
-                self._files[path] = safetensors.safe_open(path, framework="numpy")
-            except (OSError, safetensors.SafetensorError) as error:
-                raise PretrainedError(
-                    f"{path} cannot be read: {error}. Download or export the model again."
-                ) from error
-        return self._files[path]
-
-
-def _locate_tensors(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Tensor name → file, from the index of a sharded model or the header of a single file."""
-    if (directory / _INDEX).exists():
-        index = pretrained_config.read_object(directory / _INDEX)
-        if not isinstance(index.get("weight_map"), dict):
-            raise PretrainedError(
-                f"{directory / _INDEX} has no 'weight_map'. Export the model again.")
-        return {name: directory / file for name, file in index["weight_map"].items()}
-    path = directory / _SINGLE
-    if not path.exists():
+def _locate_tensors(directory: pathlib.Path) -> dict[str, tensor_files.StoredTensor]:
+    """Tensor name → where it is, from the headers of a single file or of the shards."""
+    single, index_file = directory / _SINGLE, directory / _INDEX
+    if index_file.exists():
+        weight_map = pretrained_config.read_object(index_file).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise PretrainedError(f"{index_file} has no 'weight_map'. Export the model again.")
+        shards = {file: tensor_files.contents(directory / file)
+                  for file in sorted(set(weight_map.values()))}
+        elsewhere = [f"{name} is not in {file}, where the index says it is"
+                     for name, file in weight_map.items() if name not in shards[file]]
+        if elsewhere:
+            raise PretrainedError(f"{directory}: {listed(elsewhere)}. Download the model again.")
+        found = {name: shards[file][name] for name, file in weight_map.items()}
+    elif single.exists():
+        found = tensor_files.contents(single)
+    else:
         raise PretrainedError(
             f"{directory} holds neither {_SINGLE} nor {_INDEX}. Models stored as .bin or .gguf "
             "must be converted with transformers (save_pretrained) first."
         )
-    with _OpenFiles() as files:
-        return {name: path for name in files.get(path).keys()}
+    if not any(name.startswith(_IMAGE_PREFIXES) for name in found):
+        return found
+    return {_text_name(name): tensor for name, tensor in found.items()
+            if not name.startswith(_IMAGE_PREFIXES)}
+
+
+def _text_name(name: str) -> str:
+    for prefix, ours in _TEXT_PREFIXES.items():
+        if name.startswith(prefix):
+            return ours + name.removeprefix(prefix)
+    return name
 
 
 def _check_tensors(
     directory: pathlib.Path,
     config: decoder.DecoderConfig,
-    locations: Mapping[str, pathlib.Path],
-    files: _OpenFiles,
+    stored: Mapping[str, tensor_files.StoredTensor],
 ) -> None:
     """All missing, surplus and misshapen tensors at once, from the headers alone."""
-    expected = {
-        name: entry.shape for entry in _table(config) for name in entry.tensors(config)
-    }
-    problems = [f"{name} is missing" for name in expected if name not in locations]
-    for name, path in locations.items():
-        file = files.get(path)
-        if name not in file.keys():
-            problems.append(f"{name} is not in {path.name}, where the index says it is")
-        elif name in expected:
-            shape = tuple(file.get_slice(name).get_shape())
-            if shape != expected[name]:
-                problems.append(f"{name} has shape {shape}, expected {expected[name]}")
-        elif not _is_redundant(name, config, locations, files):
-            problems.append(f"{name} is surplus")
+    expected = {name: entry.shape for entry in _table(config) for name in entry.tensors(config)}
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    for name, tensor in stored.items():
+        if name not in expected:
+            if not _is_redundant(name, config, stored):
+                problems.append(f"{name} is surplus")
+        elif tensor.shape != expected[name]:
+            problems.append(f"{name} has shape {tensor.shape}, expected {expected[name]}")
     if problems:
         raise PretrainedError(
             f"{directory} does not hold the model that its {pretrained_config.FILE} describes: "
@@ -231,43 +249,71 @@ def _check_tensors(
 
 
 def _is_redundant(
-    name: str,
-    config: decoder.DecoderConfig,
-    locations: Mapping[str, pathlib.Path],
-    files: _OpenFiles,
+    name: str, config: decoder.DecoderConfig, stored: Mapping[str, tensor_files.StoredTensor]
 ) -> bool:
     """Rotary tables of old exports, and an output matrix that is the tied embedding once more."""
     if name.endswith(".rotary_emb.inv_freq"):
         return True
     source = "model.embed_tokens.weight"
-    if name != "lm_head.weight" or not config.tie_embeddings or source not in locations:
+    if name != "lm_head.weight" or not config.tie_embeddings or source not in stored:
         return False
-    return np.array_equal(
-        files.get(locations[name]).get_tensor(name),
-        files.get(locations[source]).get_tensor(source),
-    )
+    return np.array_equal(stored[name].read(), stored[source].read())
 
 
 def _read_leaf(
     entry: _Entry,
     config: decoder.DecoderConfig,
-    locations: Mapping[str, pathlib.Path],
-    files: _OpenFiles,
+    stored: Mapping[str, tensor_files.StoredTensor],
     dtype: np.dtype,
-) -> np.ndarray:
-    """One leaf on the host; at most this leaf and one tensor are in memory besides the result."""
-    leaf = np.empty(entry.leaf_shape(config), dtype)
+    mesh: jax.sharding.Mesh | None,
+) -> jax.Array:
+    """One leaf in its place on the devices; the host holds one tensor of it at a time."""
+    shape = entry.leaf_shape(config)
+    where = None if mesh is None else _sharding(entry, shape, mesh)
+    leaf = None
+    if entry.per_layer:
+        leaf = jnp.zeros(shape, dtype, device=where)
     for layer, name in enumerate(entry.tensors(config)):
-        tensor = files.get(locations[name]).get_tensor(name)
-        target = leaf[layer] if entry.per_layer else leaf
-        target[...] = tensor.T if entry.transposed else tensor
+        tensor = _put(stored[name].read(), entry, where)
+        if entry.per_layer:
+            leaf = _insert(leaf, tensor, layer, transposed=entry.transposed, where=where)
+        else:
+            leaf = _convert(tensor, dtype=dtype, transposed=entry.transposed, where=where)
+        del tensor
+        leaf.block_until_ready()   # else the next tensor is read while this one is still in use
     return leaf
 
 
-def _place(leaf: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
-    if mesh is None:
-        return jax.device_put(leaf)
-    return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+def _sharding(
+    entry: _Entry, shape: tuple[int, ...], mesh: jax.sharding.Mesh
+) -> jax.sharding.NamedSharding:
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _put(
+    tensor: np.ndarray, entry: _Entry, where: jax.sharding.NamedSharding | None
+) -> jax.Array:
+    """A tensor on the devices as it is in the file, split as its leaf is going to be."""
+    if where is None:
+        return jax.device_put(tensor)
+    ndim = tensor.ndim + entry.per_layer
+    axes = (*where.spec, *[None] * ndim)[:ndim][1 if entry.per_layer else 0:]
+    spec = jax.sharding.PartitionSpec(*(axes[::-1] if entry.transposed else axes))
+    where = jax.sharding.NamedSharding(where.mesh, spec)
+    return jax.make_array_from_callback(tensor.shape, where, lambda index: tensor[index])
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "where"), donate_argnames="leaf")
+def _insert(leaf: jax.Array, tensor: jax.Array, layer: int, *, transposed: bool, where: Any):
+    tensor = (tensor.T if transposed else tensor).astype(leaf.dtype)
+    leaf = jax.lax.dynamic_update_index_in_dim(leaf, tensor, layer, 0)
+    return leaf if where is None else jax.lax.with_sharding_constraint(leaf, where)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "transposed", "where"))
+def _convert(tensor: jax.Array, *, dtype: np.dtype, transposed: bool, where: Any):
+    leaf = (tensor.T if transposed else tensor).astype(dtype)
+    return leaf if where is None else jax.lax.with_sharding_constraint(leaf, where)
 
 
 def _check_params(config: decoder.DecoderConfig, params: Params) -> None:
@@ -307,36 +353,38 @@ def _refuse_foreign_files(directory: pathlib.Path) -> None:
 def _write_weights(
     folder: pathlib.Path, config: decoder.DecoderConfig, params: Params, max_shard_bytes: int
 ) -> None:
-    """One file, or numbered shards with their index; at most one shard is in memory on the host."""
-    metadata = {"format": "pt"}   # transformers refuses files without it
+    """One file, or numbered shards with their index; the host holds one tensor at a time."""
     shards = _plan_shards(config, params, max_shard_bytes)
-    if len(shards) == 1:
-        tensors = {name: _tensor(entry, layer, params) for name, entry, layer in shards[0]}
-        safetensors.numpy.save_file(tensors, folder / _SINGLE, metadata=metadata)
-        return
-    weight_map, total = {}, 0
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _tensor(entry, layer, params) for name, entry, layer in shard}
-        safetensors.numpy.save_file(tensors, folder / file, metadata=metadata)
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    pretrained_config.write_object(folder / _INDEX, index)
+    files = [_SINGLE]
+    if len(shards) > 1:
+        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                 for number in range(1, len(shards) + 1)]
+        specs = [(spec, file) for file, shard in zip(files, shards, strict=True)
+                 for spec, _, _ in shard]
+        pretrained_config.write_object(folder / _INDEX, {
+            "metadata": {"total_size": sum(spec.num_bytes for spec, _ in specs)},
+            "weight_map": {spec.name: file for spec, file in specs},
+        })
+    for file, shard in zip(files, shards, strict=True):
+        tensor_files.write(
+            folder / file,
+            [spec for spec, _, _ in shard],
+            (_tensor(entry, layer, params) for _, entry, layer in shard),
+        )
 
 
 def _plan_shards(
     config: decoder.DecoderConfig, params: Params, max_shard_bytes: int
-) -> list[list[tuple[str, _Entry, int]]]:
-    shards: list[list[tuple[str, _Entry, int]]] = [[]]
+) -> list[list[tuple[tensor_files.Spec, _Entry, int]]]:
+    shards: list[list[tuple[tensor_files.Spec, _Entry, int]]] = [[]]
     size = 0
     for name, entry, layer in _all_tensors(config):
-        num_bytes = int(np.prod(entry.shape)) * _get(params, entry.path).dtype.itemsize
-        if shards[-1] and size + num_bytes > max_shard_bytes:
+        spec = tensor_files.Spec(name, np.dtype(_get(params, entry.path).dtype), entry.shape)
+        if shards[-1] and size + spec.num_bytes > max_shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append((name, entry, layer))
-        size += num_bytes
+        shards[-1].append((spec, entry, layer))
+        size += spec.num_bytes
     return shards
 
 
@@ -358,7 +406,7 @@ def _all_tensors(config: decoder.DecoderConfig) -> Iterator[tuple[str, _Entry, i
 def _tensor(entry: _Entry, layer: int, params: Params) -> np.ndarray:
     leaf = _get(params, entry.path)
     tensor = np.asarray(jax.device_get(leaf[layer] if entry.per_layer else leaf))
-    return np.ascontiguousarray(tensor.T if entry.transposed else tensor)
+    return tensor.T if entry.transposed else tensor
 
 
 def _get(params: Params, path: tuple[str, ...]) -> Any:

@@ -1,8 +1,9 @@
 """The config.json of a Hugging Face model folder: what of it our decoder can be.
 
-Two architectures are: `LlamaForCausalLM` (no biases) and `Qwen2ForCausalLM` (biases on the query,
-key and value projections). A setting that would change the numbers and that the decoder does not
-implement is an error naming its key, never ignored.
+Both published spellings are read: rotations as `rope_theta` and `rope_scaling` or as
+`rope_parameters` (one for all layers, or one per kind of layer), windows as `layer_types` or as the
+older keys. A setting that would change the numbers and that the decoder does not implement is an
+error naming its key, never ignored. Which families there are: `pretrained_families`.
 """
 
 import json
@@ -11,101 +12,260 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxagentrl.models import decoder
+from jaxagentrl.models import decoder_config, rope
+from jaxagentrl.models.pretrained_families import (
+    BY_MODEL_TYPE,
+    FAMILIES,
+    NEUTRAL,
+    OFF,
+    SIZES,
+    Family,
+    differences,
+)
 
 FILE = "config.json"
 _MAX_LISTED = 12
 
-# What shapes the model: our name and theirs.
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "intermediate_size": "intermediate_size",
+# With the sizes, the keys that every family reads.
+_READ = {
+    *SIZES, "num_key_value_heads", "head_dim", "rope_theta", "rope_parameters", "rope_scaling",
+    "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "model_type", "layer_types",
 }
-_READ = {*_SIZES.values(), "num_key_value_heads", "head_dim", "rope_theta", "rope_parameters",
-         "rope_scaling", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
-         "model_type", "layer_types", "attention_bias"}
-
-# Settings with one value that our decoder computes. Absent means that value.
-_REQUIRED = {
-    "hidden_act": ("silu",),
-    "mlp_bias": (False, None),
-    "use_sliding_window": (False, None),
-    "rope_interleaved": (False, None),
-    "partial_rotary_factor": (1, None),
-    "logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "attn_logit_softcapping": (None,),
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "quantization_config": (None,),
-    "num_local_experts": (None,),
-}
-
-# Settings that do not change the logits of a forward pass: about training, storage or generation.
-# `sliding_window` and `max_window_layers` act only with use_sliding_window, which is checked;
-# pretraining_tp splits the same products.
-_NEUTRAL = {
-    "architectures", "auto_map", "attention_dropout", "bos_token_id", "chunk_size_feed_forward",
-    "dtype", "embd_pdrop", "eos_token_id", "id2label", "initializer_range", "is_decoder",
-    "is_llama_config", "label2id", "max_window_layers", "output_attentions",
-    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
-    "return_dict", "sliding_window", "task_specific_params", "tokenizer_class", "torch_dtype",
-    "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed",
-    "unsloth_version", "use_cache", "_name_or_path", "_attn_implementation_autoset",
-    "_commit_hash",
-}
+_FULL, _LOCAL = "full_attention", "sliding_attention"
 
 
 class PretrainedError(ValueError):
     """A model folder cannot be read or written; the message names the file and the way out."""
 
 
-def read_config(directory: str | os.PathLike) -> decoder.DecoderConfig:
+def read_config(directory: str | os.PathLike) -> decoder_config.DecoderConfig:
     """The decoder that a folder's config.json describes.
 
     Raises:
-        PretrainedError: see `load`.
+        PretrainedError: see `pretrained.load`.
     """
     path = pathlib.Path(directory) / FILE
-    settings = read_object(path)
-    problems = _unsupported_settings(settings)
-    missing = [key for key in (*_SIZES.values(), "rms_norm_eps") if settings.get(key) is None]
-    problems += [f"{key} is missing" for key in missing]
+    settings = _text_settings(read_object(path))
+    family = BY_MODEL_TYPE.get(settings.get("model_type"))
+    if family is None:
+        raise PretrainedError(
+            f"{path}: model_type is {settings.get('model_type')!r}, expected one of "
+            f"{sorted(BY_MODEL_TYPE)}. Use a model of these families."
+        )
+    problems = _unsupported_settings(settings, family)
+    settings = dict(family.defaults) | {k: v for k, v in settings.items() if v is not None or
+                                        k not in ("num_key_value_heads", "head_dim")}
+    problems += [
+        f"{key} is missing" for key in (*SIZES, "rms_norm_eps") if settings.get(key) is None
+    ]
+    windows, rotations = {}, {}
+    if not problems:
+        windows = _read_windows(settings, family, problems)
+        rotations = _read_rotations(settings, windows, problems)
     if problems:
         raise PretrainedError(
-            f"{path}: {listed(problems)}. jaxagentrl reads Llama and Qwen2 models with full "
-            "attention and plain rotary positions; use a model of that kind."
+            f"{path}: {listed(problems)}. The decoder would compute something else; use a model "
+            "without these settings, or correct the file."
         )
     heads = settings["num_attention_heads"]
-    # transformers derives the head size when the key is absent or null (Qwen2 never writes it).
-    head_dim = settings.get("head_dim") or settings["hidden_size"] // heads
-    return decoder.DecoderConfig(
-        **{ours: settings[theirs] for ours, theirs in _SIZES.items()},
-        num_kv_heads=settings.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        rope_theta=float(_rope_theta(settings)),
-        norm_eps=float(settings["rms_norm_eps"]),
-        tie_embeddings=bool(settings.get("tie_word_embeddings", False)),
-        attention_bias=settings["model_type"] == "qwen2",
-        max_position_embeddings=settings.get("max_position_embeddings") or 2048,
-    )
+    softcaps = {
+        "attention_softcap": settings.get("attn_logit_softcapping"),
+        "logit_softcap": settings.get("final_logit_softcapping"),
+    }
+    try:
+        return decoder_config.DecoderConfig(
+            **{ours: settings[theirs] for theirs, ours in SIZES.items()},
+            num_kv_heads=settings.get("num_key_value_heads") or heads,
+            # transformers derives the head size when the key is absent (Qwen2 never writes it).
+            head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
+            norm_eps=float(settings["rms_norm_eps"]),
+            tie_embeddings=bool(settings.get("tie_word_embeddings", False)),
+            max_position_embeddings=settings["max_position_embeddings"],
+            query_scale_dim=_query_scale(settings, family),
+            **{name: value for name, value in softcaps.items() if name in family.free},
+            **family.fixed,
+            **windows,
+            **rotations,
+        )
+    except ValueError as error:
+        raise PretrainedError(f"{path}: {error}") from error
 
 
-def to_json(config: decoder.DecoderConfig, dtype: str) -> dict[str, Any]:
-    """The settings of a config.json, with both spellings of rope, for old and new transformers."""
+def _query_scale(settings: Mapping[str, Any], family: Family) -> float | None:
+    return float(settings["query_pre_attn_scalar"]) if family.query_scale else None
+
+
+def _text_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The language part of a Gemma 3 that also sees images, whose image part is not used here."""
+    if settings.get("model_type") != "gemma3" or not isinstance(settings.get("text_config"), dict):
+        return settings
+    return {"model_type": "gemma3_text"} | settings["text_config"]
+
+
+def _unsupported_settings(settings: Mapping[str, Any], family: Family) -> list[str]:
+    problems = []
+    off = dict(OFF)
+    if family.attention_softcap:
+        del off["attn_logit_softcapping"]
+    if family.logit_softcap:
+        del off["final_logit_softcapping"]
+    key = family.activation_key
+    if settings.get(key, family.activation) != family.activation:
+        problems.append(f"{key} is {settings[key]!r}, expected {family.activation!r}")
+    for key, allowed in off.items():
+        if key in settings and settings[key] not in allowed:
+            problems.append(f"{key} is {settings[key]!r}, expected {allowed[0]!r}")
+    known = _READ | NEUTRAL | set(off) | family.more_keys | {family.activation_key}
+    known |= {"sliding_window"} if family.pattern != "none" else set()
+    known |= {"query_pre_attn_scalar"} if family.query_scale else set()
+    known |= {"attn_logit_softcapping"} if family.attention_softcap else set()
+    known |= {"final_logit_softcapping"} if family.logit_softcap else set()
+    # A switch that is off changes nothing, whatever it is called.
+    problems += [
+        f"{key} is {settings[key]!r}, a setting not known here"
+        for key in sorted(set(settings) - known) if settings[key] not in (None, False)
+    ]
+    return problems
+
+
+def _read_windows(
+    settings: Mapping[str, Any], family: Family, problems: list[str]
+) -> dict[str, Any]:
+    """Our `sliding_window` and `window_layers`."""
+    num, size = settings["num_hidden_layers"], settings.get("sliding_window")
+    if family.pattern == "from max_window_layers" and not settings.get("use_sliding_window"):
+        size = None
+    kinds = settings.get("layer_types")
+    if kinds is None:
+        local = _usual_layers(settings, family, size, num)
+    else:
+        strangers = sorted(set(map(str, kinds)) - {_FULL, _LOCAL})
+        if strangers or len(kinds) != num:
+            problems.append(
+                f"layer_types has {len(kinds)} entries of {sorted(set(map(str, kinds)))}, expected "
+                f"{num} of {[_FULL, _LOCAL]}"
+            )
+            return {}
+        local = [kind == _LOCAL for kind in kinds]
+    if family.pattern in ("none", "all") and any(local) != all(local):
+        # transformers ignores the list in these families.
+        problems.append(f"layer_types differ, which models of type {family.model_type} cannot have")
+    if any(local) and (size is None or family.pattern == "none"):
+        problems.append(
+            f"layer_types has {_LOCAL!r} but there is no window (sliding_window, "
+            "use_sliding_window)"
+        )
+    if family.pattern == "all" and size is not None and not all(local):
+        problems.append(f"layer_types has {_FULL!r} but sliding_window is {size}")
+    if not any(local):
+        return {}
+    return {"sliding_window": size, "window_layers": None if all(local) else tuple(local)}
+
+
+def _usual_layers(
+    settings: Mapping[str, Any], family: Family, size: int | None, num: int
+) -> list[bool]:
+    if family.pattern == "none" or size is None:
+        return [False] * num
+    if family.pattern == "all":
+        return [True] * num
+    if family.pattern == "from max_window_layers":
+        return [layer >= settings["max_window_layers"] for layer in range(num)]
+    every = settings.get("sliding_window_pattern") or settings["full_every"]
+    return [(layer + 1) % every != 0 for layer in range(num)]
+
+
+def _read_rotations(
+    settings: Mapping[str, Any], windows: Mapping[str, Any], problems: list[str]
+) -> dict[str, Any]:
+    """Our `rope_theta`, `rope_scaling` and `local_rope_theta`."""
+    new, old = settings.get("rope_parameters") or {}, settings.get("rope_scaling") or {}
+    length = settings["max_position_embeddings"]
+    theta = settings.get("rope_theta") or 10_000.0
+    local = settings.get("rope_local_base_freq")   # only where a family has two rotations
+    per_kind = any(kind in new for kind in (_FULL, _LOCAL))
+    if per_kind and local is None:
+        problems.append(f"rope_parameters has an entry per kind of layer, {sorted(new)}, which only "
+                        "Gemma 3 has")
+        return {}
+    full = _rotation("rope_parameters", (new.get(_FULL) or {}) if per_kind else new, theta, length,
+                     problems)
+    if old:
+        theirs = _rotation("rope_scaling", old, full[0], length, problems)
+        if full[1] is not None and theirs != full:
+            problems.append(f"rope_scaling {old} and rope_parameters {new} disagree")
+        full = theirs
+    if local is None:
+        return {"rope_theta": full[0], "rope_scaling": full[1]}
+    near = _rotation(f"rope_parameters.{_LOCAL}", new.get(_LOCAL) or {}, local, length, problems)
+    if "sliding_window" not in windows:
+        return {"rope_theta": full[0], "rope_scaling": full[1]}
+    if windows["window_layers"] is None:
+        return {"rope_theta": near[0], "rope_scaling": near[1]}
+    if near[1] is not None:
+        problems.append(f"rope_parameters.{_LOCAL}.rope_type is {near[1].rope_type!r}, expected "
+                        "'default'")
+    return {"rope_theta": full[0], "rope_scaling": full[1], "local_rope_theta": near[0]}
+
+
+# Keys of each scaling: what it must have, what it may have.
+_SCALINGS = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"),
+               ("original_max_position_embeddings",)),
+    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast",
+                           "beta_slow", "truncate")),
+}
+
+
+def _rotation(
+    key: str, settings: Mapping[str, Any], theta: float, length: int, problems: list[str]
+) -> tuple[float, rope.Scaling | None]:
+    """θ and scaling of one entry; `type` is the older spelling of `rope_type`."""
+    values = {name: value for name, value in settings.items() if value is not None}
+    theta = float(values.pop("rope_theta", theta))
+    old_kind = values.pop("type", "default")
+    kind = values.pop("rope_type", old_kind)
+    if values.get("partial_rotary_factor") == 1:
+        del values["partial_rotary_factor"]
+    if kind not in ("default", *_SCALINGS):
+        problems.append(f"{key}.rope_type is {kind!r}, expected one of "
+                        f"{['default', *_SCALINGS]}")
+        return theta, None
+    needed, optional = _SCALINGS.get(kind, ((), ()))
+    # Some exporters write the keys of all kinds; a factor of 1 or the model's own length says nothing.
+    if kind in ("default", "linear") and values.get("original_max_position_embeddings") == length:
+        del values["original_max_position_embeddings"]
+    wrong = [f"{key}.{name} is missing" for name in needed if name not in values]
+    wrong += [f"{key}.{name} is {value!r}, a setting not known here"
+              for name, value in values.items() if name not in (*needed, *optional)]
+    problems += wrong
+    if kind == "default" or wrong:
+        return theta, None
+    if kind != "linear":
+        values.setdefault("original_max_position_embeddings", length)
+    try:
+        return theta, rope.Scaling(rope_type=kind, **values)
+    except ValueError as error:
+        problems.append(f"{key}: {error}")
+        return theta, None
+
+
+def to_json(config: decoder_config.DecoderConfig, dtype: str) -> dict[str, Any]:
+    """The settings of a config.json, with both spellings, for old and new transformers.
+
+    Raises:
+        PretrainedError: no published family has these settings together.
+    """
+    family = _family_of(config)
     settings = {
-        "architectures": ["Qwen2ForCausalLM" if config.attention_bias else "LlamaForCausalLM"],
-        "model_type": "qwen2" if config.attention_bias else "llama",
-        **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        family.activation_key: family.activation,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": 0.0,
@@ -113,55 +273,67 @@ def to_json(config: decoder.DecoderConfig, dtype: str) -> dict[str, Any]:
         "use_cache": True,
         "torch_dtype": dtype,
     }
-    if config.attention_bias:
-        settings["use_sliding_window"] = False
-    else:
-        settings |= {"attention_bias": False, "mlp_bias": False}
+    if family.model_type != "qwen2":   # whose biases are not a setting
+        settings["attention_bias"] = False
+    if family.model_type == "llama":
+        settings["mlp_bias"] = False
+    if family.query_scale:
+        scale = config.query_scale_dim or config.head_dim
+        settings["query_pre_attn_scalar"] = int(scale) if scale == int(scale) else scale
+        settings["attn_logit_softcapping"] = config.attention_softcap
+        settings["final_logit_softcapping"] = config.logit_softcap
+    return settings | _window_settings(config, family) | _rotation_settings(config, family)
+
+
+def _family_of(config: decoder_config.DecoderConfig) -> Family:
+    gaps = {family.model_type: differences(family, config) for family in FAMILIES}
+    fitting = [family for family in FAMILIES if not gaps[family.model_type]]
+    if not fitting:
+        nearest = min(gaps, key=lambda name: len(gaps[name]))
+        raise PretrainedError(
+            f"no published family has these model settings together, so there is no config.json "
+            f"for them. The nearest is {nearest}, which cannot have {gaps[nearest]}."
+        )
+    return fitting[0]
+
+
+def _window_settings(config: decoder_config.DecoderConfig, family: Family) -> dict[str, Any]:
+    size, num = config.sliding_window, config.num_layers
+    if family.pattern == "none":
+        return {}
+    if family.pattern == "all":
+        return {"sliding_window": size}
+    layers = config.window_layers or (size is not None,) * num
+    settings: dict[str, Any] = {
+        "layer_types": [_LOCAL if local else _FULL for local in layers],
+        "sliding_window": size,
+    }
+    if family.pattern == "from max_window_layers":
+        settings["use_sliding_window"] = size is not None
+        settings["max_window_layers"] = layers.index(True) if any(layers) else num
     return settings
 
 
-def _unsupported_settings(settings: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if settings.get("model_type") not in ("llama", "qwen2"):
-        kind = settings.get("model_type")
-        problems.append(f"model_type is {kind!r}, expected 'llama' or 'qwen2'")
-    elif settings["model_type"] == "llama" and settings.get("attention_bias"):
-        problems.append("attention_bias is true, which in a Llama puts biases on the output too")
-    for key, allowed in _REQUIRED.items():
-        if key in settings and settings[key] not in allowed:
-            problems.append(f"{key} is {settings[key]!r}, expected {allowed[0]!r}")
-    layer_types = settings.get("layer_types") or []
-    if any(kind != "full_attention" for kind in layer_types):
-        problems.append(f"layer_types are {sorted(set(layer_types))}, expected ['full_attention']")
-    for key in ("rope_scaling", "rope_parameters"):
-        problems += _unsupported_rope(key, settings.get(key) or {})
-    unknown = sorted(set(settings) - _READ - set(_REQUIRED) - _NEUTRAL)
-    # A switch that is off changes nothing, whatever it is called.
-    problems += [
-        f"{key} is {settings[key]!r}, a setting not known here"
-        for key in unknown if settings[key] not in (None, False)
-    ]
-    return problems
+def _rotation_settings(config: decoder_config.DecoderConfig, family: Family) -> dict[str, Any]:
+    scaling = _scaling_settings(config.rope_scaling)
+    full = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
+    settings = {"rope_theta": config.rope_theta, "rope_scaling": scaling, "rope_parameters": full}
+    if "rope_local_base_freq" in family.defaults:
+        # Where no layer has the window, or all have it, both kinds get the one rotation.
+        local = {"rope_theta": config.local_rope_theta, "rope_type": "default"}
+        local = full if config.local_rope_theta is None else local
+        settings["rope_local_base_freq"] = local["rope_theta"]
+        settings["rope_parameters"] = {_FULL: full, _LOCAL: local}
+    return settings
 
 
-def _unsupported_rope(key: str, rope: Mapping[str, Any]) -> list[str]:
-    """Anything but the default rotation; `type` is the older spelling of `rope_type`."""
-    problems = []
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        problems.append(f"{key}.rope_type is {kind!r}, expected 'default'")
-    for name, value in rope.items():
-        if name == "partial_rotary_factor" and value in (1, None):
-            continue
-        if name not in ("rope_type", "type", "rope_theta"):
-            problems.append(f"{key}.{name} is {value!r}, a setting not known here")
-    return problems
-
-
-def _rope_theta(settings: Mapping[str, Any]) -> float:
-    """transformers 5 writes rope_parameters.rope_theta, older ones rope_theta."""
-    rope = settings.get("rope_parameters") or {}
-    return rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0
+def _scaling_settings(scaling: rope.Scaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    needed, optional = _SCALINGS[scaling.rope_type]
+    values = {name: getattr(scaling, name) for name in (*needed, *optional)}
+    return {"rope_type": scaling.rope_type,
+            **{name: value for name, value in values.items() if value is not None}}
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""Safetensors files, read and written one tensor at a time.
+
+The format (https://github.com/huggingface/safetensors#format) is eight bytes with the length of a
+JSON header, the header with every tensor's dtype, shape and place, then the bytes. It is read here
+by plain reads and not through a memory map, whose pages stay counted as memory of the process once
+they were touched: the host never holds more than the tensor asked for.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import ml_dtypes
+import numpy as np
+
+from jaxagentrl.models.pretrained_config import PretrainedError
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ALIGNMENT = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a file."""
+
+    path: pathlib.Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+
+    def read(self) -> np.ndarray:
+        """The tensor in the dtype it is stored in.
+
+        Raises:
+            PretrainedError: a dtype that weights do not have, such as that of a quantized model.
+        """
+        if self.dtype not in _DTYPES:
+            raise PretrainedError(
+                f"{self.path}: {self.name} has dtype {self.dtype}, expected one of "
+                f"{sorted(_DTYPES)}. Quantized models are not read; use the original weights."
+            )
+        dtype = _DTYPES[self.dtype]
+        size = dtype.itemsize * math.prod(self.shape)
+        data = np.fromfile(self.path, np.uint8, count=size, offset=self.start)
+        return data.view(dtype).reshape(self.shape)
+
+
+def contents(path: pathlib.Path) -> dict[str, StoredTensor]:
+    """Every tensor of a file by name, from its header alone.
+
+    Raises:
+        PretrainedError: the file is missing, cut off or of another format.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        begin = 8 + length
+        found = {
+            name: StoredTensor(
+                path, name, entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0]
+            )
+            for name, entry in header.items()
+        }
+        end = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if end > size:
+            raise ValueError(f"it is cut off: {size} bytes of {end}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PretrainedError(
+            f"{path} cannot be read: {error}. Download or export the model again."
+        ) from error
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A tensor that a file is going to hold."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def write(path: pathlib.Path, specs: Sequence[Spec], tensors: Iterable[np.ndarray]) -> None:
+    """Writes the tensors, which may be made one by one while they are asked for.
+
+    Raises:
+        ValueError: a tensor is not what its spec says.
+    """
+    # transformers refuses files without a format.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, start + spec.num_bytes],
+        }
+        start += spec.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for spec, tensor in zip(specs, tensors, strict=True):
+            if tensor.dtype != spec.dtype or tensor.shape != spec.shape:
+                raise ValueError(
+                    f"{spec.name} is {tensor.dtype} {tensor.shape}, expected {spec.dtype} "
+                    f"{spec.shape}."
+                )
+            np.ascontiguousarray(tensor).view(np.uint8).tofile(file)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,293 @@
+"""Every family of models against transformers: logits, weights there and back, cached decoding."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jaxagentrl.models import decoder, kv_cache, pretrained, pretrained_config, rope
+
+pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import their_models  # noqa: E402  (after the check that torch is there)
+
+LENGTH = 24
+TOKENS = np.random.default_rng(0).integers(1, 97, (2, LENGTH)).astype(np.int32)
+
+
+@pytest.fixture(scope="module", params=their_models.CASES)
+def case(request, tmp_path_factory):
+    """(name, their model, its folder, our config and parameters)."""
+    model = their_models.make(request.param)
+    folder = tmp_path_factory.mktemp("model") / request.param
+    model.save_pretrained(folder)
+    return request.param, model, folder, *pretrained.load(folder)
+
+
+@pytest.fixture(scope="module")
+def score(case):
+    *_, config, params = case
+
+    @jax.jit
+    def run(tokens, positions, segment_ids):
+        return decoder.logits(
+            config, params, tokens, positions=positions, segment_ids=segment_ids)
+
+    return run
+
+
+def compare(ours, theirs, where=slice(None)):
+    theirs = theirs[where]
+    assert np.abs(theirs).max() > 1.0   # otherwise the tolerance would prove nothing
+    np.testing.assert_allclose(np.asarray(ours)[where], theirs, atol=1e-4, rtol=0)
+
+
+def plain_inputs():
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), TOKENS.shape)
+    return positions, np.zeros_like(TOKENS)
+
+
+def test_logits_of_padded_rows(case, score):
+    _, model, *_ = case
+    positions, segments = plain_inputs()
+    real = np.ones_like(TOKENS)
+    real[1, 17:] = 0
+    theirs = their_models.logits(model, TOKENS, attention_mask=real)
+    compare(score(TOKENS, positions, segments), theirs, real == 1)
+
+    # On the left, as generation pads: there the padding is a segment of its own.
+    real = real[:, ::-1].copy()
+    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
+    theirs = their_models.logits(model, TOKENS, attention_mask=real, position_ids=positions)
+    compare(score(TOKENS, positions, 1 - real), theirs, real == 1)
+
+
+def test_logits_of_packed_rows(case, score):
+    _, model, *_ = case
+    lengths = (7, 12, 5)
+    row = np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)
+    positions = np.broadcast_to(row, TOKENS.shape)
+    segments = np.broadcast_to(np.repeat(np.arange(3), lengths), TOKENS.shape).astype(np.int32)
+    # Without a mask transformers finds the sequences by where positions start again.
+    theirs = their_models.logits(model, TOKENS, position_ids=positions, use_cache=False)
+    compare(score(TOKENS, positions, segments), theirs)
+
+
+@pytest.mark.parametrize("stride", [1, 1000])
+def test_logits_at_long_positions(case, score, stride):
+    _, model, *_ = case
+    positions, segments = plain_inputs()
+    positions = (40_000 - LENGTH * stride + stride * positions).astype(np.int32)
+    theirs = their_models.logits(
+        model, TOKENS, position_ids=positions, attention_mask=np.ones_like(TOKENS))
+    compare(score(TOKENS, positions, segments), theirs)
+
+
+def test_decoding_with_a_cache_equals_scoring(case, score):
+    """Teacher forcing through the cache, in pieces that cross the window, one token at a time last."""
+    *_, config, params = case
+    whole = score(TOKENS, *plain_inputs())
+    cache = kv_cache.init(config.num_layers, 2, 32, config.num_kv_heads, config.head_dim, "float32")
+    append = jax.jit(
+        lambda tokens, cache, start: decoder.hidden_cached(
+            config, params, tokens, cache, None, jnp.full(2, start),
+            jnp.full(2, tokens.shape[1]), filled=32))
+    start = 0
+    for width in (9, 9, 1, 1, 1, 1, 1, 1):
+        x, cache = append(TOKENS[:, start:start + width], cache, start)
+        z = decoder.unembed(params, x, softcap=config.logit_softcap)
+        np.testing.assert_allclose(z, whole[:, start:start + width], atol=1e-4, rtol=0)
+        start += width
+    assert start == LENGTH
+
+
+def test_weights_come_back_bit_for_bit(case, tmp_path):
+    _, model, folder, config, params = case
+    expected = jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0))
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    pretrained.save(tmp_path / "ours", config, params)
+    config_again, params_again = pretrained.load(tmp_path / "ours")
+    assert config_again == config
+    jax.tree.map(np.testing.assert_array_equal, params, params_again)
+    theirs = safetensors.numpy.load_file(folder / "model.safetensors")
+    ours = safetensors.numpy.load_file(tmp_path / "ours" / "model.safetensors")
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        np.testing.assert_array_equal(theirs[name], ours[name])
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager")
+    np.testing.assert_array_equal(
+        their_models.logits(again, TOKENS), their_models.logits(model, TOKENS))
+
+
+def test_the_other_spelling_of_settings(case, tmp_path):
+    """What transformers 4 wrote: rope_theta and rope_scaling, patterns instead of lists."""
+    name, _, folder, config, _ = case
+    settings = json.loads((folder / "config.json").read_text())
+    rotations = settings.pop("rope_parameters")
+    assert "rope_theta" not in settings
+    full = dict(rotations.get("full_attention", rotations))
+    settings["rope_theta"] = full.pop("rope_theta")
+    settings["rope_scaling"] = None if full["rope_type"] == "default" else full
+    if "sliding_attention" in rotations:
+        settings["rope_local_base_freq"] = rotations["sliding_attention"]["rope_theta"]
+    kinds = settings.pop("layer_types", None)
+    if name in ("qwen3_windows", "gemma2_no_caps", "gemma3"):   # no older key could say it
+        settings["layer_types"] = kinds
+    if name == "gemma3_six_layers":
+        settings["sliding_window_pattern"] = 6
+    settings["torch_dtype"] = settings.pop("dtype")
+    if settings["rope_scaling"]:
+        settings["rope_scaling"]["type"] = settings["rope_scaling"].pop("rope_type")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert pretrained_config.read_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("options", [
+    their_models.PLAIN, their_models.LLAMA3, their_models.YARN, their_models.LINEAR,
+    their_models.YARN | {"attention_factor": 1.25, "beta_fast": 16.0, "truncate": False},
+])
+def test_frequencies_equal_theirs(options):
+    config = transformers.LlamaConfig(head_dim=128, rope_parameters=dict(options),
+                                      max_position_embeddings=40_960)
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    values = {name: value for name, value in options.items() if name != "rope_theta"}
+    scaling = None if values["rope_type"] == "default" else rope.Scaling(**values)
+    ours, factor = rope.frequencies(128, options["rope_theta"], scaling)
+    np.testing.assert_allclose(ours, theirs.inv_freq.numpy(), rtol=3e-7)
+    assert factor == pytest.approx(theirs.attention_scaling)
+
+
+def test_settings_that_no_family_has_together_are_refused_on_export(tmp_path):
+    config = decoder.DecoderConfig(
+        vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+        intermediate_size=48, qk_norm=True, attention_softcap=3.0)
+    params = decoder.init(config, jax.random.key(0))
+    with pytest.raises(pretrained.PretrainedError, match="qwen3.*attention_softcap.*3.0"):
+        pretrained.save(tmp_path / "model", config, params)
+
+
+# The files that publishers wrote, without what says nothing about the numbers.
+PUBLISHED = {
+    "Qwen2.5-0.5B-Instruct": (
+        dict(model_type="qwen2", hidden_act="silu", hidden_size=896, intermediate_size=4864,
+             max_position_embeddings=32768, max_window_layers=21, num_attention_heads=14,
+             num_hidden_layers=24, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1e6,
+             sliding_window=32768, tie_word_embeddings=True, use_sliding_window=False,
+             vocab_size=151936),
+        dict(head_dim=64, attention_bias=True, rope_theta=1e6, sliding_window=None)),
+    "Qwen3-0.6B": (
+        dict(model_type="qwen3", attention_bias=False, head_dim=128, hidden_act="silu",
+             hidden_size=1024, intermediate_size=3072, max_position_embeddings=40960,
+             max_window_layers=28, num_attention_heads=16, num_hidden_layers=28,
+             num_key_value_heads=8, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=1000000,
+             sliding_window=None, tie_word_embeddings=True, use_sliding_window=False,
+             vocab_size=151936),
+        dict(head_dim=128, qk_norm=True, attention_bias=False)),
+    "Llama-3.2-1B-Instruct": (
+        dict(model_type="llama", attention_bias=False, head_dim=64, hidden_act="silu",
+             hidden_size=2048, intermediate_size=8192, max_position_embeddings=131072,
+             mlp_bias=False, num_attention_heads=32, num_hidden_layers=16, num_key_value_heads=8,
+             pretraining_tp=1, rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=True,
+             rope_scaling={"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                           "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+             vocab_size=128256),
+        dict(rope_scaling=rope.Scaling("llama3", 32.0, 8192))),
+    "SmolLM2-360M-Instruct": (
+        dict(model_type="llama", attention_bias=False, hidden_act="silu", hidden_size=960,
+             intermediate_size=2560, is_llama_config=True, max_position_embeddings=8192,
+             mlp_bias=False, num_attention_heads=15, num_hidden_layers=32, num_key_value_heads=5,
+             pretraining_tp=1, rms_norm_eps=1e-5, rope_interleaved=False, rope_scaling=None,
+             rope_theta=100000, tie_word_embeddings=True, vocab_size=49152,
+             **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}}),
+        dict(head_dim=64, rope_theta=1e5, qk_norm=False)),
+    "Mistral-7B-v0.1": (
+        dict(model_type="mistral", hidden_act="silu", hidden_size=4096, intermediate_size=14336,
+             max_position_embeddings=32768, num_attention_heads=32, num_hidden_layers=32,
+             num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=10000.0, sliding_window=4096,
+             tie_word_embeddings=False, vocab_size=32000),
+        dict(sliding_window=4096, window_layers=None, tie_embeddings=False)),
+    "gemma-2-2b-it": (
+        dict(model_type="gemma2", attention_bias=False, attn_logit_softcapping=50.0,
+             cache_implementation="hybrid", final_logit_softcapping=30.0, head_dim=256,
+             hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh",
+             hidden_size=2304, intermediate_size=9216, max_position_embeddings=8192,
+             num_attention_heads=8, num_hidden_layers=26, num_key_value_heads=4,
+             query_pre_attn_scalar=256, rms_norm_eps=1e-6, rope_theta=10000.0, sliding_window=4096,
+             vocab_size=256000),
+        dict(sliding_window=4096, window_layers=(True, False) * 13, attention_softcap=50.0,
+             logit_softcap=30.0, tie_embeddings=True, local_rope_theta=None)),
+    "gemma-3-1b-it": (
+        dict(model_type="gemma3_text", attention_bias=False, attn_logit_softcapping=None,
+             cache_implementation="hybrid", final_logit_softcapping=None, head_dim=256,
+             hidden_activation="gelu_pytorch_tanh", hidden_size=1152, intermediate_size=6912,
+             max_position_embeddings=32768, num_attention_heads=4, num_hidden_layers=26,
+             num_key_value_heads=1, query_pre_attn_scalar=256, rms_norm_eps=1e-6,
+             rope_local_base_freq=10000, rope_scaling=None, rope_theta=1000000, sliding_window=512,
+             sliding_window_pattern=6, vocab_size=262144),
+        dict(window_layers=((True,) * 5 + (False,)) * 4 + (True, True), rope_theta=1e6,
+             local_rope_theta=1e4, qk_norm=True, logit_softcap=None)),
+    "gemma-3-4b-it": (
+        dict(model_type="gemma3", mm_tokens_per_image=256, vision_config={"hidden_size": 1152},
+             text_config=dict(hidden_size=2560, intermediate_size=10240, model_type="gemma3_text",
+                              num_hidden_layers=34, sliding_window=1024,
+                              rope_scaling={"factor": 8.0, "rope_type": "linear"})),
+        dict(vocab_size=262208, num_heads=8, num_kv_heads=4, head_dim=256, sliding_window=1024,
+             rope_scaling=rope.Scaling("linear", 8.0), rope_theta=1e6, local_rope_theta=1e4)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(name, tmp_path):
+    settings, expected = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = pretrained_config.read_config(tmp_path)
+    assert {key: getattr(config, key) for key in expected} == expected
+    written = pretrained_config.to_json(config, "bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert pretrained_config.read_config(tmp_path) == config
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    kind = settings["model_type"]
+    assert theirs.model_type == {"gemma3": "gemma3_text"}.get(kind, kind)
+
+
+@pytest.mark.parametrize("changes, named", [
+    (dict(layer_types=["chunked_attention"] * 3), "chunked_attention"),
+    (dict(layer_types=["full_attention"] * 2), "layer_types has 2 entries"),
+    (dict(attn_logit_softcapping=30.0), "attn_logit_softcapping is 30.0"),
+    (dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    (dict(hidden_activation="gelu"), "hidden_activation is 'gelu'"),
+    (dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), "disagree"),
+    (dict(rope_parameters={"full_attention": their_models.PLAIN,
+                           "sliding_attention": their_models.LINEAR}),
+     "rope_parameters.sliding_attention.rope_type is 'linear'"),
+    (dict(query_pre_attn_scalar=-1), "query_scale_dim must be positive"),
+    (dict(attention_bias=True), "attention_bias is True"),
+])
+def test_unsupported_settings_of_gemma3_are_named(changes, named, tmp_path):
+    settings = their_models.make("gemma3").config.to_dict() | changes
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(pretrained.PretrainedError, match=named) as caught:
+        pretrained_config.read_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case, changes, named", [
+    ("qwen2_tied", dict(layer_types=["sliding_attention"] * 3), "there is no window"),
+    ("mistral_window", dict(layer_types=their_models.WINDOW), "mistral cannot have"),
+    ("llama_tied", dict(layer_types=["sliding_attention"] * 3), "there is no window"),
+    ("llama_3", dict(rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}),
+     "rope_parameters.low_freq_factor is missing"),
+    ("qwen2_yarn", dict(rope_parameters=their_models.YARN | {"mscale": 0.7}),
+     "rope_parameters.mscale is 0.7"),
+    ("qwen3", dict(rope_parameters={"full_attention": their_models.PLAIN}), "only Gemma 3 has"),
+])
+def test_windows_and_rotations_that_do_not_fit_are_named(case, changes, named, tmp_path):
+    settings = their_models.make(case).config.to_dict() | changes
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(pretrained.PretrainedError, match=named):
+        pretrained_config.read_config(tmp_path)
