@@ -89,22 +89,30 @@ def test_the_future_and_padding_change_nothing(params):
     np.testing.assert_array_equal(whole[:, :7], decoder.logits(CONFIG, params, changed)[:, :7])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_setting_changes_the_logits(name):
+@pytest.mark.parametrize(
+    "name, setting",
+    [
+        ("window", "sliding_window"),
+        ("two rotations", "local_rope_theta"),
+        ("two rotations", "rope_scaling"),
+        ("soft caps", "attention_softcap"),
+        ("gemma", "norm_plus_one"),
+        ("gemma", "scale_embeddings"),
+        ("gemma", "activation"),
+        ("gemma", "query_scale_dim"),
+    ],
+)
+def test_settings_change_the_logits(name, setting):
+    """Those that have no parameters of their own, which would be missed."""
     config, params = variant(name)
-    for setting in VARIANTS[name]:
-        if setting in ("window_layers", "tie_embeddings", "attention_bias", "qk_norm", "post_norms"):
-            continue  # these are seen by their leaves
-        changes = {setting: getattr(CONFIG, setting)}
-        if setting == "sliding_window":
-            changes |= {"window_layers": None, "local_rope_theta": None}
-        without = dataclasses.replace(config, **changes)
-        ids = tokens(2, 12)
-        gap = decoder.logits(config, params, ids) - decoder.logits(without, params, ids)
-        assert np.abs(gap).max() > 1e-3, setting
+    without = dataclasses.replace(config, **{setting: getattr(CONFIG, setting)})
+    gap = decoder.logits(config, params, tokens(2, 12)) - decoder.logits(
+        without, params, tokens(2, 12)
+    )
+    assert np.abs(gap).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["plain", "two rotations"])
 def test_packed_segments_equal_separate_rows(name):
     config, params = variant(name)
     first, second = tokens(1, 5, seed=1), tokens(1, 7, seed=2)
@@ -139,7 +147,7 @@ def test_rematerialization_changes_neither_value_nor_gradient(params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), plain[1], remat[1])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["plain", "two rotations"])
 def test_appending_in_any_pieces_equals_one_pass(name):
     config, params = variant(name)
     ids = tokens(3, 20)
