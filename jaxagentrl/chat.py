@@ -13,16 +13,39 @@ whole conversation as long as the actions are canonical encodings, and the decod
 
 Nothing of a template is written down here: `make` reads the glue out of the tokenizer's template by
 rendering probe conversations. A system prompt that the template adds by itself (Qwen2.5) is found
-that way, and a template that rewrites earlier turns (Qwen3 drops `<think>` blocks) is refused.
+that way. The first prompt always equals the template's. Some templates render the same history in
+another way later on: Qwen3 drops `<think>` blocks of earlier turns, Mistral moves the system message
+to the last user message. Here what was sampled stays as it was; `ChatFormat.differences` says where
+that departs from the template. Any other rewriting of the history is refused.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import jinja2
 import numpy as np
 
-# The token that ends a turn, per family of templates.
-_END_OF_TURN = {"chatml": "<|im_end|>"}
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    end_of_turn: str  # the token that ends a turn
+    structure: tuple[str, ...]  # what else must not be written by a user, special token or not
+
+
+_FAMILIES = {
+    "chatml": _Family("<|im_end|>", ("<|im_start|>",)),
+    "llama3": _Family(
+        "<|eot_id|>", ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
+    ),
+    "gemma": _Family("<end_of_turn>", ("<start_of_turn>", "<bos>")),
+    # [INST] is ordinary text in the first versions.
+    "mistral": _Family("</s>", ("<s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
+}
+
+# Llama 3 writes a date into its system message: that of Llama 3.1 where nothing else is said, else
+# (3.2) the day on which the program runs. A run must see one prompt whenever it is resumed.
+_OPTIONS = {"date_string": "26 Jul 2024"}
 
 PROMPT_STYLES = ("paper", "brief")
 
@@ -36,12 +59,16 @@ class ChatFormat:
     """Turns messages into ids. Made by `make`; the fields are text read out of the template."""
 
     tokenizer: Any
+    family: str
     before_first: str  # everything before the first user text, the system message included
     between: str  # after an action's end-of-turn token, up to the next user text
     header: str  # after a user text, up to where the assistant starts
+    action_prefix: str  # what every action starts with; the model writes it, `decode_action` drops it
     strips_user_text: bool  # the template trims user messages
     control_tokens: tuple[str, ...]  # texts that would be read as special tokens, shortest first
+    end_of_turn: str
     end_of_turn_id: int
+    differences: tuple[str, ...] = ()  # from what the template makes of the history later
 
     def first_prompt(self, user_text: str) -> np.ndarray:
         """The ids that open an episode: int32 [n], up to and with the assistant header."""
@@ -55,23 +82,24 @@ class ChatFormat:
             ended: whether the action ended with the end-of-turn token. If it was cut without
                 one, the token is put first here, where it is no action token and is not trained.
         """
-        ids = self._encode(self.between + self._user(user_text) + self.header)
+        ids = self._encode_after_turn(self.between + self._user(user_text) + self.header)
         if ended:
             return ids
         return np.concatenate([np.asarray([self.end_of_turn_id], np.int32), ids])
 
     def encode_action(self, text: str) -> np.ndarray:
         """The canonical ids of an action, end-of-turn token included: int32 [m]."""
-        ids = self._encode(self._without_control_tokens(text))
+        ids = self._encode_answer(self.action_prefix + self._without_control_tokens(text))
         return np.concatenate([ids, np.asarray([self.end_of_turn_id], np.int32)])
 
     def decode_action(self, ids) -> str:
         """The text of sampled ids, without the end-of-turn token or any other special token."""
-        return self.tokenizer.decode(
-            np.asarray(ids).tolist(),
+        text = self.tokenizer.decode(
+            [id for id in np.asarray(ids).tolist() if id != self.end_of_turn_id],
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
+        return text.removeprefix(self.action_prefix)
 
     def decode(self, ids) -> str:
         """The text of ids with every special token shown; for people, never for training."""
@@ -95,66 +123,139 @@ class ChatFormat:
     def _encode(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int32)
 
+    def _encode_answer(self, text: str) -> np.ndarray:
+        """Ids of a text as they are behind the header. Where header and text would merge into one
+        token, which no sampler can do, as they are behind a special token."""
+        header = self._encode_after_turn(self.header)
+        both = self._encode_after_turn(self.header + text)
+        if np.array_equal(both[: len(header)], header):
+            return both[len(header) :]
+        return self._encode_after_turn(text)
 
-def make(tokenizer: Any, family: str = "chatml", *, system: str | None = None) -> ChatFormat:
+    def _encode_after_turn(self, text: str) -> np.ndarray:
+        """Ids of a text as they are behind a special token. Alone, many tokenizers (those made of
+        SentencePiece models) would put a space before it."""
+        ids = self._encode(self.end_of_turn + text)
+        if ids[0] != self.end_of_turn_id:
+            raise ValueError(
+                f"chat: {text[:40]!r} merges with the {self.end_of_turn!r} before it, so that it "
+                "cannot be appended; its beginning must be no part of a special token."
+            )
+        return ids[1:]
+
+
+def make(
+    tokenizer: Any,
+    family: str | None = None,
+    *,
+    system: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> ChatFormat:
     """Reads the glue out of the tokenizer's chat template and checks that it is append-only.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        family: which templates to expect; "chatml" ends turns with `<|im_end|>`.
+        family: which template to expect: "chatml" (Qwen, SmolLM2), "llama3", "gemma" or "mistral";
+            None finds out by the token that ends a turn.
         system: text of a system message, or None for none of our own (a template may still add
             its default).
+        template_options: variables of the template, such as {"enable_thinking": False} of Qwen3.
+            `date_string` (Llama 3) is a fixed day unless it is given.
 
     Raises:
         ValueError: an unknown family.
-        TemplateError: the template is missing, is of another family, rewrites earlier turns or
-            changes the text of messages.
+        TemplateError: the template is missing, is of another family, has no system message,
+            rewrites earlier turns or changes the text of messages.
     """
-    if family not in _END_OF_TURN:
-        raise ValueError(f"chat.make: family must be one of {sorted(_END_OF_TURN)}, got {family!r}")
+    if family is not None and family not in _FAMILIES:
+        raise ValueError(f"chat.make: family must be one of {sorted(_FAMILIES)}, got {family!r}")
     if tokenizer.chat_template is None:
         raise TemplateError(
             "chat.make: the tokenizer has no chat template; set tokenizer.chat_template, for "
             "instance to jaxagentrl.tokenizer.CHATML_TEMPLATE"
         )
-    end_of_turn = _END_OF_TURN[family]
-    before_first, header, strips = _probe_first(tokenizer, system)
-    between = _probe_between(tokenizer, system, before_first, header, end_of_turn)
-    _probe_append_only(tokenizer, system, before_first, header, end_of_turn + between)
+    template = _Template(tokenizer, system, _OPTIONS | dict(template_options or {}))
+    before_first, header, strips = _probe_first(template)
+    glue = _probe_history(template, before_first, header, family)
+    _probe_append_only(glue)
+    thinking = _probe_thinking(glue)
+    end_of_turn = _FAMILIES[glue.family].end_of_turn
     end_of_turn_ids = tokenizer.encode(end_of_turn, add_special_tokens=False)
     if len(end_of_turn_ids) != 1:
         raise TemplateError(
             f"chat.make: {end_of_turn!r} is not a token of this tokenizer, it is split into "
             f"{len(end_of_turn_ids)}; add it as a special token or choose another family"
         )
-    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    control |= {end_of_turn, *_FAMILIES[glue.family].structure}
     return ChatFormat(
         tokenizer=tokenizer,
+        family=glue.family,
         before_first=before_first,
-        between=between,
+        between=glue.between,
         header=header,
+        action_prefix=glue.history_header.removeprefix(header),
         strips_user_text=strips,
-        control_tokens=tuple(sorted(special, key=lambda content: (len(content), content))),
+        control_tokens=tuple(sorted(control, key=lambda content: (len(content), content))),
+        end_of_turn=end_of_turn,
         end_of_turn_id=int(end_of_turn_ids[0]),
+        differences=(*glue.differences, *thinking),
     )
 
 
 _USER = ("first user probe", "second user probe", "third user probe")
 _ACTION = ("first action probe", "second action probe")
 # What templates of reasoning models look for and remove from earlier turns.
-_THINKING_ACTION = "<think>\nreason probe\n</think>\n\naction probe"
+_THOUGHT = "<think>\nreason probe\n</think>\n\n"
+_THINKING_ACTION = _THOUGHT + "action probe"
 
 
-def _render(tokenizer, system: str | None, turns: tuple[str, ...]) -> str:
-    """The template's own text of a conversation that alternates user and assistant."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    for index, text in enumerate(turns):
-        messages.append({"role": ("user", "assistant")[index % 2], "content": text})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+@dataclasses.dataclass(frozen=True)
+class _Template:
+    tokenizer: Any
+    system: str | None
+    options: Mapping[str, Any]
+
+    def render(self, turns: tuple[str, ...]) -> str:
+        """The template's own text of a conversation that alternates user and assistant."""
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for index, text in enumerate(turns):
+            messages.append({"role": ("user", "assistant")[index % 2], "content": text})
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.options
+        )
 
 
-def _probe_first(tokenizer, system: str | None) -> tuple[str, str, bool]:
-    rendered = _render(tokenizer, system, (_USER[0],))
+@dataclasses.dataclass(frozen=True)
+class _Glue:
+    """How the template writes a history."""
+
+    template: _Template  # without the system message where that moves
+    family: str
+    before_first: str
+    history_header: str  # between a user text and the action that answered it
+    between: str
+    header: str
+    differences: tuple[str, ...]
+
+    def history(self, turns: tuple[str, ...]) -> str:
+        """What `template.render(turns)` is, if earlier turns stay as they were."""
+        end = _FAMILIES[self.family].end_of_turn
+        text = self.before_first + turns[0]
+        for action, user in zip(turns[1::2], turns[2::2], strict=True):
+            text += self.history_header + action + end + self.between + user
+        return text + self.header
+
+
+def _probe_first(template: _Template) -> tuple[str, str, bool]:
+    try:
+        rendered = template.render((_USER[0],))
+    except jinja2.TemplateError as error:
+        raise TemplateError(
+            f"chat.make: the chat template refuses a conversation that starts with "
+            f"{'a system' if template.system is not None else 'a user'} message ({error}). Gemma 2 "
+            "knows no system message: leave it out, or put its text into the first user message."
+        ) from error
     if rendered.count(_USER[0]) != 1:
         raise TemplateError(
             "chat.make: the chat template does not render the user message exactly once: "
@@ -162,7 +263,7 @@ def _probe_first(tokenizer, system: str | None) -> tuple[str, str, bool]:
         )
     before_first, header = rendered.split(_USER[0])
     padded = f" \n{_USER[0]}\n "
-    with_spaces = _render(tokenizer, system, (padded,))
+    with_spaces = template.render((padded,))
     if with_spaces == before_first + padded + header:
         return before_first, header, False
     if with_spaces == rendered:
@@ -172,47 +273,86 @@ def _probe_first(tokenizer, system: str | None) -> tuple[str, str, bool]:
     )
 
 
-def _probe_between(
-    tokenizer, system: str | None, before_first: str, header: str, end_of_turn: str
-) -> str:
-    """The text between an end-of-turn token and the next user message."""
-    history = before_first + _USER[0] + header + _ACTION[0]
-    rendered = _render(tokenizer, system, (_USER[0], _ACTION[0], _USER[1]))
-    if not rendered.startswith(history):
-        raise _not_append_only(history, rendered)
-    rest = rendered[len(history) :]
-    if not rest.startswith(end_of_turn):
+def _probe_history(
+    template: _Template, before_first: str, header: str, family: str | None
+) -> _Glue:
+    """Reads the glue between turns; a system message that moves later on is left out for that."""
+    differences = []
+    rendered = template.render((_USER[0], _ACTION[0], _USER[1]))
+    if template.system is not None and not rendered.startswith(before_first + _USER[0]):
+        template = dataclasses.replace(template, system=None)
+        before_first = template.render((_USER[0],)).split(_USER[0])[0]
+        rendered = template.render((_USER[0], _ACTION[0], _USER[1]))
+        differences.append(
+            "the template moves the system message to the last user message; here it stays at the "
+            "first"
+        )
+    opening = before_first + _USER[0]
+    rest = rendered.removeprefix(opening)
+    if not rendered.startswith(opening) or rest.count(_ACTION[0]) != 1:
+        raise _not_append_only(opening + header + _ACTION[0], rendered)
+    history_header, rest = rest.split(_ACTION[0])
+    family = _family_of(rest) if family is None else family
+    end = _FAMILIES[family].end_of_turn
+    if not rest.startswith(end):
         raise TemplateError(
             f"chat.make: the chat template ends an assistant message with {rest[:20]!r}, expected "
-            f"{end_of_turn!r}; the tokenizer belongs to another family"
+            f"{end!r}; the tokenizer belongs to another family"
         )
     if not rest.endswith(_USER[1] + header):
         raise TemplateError(
             f"chat.make: the chat template renders a later user message as {rest!r}, expected "
             f"it to end with {_USER[1] + header!r}"
         )
-    return rest[len(end_of_turn) : -len(_USER[1] + header)]
+    if not history_header.startswith(header):
+        if not header.startswith(history_header):
+            raise _not_append_only(opening + header + _ACTION[0], rendered)
+        differences.append(
+            f"the template opens an answer with {header.removeprefix(history_header)!r} and leaves "
+            "that out of earlier turns; here it stays"
+        )
+    between = rest[len(end) : -len(_USER[1] + header)]
+    return _Glue(
+        template, family, before_first, history_header, between, header, tuple(differences)
+    )
 
 
-def _probe_append_only(
-    tokenizer, system: str | None, before_first: str, header: str, glue: str
-) -> None:
-    """Renders longer conversations, one with thinking, and compares them with the pieces."""
-    for actions in (_ACTION, (_THINKING_ACTION, _ACTION[1])):
-        pieces = (_USER[0], actions[0], _USER[1], actions[1], _USER[2])
-        rendered = _render(tokenizer, system, pieces)
-        expected = before_first + pieces[0]
-        for action, user in zip(pieces[1::2], pieces[2::2], strict=True):
-            expected += header + action + glue + user
-        expected += header
-        if rendered != expected:
-            raise _not_append_only(expected, rendered)
+def _family_of(ending: str) -> str:
+    for name, family in _FAMILIES.items():
+        if ending.startswith(family.end_of_turn):
+            return name
+    raise TemplateError(
+        f"chat.make: the chat template ends an assistant message with {ending[:20]!r}, expected "
+        f"one of {[family.end_of_turn for family in _FAMILIES.values()]}; the tokenizer belongs to "
+        "another family"
+    )
+
+
+def _probe_append_only(glue: _Glue) -> None:
+    turns = (_USER[0], _ACTION[0], _USER[1], _ACTION[1], _USER[2])
+    rendered, expected = glue.template.render(turns), glue.history(turns)
+    if rendered != expected:
+        raise _not_append_only(expected, rendered)
+
+
+def _probe_thinking(glue: _Glue) -> tuple[str, ...]:
+    """Whether the template keeps what an earlier turn thought; here it is always kept."""
+
+    def turns(action: str) -> tuple[str, ...]:
+        return (_USER[0], action, _USER[1], _ACTION[1], _USER[2])
+
+    rendered = glue.template.render(turns(_THINKING_ACTION))
+    if rendered == glue.history(turns(_THINKING_ACTION)):
+        return ()
+    if rendered == glue.history(turns(_THINKING_ACTION.removeprefix(_THOUGHT))):
+        return ("the template drops the thinking of earlier turns; here it stays",)
+    raise _not_append_only(glue.history(turns(_THINKING_ACTION)), rendered)
 
 
 def _not_append_only(expected: str, rendered: str) -> TemplateError:
     return TemplateError(
         "chat.make: the chat template is not append-only: a later turn changes how earlier turns "
-        "are rendered (templates of reasoning models drop earlier thinking), so the model would "
+        "are rendered, so the model would "
         f"not see what it sampled. Rendered {rendered!r}, expected {expected!r}. Set "
         "tokenizer.chat_template to one that keeps every message as it was, for instance "
         "jaxagentrl.tokenizer.CHATML_TEMPLATE."

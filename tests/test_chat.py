@@ -32,15 +32,12 @@ TRIMMING = tokenizer.CHATML_TEMPLATE.replace(
     "message['content']", "(message['content'] | trim if message['role'] == 'user' else "
     "message['content'])"
 )  # fmt: skip
-# The heart of Qwen3's template: thinking is cut out of all but the last assistant message.
-DROPS_THINKING = tokenizer.CHATML_TEMPLATE.replace(
-    "message['content']",
-    "(message['content'].split('</think>')[-1].lstrip('\\n') if message['role'] == 'assistant' "
-    "else message['content'])",
+NUMBERS_TURNS = tokenizer.CHATML_TEMPLATE.replace(
+    "message['content']", "((messages | length) ~ message['content'])"
 )
-# Qwen3 with thinking off: an empty thought is opened for the new message only.
-EMPTY_THOUGHT = tokenizer.CHATML_TEMPLATE.replace(
-    "'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n'"
+CUTS_HISTORY = tokenizer.CHATML_TEMPLATE.replace("in messages %}", "in messages[-4:] %}")
+SHORTENS_THINKING = tokenizer.CHATML_TEMPLATE.replace(
+    "message['content']", "message['content'].replace('reason', '')"
 )
 LLAMA = (
     "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + '[/]' }}"
@@ -152,7 +149,9 @@ def test_control_tokens_in_a_text_stay_text(tmp_path, glue):
     assert "< |im_end|>" in made.decode(made.next_prompt(attack, ended=True))
 
 
-@pytest.mark.parametrize("template", [DROPS_THINKING, EMPTY_THOUGHT], ids=["drops", "opens"])
+@pytest.mark.parametrize(
+    "template", [NUMBERS_TURNS, CUTS_HISTORY, SHORTENS_THINKING], ids=["numbers", "cuts", "shortens"]
+)
 def test_templates_that_rewrite_history_are_refused(tmp_path, template):
     with pytest.raises(chat.TemplateError, match="not append-only.*CHATML_TEMPLATE"):
         chat.make(make_tokenizer(tmp_path, template))

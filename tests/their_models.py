@@ -17,16 +17,13 @@ GEMMA = dict(head_dim=8, sliding_window=5, query_pre_attn_scalar=12, pad_token_i
 
 CASES = {
     "llama_tied": (transformers.LlamaConfig, dict(tie_word_embeddings=True)),
-    "llama_untied": (transformers.LlamaConfig, dict(tie_word_embeddings=False)),
-    "llama_wide_heads": (transformers.LlamaConfig, dict(tie_word_embeddings=False, head_dim=16)),
+    "llama_untied": (transformers.LlamaConfig, dict(tie_word_embeddings=False, head_dim=16)),
     "llama_3": (transformers.LlamaConfig, dict(tie_word_embeddings=True, head_dim=16,
                                                rope_parameters=LLAMA3)),
-    "llama_linear": (transformers.LlamaConfig, dict(rope_parameters=LINEAR)),
     "mistral": (transformers.MistralConfig, dict(sliding_window=None, head_dim=16)),
     "mistral_window": (transformers.MistralConfig, dict(sliding_window=5)),
     "qwen2_tied": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
-    "qwen2_untied": (transformers.Qwen2Config, dict(tie_word_embeddings=False)),
-    "qwen2_yarn": (transformers.Qwen2Config, dict(head_dim=16, rope_parameters=YARN)),
+    "qwen2_untied": (transformers.Qwen2Config, dict(head_dim=16, rope_parameters=YARN)),
     "qwen2_windows": (transformers.Qwen2Config, dict(use_sliding_window=True, sliding_window=5,
                                                      max_window_layers=1)),
     "qwen3": (transformers.Qwen3Config, dict(tie_word_embeddings=True, head_dim=16)),
@@ -39,7 +36,7 @@ CASES = {
     "gemma3": (transformers.Gemma3TextConfig, dict(GEMMA, layer_types=WINDOW, rope_parameters={
         "full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     })),
-    "gemma3_six_layers": (transformers.Gemma3TextConfig, dict(
+    "gemma3_seven": (transformers.Gemma3TextConfig, dict(
         GEMMA, num_hidden_layers=7, final_logit_softcapping=4.0)),
 }
 

@@ -1,0 +1,148 @@
+"""Append-only conversations in the published families' templates and tokenizers."""
+
+import numpy as np
+import pytest
+import their_tokenizers
+
+from jaxagentrl import chat, tokenizer
+
+USERS = ("You are now in the room54.\nThere is a closed Z-box here.", "It is open.  ünïcode ☃",
+         "current state: x\n\nyour action:", "You take the Z-key.")
+ACTIONS = ("take Z-key from box44", "open Z-box\nwait", "go north")
+THOUGHT = "<think>\nThe box is closed, so I open it.\n</think>\n\nopen Z-box"
+OPTIONS = {"date_string": "26 Jul 2024"}   # Llama 3.2 would write today's
+FAMILY = {"qwen2.5": "chatml", "qwen3": "chatml", "llama3": "llama3", "gemma2": "gemma",
+          "gemma3": "gemma", "mistral_v1": "mistral", "mistral_v3": "mistral"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {name: their_tokenizers.make(name, root / name) for name in their_tokenizers.FAMILIES}
+
+
+@pytest.fixture(params=their_tokenizers.FAMILIES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def loaded(folders, name):
+    return tokenizer.load(folders[name])
+
+
+def systems(name):
+    return [None] if name in their_tokenizers.WITHOUT_SYSTEM else [None, "Play well."]
+
+
+def messages_of(system, turns):
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    return messages + [{"role": ("user", "assistant")[index % 2], "content": text}
+                       for index, text in enumerate(turns)]
+
+
+def template_ids(loaded, system, turns, **options):
+    return loaded.apply_chat_template(messages_of(system, turns), add_generation_prompt=True,
+                                      tokenize=True, return_dict=True, **OPTIONS, **options)["input_ids"]
+
+
+def conversation(made, users, actions):
+    """Every piece that is appended, in order."""
+    pieces = [made.first_prompt(users[0])]
+    for action, user in zip(actions, users[1:], strict=True):
+        pieces += [made.encode_action(action), made.next_prompt(user, ended=True)]
+    return pieces
+
+
+def test_the_family_is_found(loaded, name):
+    made = chat.make(loaded)
+    assert made.family == FAMILY[name]
+    assert chat.make(loaded, FAMILY[name]).end_of_turn_id == made.end_of_turn_id
+    other = "gemma" if FAMILY[name] != "gemma" else "llama3"
+    with pytest.raises(chat.TemplateError, match="belongs to another family"):
+        chat.make(loaded, other)
+
+
+def test_the_first_prompt_equals_the_template(loaded, name):
+    for system in systems(name):
+        made = chat.make(loaded, system=system)
+        for user in USERS:
+            assert made.first_prompt(user).tolist() == template_ids(loaded, system, [user])
+
+
+def test_conversations_equal_the_template(loaded, name):
+    """Of whole conversations too, wherever the template leaves the history alone."""
+    made = chat.make(loaded)
+    pieces = conversation(made, USERS, ACTIONS)
+    for turn in range(len(USERS)):
+        turns = [text for pair in zip(USERS, (*ACTIONS, None), strict=True) for text in pair]
+        ids = np.concatenate(pieces[: 2 * turn + 1])
+        assert ids.tolist() == template_ids(loaded, None, turns[: 2 * turn + 1])
+        assert ids.dtype == np.int32
+
+
+def test_actions_are_read_as_they_were_written(loaded, name):
+    made = chat.make(loaded)
+    for text in (*ACTIONS, THOUGHT, "ünï ☃"):
+        ids = made.encode_action(text)
+        assert ids[-1] == made.end_of_turn_id and made.end_of_turn_id not in ids[:-1]
+        assert made.decode_action(ids) == made.decode_action(ids[:-1]) == text
+
+
+def test_thinking_stays_in_the_history(loaded, name):
+    made = chat.make(loaded)
+    actions = (THOUGHT, ACTIONS[0], ACTIONS[2])
+    ids = np.concatenate(conversation(made, USERS, actions))
+    assert "so I open it." in made.decode(ids)
+    turns = [USERS[0], THOUGHT, USERS[1], ACTIONS[0], USERS[2], ACTIONS[2], USERS[3]]
+    same = ids.tolist() == template_ids(loaded, None, turns)
+    assert same == (name != "qwen3")
+    assert [("thinking" in text) for text in made.differences] == [True] * (name == "qwen3")
+
+
+def test_what_the_template_would_do_later_is_said(folders):
+    moving = tokenizer.load(folders["mistral_v3"])
+    made = chat.make(moving, system="Play well.")
+    assert ["system message" in text for text in made.differences] == [True]
+    ids = np.concatenate(conversation(made, USERS, ACTIONS))
+    assert made.decode(ids).count("Play well.") == 1
+    assert made.decode(ids).index("Play well.") < made.decode(ids).index(USERS[0])
+
+    qwen3 = tokenizer.load(folders["qwen3"])
+    made = chat.make(qwen3, template_options={"enable_thinking": False})
+    assert any("opens an answer with '<think>" in text for text in made.differences)
+    assert made.first_prompt(USERS[0]).tolist() == template_ids(
+        qwen3, None, [USERS[0]], enable_thinking=False)
+    assert made.decode(made.next_prompt("x", ended=True)).endswith("<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("name", their_tokenizers.WITHOUT_SYSTEM, indirect=True)
+def test_a_system_message_that_the_template_refuses(loaded):
+    with pytest.raises(chat.TemplateError, match="system message.*first user message"):
+        chat.make(loaded, system="Play well.")
+
+
+def test_a_cut_action_gets_its_end(loaded, name):
+    made = chat.make(loaded)
+    cut = made.next_prompt("text", ended=False)
+    assert cut[0] == made.end_of_turn_id
+    assert cut[1:].tolist() == made.next_prompt("text", ended=True).tolist()
+
+
+def test_the_structure_cannot_be_written_by_a_game(loaded, name):
+    made = chat.make(loaded)
+    quiet = made.decode(made.next_prompt("You say: win", ended=True))
+    for token in {*made.control_tokens}:
+        attack = made.next_prompt(f"You say: {token}win", ended=True)
+        assert made.decode(attack).count(token) == quiet.count(token), token
+        action = made.encode_action(f"say {token}")
+        assert action.tolist().count(made.end_of_turn_id) == 1
+    assert {made.end_of_turn, *their_tokenizers.FAMILIES[name]["specials"]} <= {*made.control_tokens}
+
+
+def test_the_date_does_not_depend_on_the_day(folders):
+    made = chat.make(tokenizer.load(folders["llama3"]))
+    assert "26 Jul 2024" in made.before_first
+    other = chat.make(tokenizer.load(folders["llama3"]),
+                      template_options={"date_string": "1 Jan 2026"})
+    assert "1 Jan 2026" in other.before_first
