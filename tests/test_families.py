@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from jaxagentrl import chat, tokenizer
 from jaxagentrl.models import decoder, kv_cache, pretrained, pretrained_config, rope
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import their_models  # noqa: E402  (after the check that torch is there)
+import their_tokenizers  # noqa: E402
 
 LENGTH = 24
 TOKENS = np.random.default_rng(0).integers(1, 97, (2, LENGTH)).astype(np.int32)
@@ -165,6 +167,48 @@ def test_frequencies_equal_theirs(options):
     ours, factor = rope.frequencies(128, options["rope_theta"], scaling)
     np.testing.assert_allclose(ours, theirs.inv_freq.numpy(), rtol=3e-7)
     assert factor == pytest.approx(theirs.attention_scaling)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("llama_3", "llama3"), ("mistral_window", "mistral_v3"), ("qwen2_tied", "qwen2.5"),
+    ("qwen3", "qwen3"), ("gemma2", "gemma2"), ("gemma3", "gemma3"),
+])
+def test_exports_say_the_same_in_transformers(name, words, tmp_path):
+    """Tokenizer, template, weights and where to stop, through files alone."""
+    made = tokenizer.load(their_tokenizers.make(words, tmp_path / "tokenizer"))
+    format = chat.make(made)
+    their_models.make(name, vocab_size=len(made)).save_pretrained(tmp_path / "first")
+    config, params = pretrained.load(tmp_path / "first")
+    pretrained.save(tmp_path / "model", config, params, tokenizer=made,
+                    stop_ids=(format.end_of_turn_id,))
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", attn_implementation="eager").eval()
+    ends = theirs.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    assert format.end_of_turn_id in ends
+    their_words = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    question = [{"role": "user", "content": "There is a closed Z-box here."}]
+    prompt = their_words.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True,
+        date_string="26 Jul 2024")["input_ids"]
+    ids = format.first_prompt(question[0]["content"]).tolist()
+    assert prompt[0].tolist() == ids
+    said = theirs.generate(prompt, max_new_tokens=16, do_sample=False)[0, len(ids):].tolist()
+
+    step = jax.jit(lambda tokens, cache, start: decoder.hidden_cached(
+        config, params, tokens, cache, None, start[None], jnp.full(1, tokens.shape[1]), filled=128))
+    cache = kv_cache.init(
+        config.num_layers, 1, 128, config.num_kv_heads, config.head_dim, "float32")
+    tokens, start, ours = np.array([ids], np.int32), 0, []
+    while len(ours) < 16 and not set(ours) & set(ends):
+        x, cache = step(tokens, cache, jnp.int32(start))
+        start += tokens.shape[1]
+        z = decoder.unembed(params, x[0, -1], softcap=config.logit_softcap)
+        ours.append(int(jnp.argmax(z)))
+        tokens = np.array([[ours[-1]]], np.int32)
+    assert ours == said
+    assert their_words.decode(said) == made.decode(ours)
 
 
 def test_settings_that_no_family_has_together_are_refused_on_export(tmp_path):

@@ -41,10 +41,10 @@ CASES = {
 }
 
 
-def make(case: str, seed: int = 0):
+def make(case: str, seed: int = 0, **changes):
     """A random model; norms and biases too, else their place is untested."""
     config_class, options = CASES[case]
-    settings = {"rope_parameters": dict(PLAIN), **SIZES, **options}
+    settings = {"rope_parameters": dict(PLAIN), **SIZES, **options, **changes}
     if config_class is transformers.Gemma3TextConfig and "rope_parameters" not in options:
         del settings["rope_parameters"]
     torch.manual_seed(seed)
