@@ -68,7 +68,8 @@ class ChatFormat:
     control_tokens: tuple[str, ...]  # texts that would be read as special tokens, shortest first
     end_of_turn: str
     end_of_turn_id: int
-    differences: tuple[str, ...] = ()  # from what the template makes of the history later
+    template_options: Mapping[str, Any]  # variables the template was rendered with
+    differences: tuple[str, ...]  # from what the template makes of the history later
 
     def first_prompt(self, user_text: str) -> np.ndarray:
         """The ids that open an episode: int32 [n], up to and with the assistant header."""
@@ -199,6 +200,7 @@ def make(
         control_tokens=tuple(sorted(control, key=lambda content: (len(content), content))),
         end_of_turn=end_of_turn,
         end_of_turn_id=int(end_of_turn_ids[0]),
+        template_options=template.options,
         differences=(*glue.differences, *thinking),
     )
 

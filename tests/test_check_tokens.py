@@ -1,0 +1,79 @@
+"""The certificate: it passes what is right, and each of its checks fails when that breaks."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import their_models  # noqa: E402  (after the check that torch is there)
+import their_tokenizers  # noqa: E402
+
+from jaxagentrl import batching, chat, tokenizer  # noqa: E402
+from jaxagentrl.models import decoder  # noqa: E402
+
+_FILE = pathlib.Path(__file__).resolve().parent.parent / "tools" / "check_tokens.py"
+_SPEC = importlib.util.spec_from_file_location("check_tokens", _FILE)
+check_tokens = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(check_tokens)
+
+SMALL = ["--conversations=2", "--turns=2", "--turn_tokens=6"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Qwen3 as transformers writes it, tokenizer beside weights."""
+    directory = tmp_path_factory.mktemp("qwen3")
+    their_tokenizers.make("qwen3", directory)
+    size = len(tokenizer.load(directory))
+    their_models.make("qwen3", vocab_size=size).save_pretrained(directory)
+    return directory
+
+
+def test_a_good_model_passes(folder, capsys):
+    assert check_tokens.main([str(folder), *SMALL]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("chat family chatml, end of turn '<|im_end|>'")
+    assert lines[1] == "note: the template drops the thinking of earlier turns; here it stays"
+    assert [line.split(":")[0] for line in lines[2:]] == [
+        "ok   first prompt", "ok   append-only", "ok   masks", "ok   log-probs"]
+    assert "worst token" in lines[-1] and "sampler -" in lines[-1]
+
+
+def test_a_decode_path_that_differs_is_caught(folder, capsys, monkeypatch):
+    right = decoder.attend_cached
+
+    def wrong(q, k, v, mask, *, scale, softcap):
+        return right(q, k, v, mask, scale=1.1 * scale, softcap=softcap)
+
+    monkeypatch.setattr(decoder, "attend_cached", wrong)
+    assert check_tokens.main([str(folder), *SMALL]) == 1
+    assert "FAIL log-probs: largest gap" in capsys.readouterr().out
+
+
+def test_prompts_that_are_not_the_templates_are_caught(folder):
+    made = chat.make(tokenizer.load(folder))
+    assert check_tokens.check_first_prompts(made, None).passed
+    finding = check_tokens.check_first_prompts(
+        dataclasses.replace(made, header=made.header.rstrip("\n")), None)
+    assert not finding.passed and "0 of 6" in finding.text
+
+
+def test_masks_and_appends_that_are_off_are_caught(folder):
+    from records import make_trajectory, make_turn
+
+    made = chat.make(tokenizer.load(folder))
+    action = made.encode_action("open box")
+    first, later = made.first_prompt("Hello."), made.next_prompt("It is open.", ended=True)
+    talks = [make_trajectory([make_turn(first, action), make_turn(later, action)])]
+    batch = batching.to_batch(talks, None, discount=1.0, length_buckets=[128], row_multiple=1)
+    assert check_tokens.check_masks(made, talks, batch).passed
+    assert check_tokens.check_append_only(made, talks).passed
+    shifted = dataclasses.replace(batch, action_mask=np.roll(batch.action_mask, 1, axis=1))
+    finding = check_tokens.check_masks(made, talks, shifted)
+    assert not finding.passed and "other tokens than were sampled" in finding.text
+    talks = [make_trajectory([make_turn(first, action), make_turn(later[2:], action)])]
+    assert not check_tokens.check_append_only(made, talks).passed

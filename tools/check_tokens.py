@@ -1,0 +1,261 @@
+"""Certifies a model folder for training: tokens in are tokens out, and one model says both.
+
+    python tools/check_tokens.py MODEL_DIR [--dtype bfloat16] [--system "Play well."]
+
+The model talks to itself through the sampler, as in a rollout (slots, a cache, turns of several
+lengths), and the same programs as in training score what it said. Checked are
+
+append-only   the first prompt is, id for id, that of the tokenizer's own chat template; a later
+              prompt only appends to what was consumed and sampled; the text of a conversation shows
+              every turn once
+masks         the tokens that training would weigh are exactly those that were sampled, with the end
+              of turn where one was sampled
+log-probs     of every sampled token as the sampler reported it and as the scoring pass has it: the
+              largest gap and the token where it is
+
+It prints one line for each and leaves with status 1 if any fails. A check that fails means that the
+model would be trained on something else than it did: do not train it.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from envs_host.types import StopReason, Task
+from jaxagentrl import batching, chat, engine, learner, tokenizer
+from jaxagentrl.models import decoder, pretrained
+from jaxagentrl.trajectory import Trajectory, Turn
+
+# In float32 the two passes differ by rounding. In bfloat16 a log-prob has about two decimals; the
+# limit is what several dozen layers of it were seen to add up to, not a bound.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.25}
+
+# Texts that environments say and that tokenizers stumble over.
+TEXTS = (
+    "You are in the kitchen.\nThere is a closed box44 here.\n\nWhat do you do?",
+    "You take the Z-key.   It is  heavy.",
+    "$ ls -la\ntotal 8\n\tdrwxr-xr-x 2 root root 4096 .\n",
+    "Ünïcödé: 你好 ☃ 🙂",
+    "",
+    " a text with spaces around it ",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One check: whether it passed and what to print."""
+
+    name: str
+    passed: bool
+    text: str
+
+
+def check_first_prompts(made: chat.ChatFormat, system: str | None) -> Finding:
+    """Against the template's own ids."""
+    wrong = []
+    for text in TEXTS:
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": text})
+        theirs = made.tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=True,
+            **made.template_options,
+        )["input_ids"]
+        if made.first_prompt(text).tolist() != list(theirs):
+            wrong.append(text)
+    said = f"{len(TEXTS) - len(wrong)} of {len(TEXTS)} first prompts equal the template's"
+    return Finding("first prompt", not wrong, said + (f"; not {wrong[0]!r}" if wrong else ""))
+
+
+def converse(
+    config: decoder.DecoderConfig,
+    params: decoder.Params,
+    made: chat.ChatFormat,
+    *,
+    conversations: int,
+    turns: int,
+    turn_tokens: int,
+    cache_dtype: str,
+    seed: int,
+) -> list[Trajectory]:
+    """Conversations sampled at temperature 1, as the rollout's records. Budgets differ, so that some
+    turns are cut."""
+    prompts = [made.first_prompt(text) for text in TEXTS]
+    longest = max(len(ids) for ids in prompts) + 64
+    length = turns * (longest + turn_tokens)
+    sampler = engine.Engine(
+        config,
+        num_slots=conversations,
+        num_waves=1,
+        max_length=length,
+        max_turn_tokens=turn_tokens,
+        stop_ids=[made.end_of_turn_id],
+        filled_buckets=(length // 2, length),
+        width_buckets=(16, 64),
+        cache_dtype=cache_dtype,
+    )
+    records: list[list[Turn]] = [[] for _ in range(conversations)]
+    for number in range(turns):
+        new = {}
+        for slot, record in enumerate(records):
+            text = TEXTS[(slot + number) % len(TEXTS)]
+            if number == 0:
+                new[slot] = made.first_prompt(text)
+            else:
+                ended = record[-1].action_ids[-1] == made.end_of_turn_id
+                new[slot] = made.next_prompt(text, ended=bool(ended))
+            sampler.submit(0, engine.TurnRequest(
+                slot=slot, new_ids=new[slot], budget=max(1, turn_tokens - 3 * slot),
+                stream=(seed, slot, number),
+            ))
+        samples = {}
+        while sampler.is_busy(0):
+            sampler.launch(params, 0)
+            samples |= sampler.receive(0)
+        for slot, record in enumerate(records):
+            record.append(_turn(made, new[slot], samples[slot]))
+            consumed = sum(turn.num_tokens for turn in record)
+            if sampler.length(0, slot) != consumed:
+                raise RuntimeError(
+                    f"the sampler holds {sampler.length(0, slot)} tokens, the record {consumed}"
+                )
+    task = Task("check_tokens", "self-talk", {}, seed, "", "self-talk", "", 1.0, ())
+    return [
+        Trajectory(task=task, group=slot, member=0, turns=record, won=False, score=0.0,
+                   stop_reason=StopReason.TURN_LIMIT, max_score=1.0)
+        for slot, record in enumerate(records)
+    ]
+
+
+def _turn(made: chat.ChatFormat, prompt_ids: np.ndarray, sample: engine.TurnSample) -> Turn:
+    text = made.decode_action(sample.ids)
+    return Turn(
+        prompt_ids=prompt_ids, action_ids=sample.ids, logprobs=sample.logprobs,
+        entropies=sample.entropies, observation="", action=text, command=text, reward=0.0,
+        intermediate_reward=0.0, valid_command=True, score=0.0,
+    )
+
+
+def check_append_only(made: chat.ChatFormat, talks: Sequence[Trajectory]) -> Finding:
+    """The text of the whole is the text of its pieces, and each turn begins where the last ended."""
+    problems = []
+    retokenized = actions = 0
+    for talk in talks:
+        for number, turn in enumerate(talk.turns):
+            starts = made.decode(turn.prompt_ids)
+            if number and not starts.removeprefix(made.end_of_turn).startswith(made.between):
+                problems.append(f"turn {number + 1} begins with {starts[:40]!r}")
+            if not starts.endswith(made.header):
+                problems.append(f"the prompt of turn {number + 1} ends with {starts[-40:]!r}")
+            canonical = made.encode_action(turn.action)
+            sampled = turn.action_ids
+            if sampled[-1] != made.end_of_turn_id:
+                canonical = canonical[:-1]
+            actions += 1
+            retokenized += not np.array_equal(canonical, sampled)
+    said = f"{actions} turns appended; "
+    said += f"{retokenized} of them would come back as other ids from their text"
+    return Finding("append-only", not problems, "; ".join([said, *problems[:3]]))
+
+
+def check_masks(made: chat.ChatFormat, talks: Sequence[Trajectory], batch) -> Finding:
+    """What training weighs, read back from the batch."""
+    problems = []
+    for row, talk in enumerate(talks):
+        sampled = np.concatenate([turn.action_ids for turn in talk.turns])
+        mask = batch.action_mask[row]
+        if not np.array_equal(batch.tokens[row][mask], sampled):
+            problems.append(f"row {row}: the mask marks other tokens than were sampled")
+        given = batch.tokens[row][batch.valid_mask[row] & ~mask]
+        prompts = np.concatenate([turn.prompt_ids for turn in talk.turns])
+        if not np.array_equal(given, prompts):
+            problems.append(f"row {row}: prompts are not what the mask leaves out")
+        ends = batch.tokens[row][batch.turn_ends[row]]
+        expected = [turn.action_ids[-1] for turn in talk.turns]
+        if ends.tolist() != expected:
+            problems.append(f"row {row}: turns do not end where they did")
+    marked, ended = int(batch.action_mask.sum()), sum(
+        int(turn.action_ids[-1] == made.end_of_turn_id) for talk in talks for turn in talk.turns
+    )
+    said = f"{marked} sampled tokens marked, {ended} ends of turn among them"
+    return Finding("masks", not problems, "; ".join([said, *problems[:3]]))
+
+
+def check_logprobs(
+    made: chat.ChatFormat,
+    config: decoder.DecoderConfig,
+    params: decoder.Params,
+    batch,
+    tolerance: float,
+) -> Finding:
+    """Sampler against scoring pass, token by token."""
+    score = jax.jit(
+        lambda params, tokens: learner.forward(config, params, tokens, temperature=1.0).logprobs
+    )
+    scored = np.asarray(score({"policy": params}, batch.tokens), np.float32)
+    gaps = np.where(batch.action_mask, np.abs(scored - batch.sampler_logprobs), 0.0)
+    if not np.all(np.isfinite(scored[batch.action_mask])):
+        return Finding("log-probs", False, "the scoring pass gives non-finite log-probs")
+    row, place = np.unravel_index(np.argmax(gaps), gaps.shape)
+    token = int(batch.tokens[row, place])
+    mean = float(gaps.sum() / batch.action_mask.sum())
+    text = made.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    said = (
+        f"largest gap {gaps[row, place]:.2e} (limit {tolerance:.0e}), mean {mean:.2e}; worst token "
+        f"{token} {text!r} in conversation {row}, turn {batch.turn_ids[row, place] + 1}, position "
+        f"{place}: sampler {batch.sampler_logprobs[row, place]:.6f}, scoring {scored[row, place]:.6f}"
+    )
+    return Finding("log-probs", bool(gaps.max() <= tolerance), said)
+
+
+def check(directory: str, options: argparse.Namespace) -> list[Finding]:
+    """All findings for a model folder."""
+    made = chat.make(tokenizer.load(directory), system=options.system)
+    config, params = pretrained.load(directory, dtype=options.dtype)
+    if len(made.tokenizer) > config.vocab_size:
+        return [Finding("vocabulary", False,
+                        f"the tokenizer has {len(made.tokenizer)} ids, the model {config.vocab_size}")]
+    talks = converse(
+        config, params, made, conversations=options.conversations, turns=options.turns,
+        turn_tokens=options.turn_tokens, cache_dtype=options.cache_dtype or options.dtype,
+        seed=options.seed,
+    )
+    length = max(talk.num_tokens for talk in talks)
+    batch = batching.to_batch(talks, None, discount=1.0, length_buckets=[length], row_multiple=1)
+    tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
+    return [
+        check_first_prompts(made, options.system),
+        check_append_only(made, talks),
+        check_masks(made, talks, batch),
+        check_logprobs(made, config, params, batch, tolerance),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", help="a Hugging Face model folder with its tokenizer")
+    parser.add_argument("--dtype", choices=sorted(TOLERANCES), default="float32")
+    parser.add_argument("--cache_dtype", help="of keys and values; default that of the model")
+    parser.add_argument("--system", help="a system message, as the run will use it")
+    parser.add_argument("--conversations", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--turn_tokens", type=int, default=32, help="most tokens of a turn")
+    parser.add_argument("--tolerance", type=float, help="largest gap allowed, in nats")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    made = chat.make(tokenizer.load(options.directory), system=options.system)
+    print(f"chat family {made.family}, end of turn {made.end_of_turn!r} ({made.end_of_turn_id})")
+    for difference in made.differences:
+        print(f"note: {difference}")
+    findings = check(options.directory, options)
+    for finding in findings:
+        print(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name}: {finding.text}")
+    return 0 if all(finding.passed for finding in findings) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
