@@ -53,8 +53,10 @@ def read_config(directory: str | os.PathLike) -> decoder_config.DecoderConfig:
             f"{sorted(BY_MODEL_TYPE)}. Use a model of these families."
         )
     problems = _unsupported_settings(settings, family)
-    settings = dict(family.defaults) | {k: v for k, v in settings.items() if v is not None or
-                                        k not in ("num_key_value_heads", "head_dim")}
+    # A key that is null says "none", one that is absent says what the family always has.
+    given = {key: value for key, value in settings.items()
+             if value is not None or key not in ("head_dim", "rope_theta")}
+    settings = dict(family.defaults) | given
     problems += [
         f"{key} is missing" for key in (*SIZES, "rms_norm_eps") if settings.get(key) is None
     ]
@@ -104,7 +106,7 @@ def _text_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _unsupported_settings(settings: Mapping[str, Any], family: Family) -> list[str]:
     problems = []
-    off = dict(OFF)
+    off = {key: allowed for key, allowed in OFF.items() if key not in family.fixed}
     if family.attention_softcap:
         del off["attn_logit_softcapping"]
     if family.logit_softcap:
@@ -115,11 +117,9 @@ def _unsupported_settings(settings: Mapping[str, Any], family: Family) -> list[s
     for key, allowed in off.items():
         if key in settings and settings[key] not in allowed:
             problems.append(f"{key} is {settings[key]!r}, expected {allowed[0]!r}")
-    known = _READ | NEUTRAL | set(off) | family.more_keys | {family.activation_key}
+    known = _READ | NEUTRAL | set(OFF) | family.more_keys | {family.activation_key}
     known |= {"sliding_window"} if family.pattern != "none" else set()
     known |= {"query_pre_attn_scalar"} if family.query_scale else set()
-    known |= {"attn_logit_softcapping"} if family.attention_softcap else set()
-    known |= {"final_logit_softcapping"} if family.logit_softcap else set()
     # A switch that is off changes nothing, whatever it is called.
     problems += [
         f"{key} is {settings[key]!r}, a setting not known here"
@@ -273,10 +273,7 @@ def to_json(config: decoder_config.DecoderConfig, dtype: str) -> dict[str, Any]:
         "use_cache": True,
         "torch_dtype": dtype,
     }
-    if family.model_type != "qwen2":   # whose biases are not a setting
-        settings["attention_bias"] = False
-    if family.model_type == "llama":
-        settings["mlp_bias"] = False
+    settings |= {key: False for key in family.switches}
     if family.query_scale:
         scale = config.query_scale_dim or config.head_dim
         settings["query_pre_attn_scalar"] = int(scale) if scale == int(scale) else scale

@@ -72,6 +72,7 @@ class Family:
     attention_softcap: bool = False  # reads attn_logit_softcapping
     logit_softcap: bool = False  # reads final_logit_softcapping
     more_keys: frozenset[str] = frozenset()  # read or without meaning in this family
+    switches: tuple[str, ...] = ("attention_bias",)  # written as off
 
 
 _GEMMA_KEYS = {
@@ -91,6 +92,7 @@ FAMILIES = (
         defaults={"max_position_embeddings": 2048},
         # Left by converters; Llama has no window whatever it says.
         more_keys=frozenset({"sliding_window", "max_window_layers"}),
+        switches=("attention_bias", "mlp_bias"),
     ),
     Family(
         model_type="mistral",
@@ -100,6 +102,7 @@ FAMILIES = (
         defaults={"max_position_embeddings": 131_072, "sliding_window": 4096,
                   "num_key_value_heads": 8},
         pattern="all",
+        switches=(),
     ),
     Family(
         model_type="qwen2",
@@ -110,6 +113,7 @@ FAMILIES = (
                   "max_window_layers": 28, "num_key_value_heads": 32},
         pattern="from max_window_layers",
         more_keys=frozenset({"use_sliding_window", "max_window_layers"}),
+        switches=(),   # its biases are no setting
     ),
     Family(
         model_type="qwen3",
