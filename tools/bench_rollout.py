@@ -2,9 +2,8 @@
 
     python tools/bench_rollout.py --size 25M --turns 5
     python tools/bench_rollout.py --size 25M --turns 25 --episodes 16
-    python tools/bench_rollout.py --size 1M --turns 25 --per-turn      cost of each turn, ours
+    python tools/bench_rollout.py --size 25M --turns 25 --per-turn     what each turn costs, ours alone
     python tools/bench_rollout.py --size 1M --spread                   ragged against even episodes
-    python tools/bench_rollout.py --attention                          cache layouts, one decode step
 
 In one run, with the same random weights (written as a Hugging Face folder by us, read by them), the
 same TextWorld games in the same worker processes, the same temperature and budgets:
@@ -28,11 +27,11 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from envs_host import textworld
 from envs_host.pool import EnvPool
+from envs_host.types import Info, ResetResult, StepResult
 from jaxagentrl import chat, demos, engine, rollout, tokenizer
 from jaxagentrl.models import decoder, pretrained
 
@@ -78,26 +77,34 @@ class World:
     max_length: int
 
 
-def ours(world: World, num_slots: int, num_waves: int):
-    """Our sampler; returns a function that plays episodes and says how it went."""
-    buckets = sorted({min(world.max_length, 64 * 2**i) for i in range(12)})
-    sampler = engine.Engine(
+def make_engine(world: World, num_slots: int, num_waves: int, stop_ids=None) -> engine.Engine:
+    length = world.max_length
+    return engine.Engine(
         world.config,
         num_slots=num_slots,
         num_waves=num_waves,
-        max_length=world.max_length,
+        max_length=length,
         max_turn_tokens=BUDGET,
-        stop_ids=world.stop_ids,
-        filled_buckets=buckets,
+        stop_ids=world.stop_ids if stop_ids is None else stop_ids,
+        filled_buckets=sorted({*range(128, length, 128), length}),
         width_buckets=(32, 96),
     )
-    rules = rollout.Rules(
-        max_turns=world.turns,
+
+
+def make_rules(turns: int) -> rollout.Rules:
+    return rollout.Rules(
+        max_turns=turns,
         temperature=1.0,
         prompt_style="brief",
         show_admissible=False,
         cut_turns="send",
     )
+
+
+def ours(world: World, num_slots: int, num_waves: int):
+    """Our sampler; returns a function that plays episodes and says how it went."""
+    sampler = make_engine(world, num_slots, num_waves)
+    rules = make_rules(world.turns)
 
     def play(seed: int) -> dict[str, float]:
         played = rollout.collect(
@@ -305,6 +312,89 @@ def compare(world: World, args) -> None:
             ))
 
 
+def per_turn(world: World) -> None:
+    """Cost of a turn by its number: all episodes in lockstep, equal tokens every turn, no stops."""
+    rows, new, told, repeats = len(world.tasks), 24, 8, 3
+    sampler = make_engine(world, rows, 1, stop_ids=[-1])
+    sampler.warm_up(world.params)
+    ids = np.random.default_rng(0).integers(0, world.config.vocab_size, (world.turns, rows, new))
+    seconds = np.full((repeats, world.turns), np.inf)
+    for repeat in range(repeats):
+        for slot in range(rows):
+            sampler.release(0, slot)
+        for turn in range(world.turns):
+            since = time.perf_counter()
+            for slot in range(rows):
+                request = engine.TurnRequest(slot, ids[turn, slot], told, (repeat, slot, turn))
+                sampler.submit(0, request)
+            sampler.launch(world.params, 0)
+            sampler.receive(0)
+            seconds[repeat, turn] = time.perf_counter() - since
+    best = 1e3 * seconds.min(0) / rows
+    for turn, value in enumerate(best, 1):
+        held = turn * (new + told)
+        print(f"turn {turn:3}: {value:7.2f} ms a row, {held} tokens held")
+    if world.turns > 5:
+        print(f"turn {world.turns} costs {best[-1] / best[4]:.2f} x turn 5")
+
+
+class Countdown:
+    """Environments that answer at once and end after as many turns as their task's seed."""
+
+    def __init__(self):
+        self.answers, self.left = [], {}
+
+    def reset(self, handle, task):
+        self.left[handle] = task.seed
+        self.answers.append((handle, ResetResult("You see a box.", self.info())))
+
+    def step(self, handle, text):
+        self.left[handle] -= 1
+        done = self.left[handle] == 0
+        self.answers.append((handle, StepResult("Nothing happens.", 0.0, done, False, self.info())))
+
+    def info(self):
+        return Info(0.0, 1.0, False, False, True, "", 0.0, (), "Wait.")
+
+    def poll(self, limit_s=None):
+        answers, self.answers = self.answers, []
+        return answers
+
+    def release(self, handle):
+        self.left.pop(handle, None)
+
+
+def spread(world: World, num_slots: int, num_waves: int) -> None:
+    """Decoded tokens per second of episodes of 1 to 20 turns against episodes of equal length."""
+    rng = np.random.default_rng(0)
+    ragged = rng.choice([1, 2, 3, 5, 10, 20], 16 * num_slots)
+    even = np.full(len(ragged), round(ragged.mean()))
+    sampler = make_engine(world, num_slots, num_waves)
+    sampler.warm_up(world.params)
+    rates = {}
+    for name, lengths in (("even", even), ("ragged", ragged)):
+        tasks = [
+            # Its own digest, so its own random stream.
+            dataclasses.replace(world.tasks[0], seed=int(n), digest=f"{i:064x}"[::-1])
+            for i, n in enumerate(lengths)
+        ]
+        options = dict(pool=Countdown(), engine=sampler, params=world.params)
+        to_play = rollout.episodes(tasks, group_size=1, stream=(0,))
+        best = None
+        for _ in range(3):
+            played = rollout.collect(
+                to_play, rules=make_rules(20), chat_format=world.chat_format, **options
+            )
+            best = min(best or np.inf, played.ledger["seconds"])
+        rates[name] = sum(t.num_turns for t in played.trajectories) / best
+        occupancy = played.ledger["slot_occupancy"]
+        print(
+            f"{name:7} {len(tasks)} episodes of {lengths.min()} to {lengths.max()} turns in "
+            f"{num_slots} slots: {rates[name]:8.1f} turns/s, occupancy {occupancy:.2f}"
+        )
+    print(f"ragged runs at {rates['ragged'] / rates['even']:.2f} x the rate of even")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="1M")
@@ -314,6 +404,8 @@ def main() -> int:
     parser.add_argument("--waves", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--tunix", action="store_true")
+    parser.add_argument("--per-turn", action="store_true")
+    parser.add_argument("--spread", action="store_true")
     parser.add_argument("--cache-dir", default="~/.cache/jaxagentrl/textworld")
     args = parser.parse_args()
 
@@ -329,7 +421,12 @@ def main() -> int:
             f"{args.size}: {size / 1e6:.1f} M parameters, {len(tasks)} episodes of {args.turns} "
             f"turns, at most {BUDGET} tokens a turn, {jax.devices()[0].platform}"
         )
-        compare(world, args)
+        if args.per_turn:
+            per_turn(world)
+        elif args.spread:
+            spread(world, args.slots or 32, args.waves)
+        else:
+            compare(world, args)
     return 0
 
 
