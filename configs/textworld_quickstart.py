@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_workers=2,
     )
     # (first seed, number of seeds) of each split.
-    config.splits = dict(demo=(40001, 500), train=(50001, 500), test=(1, 250))
+    config.splits = dict(demo=(40001, 300), train=(50001, 650), test=(1, 300))
     config.pool = dict(
         num_workers=2, step_limit_s=10.0, reset_limit_s=30.0, worker_memory_mb=2000.0
     )
@@ -87,7 +87,7 @@ def get_config() -> ml_collections.ConfigDict:
         remat=False,
     )
     config.sft = dict(
-        num_steps=170,
+        num_steps=200,
         batch_size=16,
         observation_weight=0.5,
         log_every=20,

@@ -240,9 +240,9 @@ def entropy(logits: Array) -> Array:
     """
     logits = jnp.asarray(logits).astype(jnp.float32)
     possible = logits > -jnp.inf
+    # Large and finite: its p log p and the slope of that are 0, where −∞ would give NaN.
     logprobs = jax.nn.log_softmax(jnp.where(possible, logits, -1e30), axis=-1)
-    terms = jnp.where(possible, jnp.exp(logprobs) * jnp.where(possible, logprobs, 0.0), 0.0)
-    return -jnp.sum(terms, axis=-1)
+    return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
 
 def aggregate(

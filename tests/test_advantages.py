@@ -394,18 +394,31 @@ def test_gigpo_steps_is_gigpo_on_rows_of_turns(seed, choices):
         case["action_mask"][i] & (case["turn_ids"][i] == k) for i, k in zip(trajectory, turn)
     ]
     here = np.array([t.any() for t in tokens])
+    # One id out of range makes a row padding, whatever it is paid and whatever the others say.
+    why = np.where(here, -1, np.arange(len(here)) % 3)
+    paid = [case["rewards"][i][t].sum() if t.any() else 7.0 for i, t in zip(trajectory, tokens)]
     got = fast.gigpo_steps(
-        np.array([case["rewards"][i][t].sum() for i, t in zip(trajectory, tokens)], np.float32),
-        trajectory.astype(np.int32),
-        turn.astype(np.int32),
+        np.array(paid, np.float32),
+        np.where(why == 0, 6, trajectory).astype(np.int32),
+        np.where(why == 1, 4, turn).astype(np.int32),
         case["anchor_ids"][trajectory, turn],
-        np.where(here, case["group_ids"][trajectory], -1).astype(np.int32),
+        np.where(why == 2, -1, case["group_ids"][trajectory]).astype(np.int32),
         num_trajectories=6,
         num_steps=4,
         **options,
     )
     expected = [whole[i][t][0] if t.any() else 0.0 for i, t in zip(trajectory, tokens)]
     np.testing.assert_allclose(got, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("score", [0.1, 0.7, -1e4 / 3, 3e6])
+def test_equal_scores_are_exactly_zero_whatever_the_size(score):
+    sizes = (2, 3, 5, 6, 7, 11)
+    ids = np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
+    scores = np.full(len(ids), score, np.float32)
+    for scale in ("std", "none"):
+        got = fast.group_normalized(scores, ids, num_groups=len(sizes), scale=scale)
+        np.testing.assert_array_equal(got, np.zeros(len(ids)))
 
 
 @given(SEEDS, junk)

@@ -32,7 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = "jaxagentrl"
 TESTS = {
     "advantages": ["test_advantages"],
-    "group_advantages": ["test_advantages"],
+    "group_advantages": ["test_advantages", "test_diagnostics"],
     "turn_credit": ["test_advantages"],
     "anchors": ["test_advantages"],
     "losses": ["test_losses"],
@@ -155,7 +155,7 @@ class Walker(ast.NodeTransformer):
             self.found.append((number, variant, node.lineno, what))
         if self.target and self.target[0] == number:
             return ast.copy_location(ways[self.target[1]][1], node)
-        if isinstance(node, (ast.FunctionDef, ast.arg, ast.AnnAssign)):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.arg, ast.AnnAssign)):
             return self.visit_without_annotations(node)
         return self.generic_visit(node)
 
