@@ -84,8 +84,11 @@ def get_config() -> ml_collections.ConfigDict:
         length_buckets=(80, 96, 112, 128, 144, 176),
         tokens_per_part=3072,
         row_multiple=8,
-        remat=False,
+        packing=False,
+        remat="none",
+        compute_dtype="float32",
     )
+    config.mesh = dict(data=1, fsdp=1, tensor=1)
     config.sft = dict(
         num_steps=200,
         batch_size=16,

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxagentrl import batching, learner, losses
-from jaxagentrl.models import decoder
+from jaxagentrl.models import decoder, sharding
+from jaxagentrl.packing import pack
 from jaxagentrl.trajectory import Trajectory
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
@@ -22,12 +23,21 @@ class Demonstrations:
     lengths: np.ndarray  # tokens of each row
 
 
-def load(trajectories: Sequence[Trajectory], *, length_buckets: Sequence[int]) -> Demonstrations:
+def load(
+    trajectories: Sequence[Trajectory],
+    *,
+    length_buckets: Sequence[int],
+    mesh: jax.sharding.Mesh | None = None,
+) -> Demonstrations:
     batch = batching.to_batch(
-        trajectories, None, discount=1.0, length_buckets=length_buckets, row_multiple=1
+        trajectories,
+        None,
+        discount=1.0,
+        length_buckets=length_buckets,
+        row_multiple=sharding.num_row_shards(mesh),
     )
     lengths = np.array([trajectory.num_tokens for trajectory in trajectories])
-    return Demonstrations(jax.device_put(batch), lengths)
+    return Demonstrations(sharding.place_rows(batch, mesh), lengths)
 
 
 def step_rows(num_rows: int, *, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -45,6 +55,43 @@ def step_rows(num_rows: int, *, batch_size: int, seed: int, step: int) -> np.nda
     epoch, index = divmod(step, steps_per_epoch)
     order = np.random.default_rng((seed, epoch)).permutation(num_rows)
     return order[index * batch_size : (index + 1) * batch_size].astype(np.int32)
+
+
+def split(
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    shape: tuple[int, int],
+    length_buckets: Sequence[int],
+    tokens_per_part: int,
+    row_multiple: int,
+    packing: bool,
+) -> learner.Work:
+    """The rows of one step as the learner takes them: packed, or in micro-batches by length.
+
+    Args:
+        rows: rows of the batch to work on.
+        lengths: tokens of every real row of the batch.
+        shape: (B, width) of the batch's arrays.
+    """
+    if packing:
+        return pack(
+            rows,
+            lengths,
+            shape=shape,
+            length=max(length_buckets),
+            tokens_per_part=tokens_per_part,
+            row_multiple=row_multiple,
+        )
+    made = parts(
+        rows,
+        lengths,
+        length_buckets=length_buckets,
+        tokens_per_part=tokens_per_part,
+        row_multiple=row_multiple,
+    )
+    # Rows of padding have weight zero, but a row out of range is cheaper: it shares no part.
+    return [(np.where(part == len(lengths), shape[0], part), length) for part, length in made]
 
 
 def parts(
@@ -110,26 +157,26 @@ def train(
     length_buckets: Sequence[int],
     tokens_per_part: int,
     row_multiple: int,
-    remat: bool,
+    packing: bool,
+    remat: str,
+    compute_dtype: str,
 ) -> Iterator[tuple[int, TrainState, Mapping[str, jax.Array]]]:
     """Yields (steps done, state, metrics) after every optimizer step."""
-    accumulate = learner.make_accumulate(learner.make_sft_loss(model, remat=remat))
-    apply = learner.make_apply(optimizer)
+    loss = learner.make_sft_loss(model, remat=remat, compute_dtype=compute_dtype)
+    update = learner.make_update(loss, optimizer)
     weigh = jax.jit(targets, static_argnames="observation_weight")
+    batch, lengths = demonstrations.batch, demonstrations.lengths
     for step in range(first_step, num_steps):
-        rows = step_rows(len(demonstrations.lengths), batch_size=batch_size, seed=seed, step=step)
-        state, metrics = learner.update(
-            state,
-            demonstrations.batch,
-            weigh(demonstrations.batch, rows, observation_weight=observation_weight),
-            parts(
-                rows,
-                demonstrations.lengths,
-                length_buckets=length_buckets,
-                tokens_per_part=tokens_per_part,
-                row_multiple=row_multiple,
-            ),
-            accumulate=accumulate,
-            apply=apply,
+        rows = step_rows(len(lengths), batch_size=batch_size, seed=seed, step=step)
+        work = split(
+            rows,
+            lengths,
+            shape=batch.tokens.shape,
+            length_buckets=length_buckets,
+            tokens_per_part=tokens_per_part,
+            row_multiple=row_multiple,
+            packing=packing,
         )
+        weighed = weigh(batch, rows, observation_weight=observation_weight)
+        state, metrics = update(state, batch, weighed, work)
         yield step + 1, state, metrics

@@ -1,16 +1,21 @@
-"""Compiled programs of learning: score, accumulate, apply.
+"""Compiled programs of learning: score, accumulate, apply; or, on packed rows, score and step.
 
-A batch lives on the device as whole arrays [B, L]. Each program takes the rows it works on and a
-static length, so that short trajectories are not computed at the longest one's width. Every token
-carries its weight in the global loss, computed once for the whole batch: sums over micro-batches
-are then the gradient of the whole, whatever the split, the padding or the order.
+A batch lives on the device as whole arrays [B, L]. A program takes the rows it works on and a
+static length, so that short trajectories are not computed at the longest one's width; or an index
+of packed rows (`packing`), and then one program is the whole optimizer step. Every token carries
+its weight in the global loss, computed once for the whole batch: sums over micro-batches are then
+the gradient of the whole, whatever the split, the padding or the order.
 
 Parameters are a dict {"policy": decoder tree} with, for PPO, "value_head" and possibly "critic".
+What is not trained comes as a second dict, `frozen`.
+
+On a mesh (`models.sharding`) rows are shared out over devices, and gradients, parameters and
+optimizer state are held to their rules.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,13 +24,16 @@ import optax
 
 from jaxagentrl import logprobs as token_scores
 from jaxagentrl import losses
-from jaxagentrl.models import decoder
+from jaxagentrl.models import decoder, sharding
+from jaxagentrl.packing import Packed
 from jaxagentrl.types import Array, TrainState, TrajectoryBatch
 
 CRITICS = ("none", "head", "separate")
 
 Params = dict[str, Any]
 Metrics = dict[str, Array]
+# What a program works off: packed rows, or micro-batches (rows of the batch, static length).
+Work = Packed | Sequence[tuple[Any, int]]
 
 
 @jax.tree_util.register_dataclass
@@ -76,40 +84,101 @@ def forward(
     tokens: Array,
     *,
     temperature: float,
-    remat: bool = False,
+    remat: str = "none",
+    compute_dtype: str = "float32",
+    positions: Array | None = None,
+    segment_ids: Array | None = None,
 ) -> Scores:
-    """Scores [B, L] tokens with the policy and, if there is one, the critic."""
-    x = decoder.hidden(config, params["policy"], tokens, remat=remat)
+    """Scores [B, L] tokens with the policy and, if there is one, the critic.
+
+    Args:
+        remat: what the backward pass recomputes, a name of `decoder.REMAT`.
+        compute_dtype: of activations and of the weights they meet; "bfloat16" halves both. Norms,
+            softmax and log-probs are float32 all the same, and so are gradients and parameters.
+        positions, segment_ids: [B, L] of packed rows, see `packing`.
+    """
+
+    def hidden(weights: Params) -> Array:
+        return decoder.hidden(
+            config,
+            weights,
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            remat=remat,
+        )
+
+    policy = in_dtype(params["policy"], compute_dtype)
+    x = hidden(policy)
     logprobs, entropies = token_scores.token_logprobs(
-        x, decoder.unembedding(params["policy"]), tokens, temperature=temperature
+        x,
+        decoder.unembedding(policy),
+        tokens,
+        temperature=temperature,
+        chunk_size=token_scores.chunk_size(config.vocab_size) * sharding.row_shards_in_use(),
     )
     values = jnp.zeros_like(logprobs)
     if "value_head" in params:
         if "critic" in params:
-            x = decoder.hidden(config, params["critic"], tokens, remat=remat)
+            x = hidden(in_dtype(params["critic"], compute_dtype))
         head = params["value_head"]
         read = x[:, :-1].astype(jnp.float32) @ head["kernel"] + head["bias"]
         values = jnp.pad(read, ((0, 0), (1, 0)))
-    return Scores(logprobs, entropies, values)
+    scores = Scores(logprobs, entropies, values)
+    if positions is None:
+        return scores
+    # A packed sequence's first token has another sequence before it, which says nothing of it.
+    return jax.tree.map(lambda x: jnp.where(positions > 0, x, 0.0), scores)
 
 
-def make_score(config: decoder.DecoderConfig, *, temperature: float) -> Callable[..., Scores]:
-    """Program (params, tokens [B, L], rows [R], scores, *, length) → scores with those rows set.
+def in_dtype(params: Params, dtype: str) -> Params:
+    """Parameters in the dtype of the computation. One cast up front, not one in every layer: what
+    the layers of a sharded model gather is then the narrow copy."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
-    `scores` [B, L] is donated; rows out of range are dropped.
-    """
+
+def make_score(
+    config: decoder.DecoderConfig, *, temperature: float, compute_dtype: str = "float32"
+) -> Callable[..., Scores]:
+    """Function (params, tokens [B, L], work) → `Scores` [B, L], zeros where `work` has no token."""
+
+    forward_part = functools.partial(
+        forward, config, temperature=temperature, compute_dtype=compute_dtype
+    )
 
     @functools.partial(jax.jit, static_argnames="length", donate_argnames="scores")
-    def score(params: Params, tokens: Array, rows: Array, scores: Scores, *, length: int) -> Scores:
-        new = forward(config, params, take_rows(tokens, rows, length), temperature=temperature)
+    def score_rows(
+        params: Params, tokens: Array, rows: Array, scores: Scores, *, length: int
+    ) -> Scores:
+        part = sharding.constrain_rows(take_rows(tokens, rows, length))
         return jax.tree.map(
-            lambda whole, part: whole.at[rows, :length].set(part, mode="drop"), scores, new
+            lambda whole, new: whole.at[rows, :length].set(new, mode="drop"),
+            scores,
+            forward_part(params, part),
         )
+
+    @jax.jit
+    def score_packed(params: Params, tokens: Array, packed: Packed) -> Scores:
+        def body(index: Array, flat: Scores) -> Scores:
+            places, layout = _layout(packed, index)
+            new = forward_part(params, take_places(tokens, places), **layout)
+            return jax.tree.map(lambda x, y: x.at[places].set(y, mode="drop"), flat, new)
+
+        flat = jax.lax.fori_loop(0, packed.count, body, empty_scores((tokens.size,)))
+        return jax.tree.map(lambda x: x.reshape(tokens.shape), flat)
+
+    def score(params: Params, tokens: Array, work: Work) -> Scores:
+        if isinstance(work, Packed):
+            return score_packed(params, tokens, work)
+        scores = empty_scores(tokens.shape)
+        for rows, length in work:
+            scores = score_rows(params, tokens, rows, scores, length=length)
+        return scores
 
     return score
 
 
-def empty_scores(shape: tuple[int, int]) -> Scores:
+def empty_scores(shape: tuple[int, ...]) -> Scores:
     return Scores(*(jnp.zeros(shape) for _ in dataclasses.fields(Scores)))
 
 
@@ -120,11 +189,37 @@ def take_rows(tree: Any, rows: Array, length: int) -> Any:
     )
 
 
-def make_sft_loss(config: decoder.DecoderConfig, *, remat: bool) -> Callable[..., Any]:
-    """Cross-entropy on action tokens, and with a weight of its own on everything read."""
+def take_places(tree: Any, places: Array) -> Any:
+    """Entries of every [B, L] leaf at flat indices [R, L']; out of range is zero."""
+    return jax.tree.map(
+        lambda x: sharding.constrain(
+            jnp.take(x.reshape(-1), places, mode="fill", fill_value=0), sharding.ROWS
+        ),
+        tree,
+    )
 
-    def loss_fn(params: Params, batch: TrajectoryBatch, targets: Targets) -> tuple[Array, Metrics]:
-        scores = forward(config, params, batch.tokens, temperature=1.0, remat=remat)
+
+def _layout(packed: Packed, index: Array) -> tuple[Array, dict[str, Array]]:
+    """Flat indices, and positions and segments, of one micro-batch."""
+    places, positions, segment_ids = (
+        sharding.constrain(jax.lax.dynamic_index_in_dim(x, index, keepdims=False), sharding.ROWS)
+        for x in (packed.places, packed.positions, packed.segment_ids)
+    )
+    return places, {"positions": positions, "segment_ids": segment_ids}
+
+
+def make_sft_loss(
+    config: decoder.DecoderConfig, *, remat: str = "none", compute_dtype: str = "float32"
+) -> Callable[..., Any]:
+    """Cross-entropy on action tokens, and with a weight of its own on everything read."""
+    forward_part = functools.partial(
+        forward, config, temperature=1.0, remat=remat, compute_dtype=compute_dtype
+    )
+
+    def loss_fn(
+        params: Params, batch: TrajectoryBatch, targets: Targets, **layout: Array
+    ) -> tuple[Array, Metrics]:
+        scores = forward_part(params, batch.tokens, **layout)
         action = -jnp.sum(targets.weights * scores.logprobs)
         observation = -jnp.sum(targets.observation_weights * scores.logprobs)
         metrics = {"loss/action": action, "loss/observation": observation}
@@ -147,7 +242,8 @@ def make_rl_loss(
     value_coefficient: float,
     value_clip: float | None,
     old_is_current: bool,
-    remat: bool,
+    remat: str = "none",
+    compute_dtype: str = "float32",
 ) -> Callable[..., Any]:
     """Policy-gradient loss of one micro-batch; sums weighted by `Targets.weights`.
 
@@ -157,9 +253,14 @@ def make_rl_loss(
         old_is_current: the batch gets one update only, so the old log-probs are the current ones
             and the scoring pass that would give them is saved. The gradient is the same.
     """
+    forward_part = functools.partial(
+        forward, config, temperature=temperature, remat=remat, compute_dtype=compute_dtype
+    )
 
-    def loss_fn(params: Params, batch: TrajectoryBatch, targets: Targets) -> tuple[Array, Metrics]:
-        scores = forward(config, params, batch.tokens, temperature=temperature, remat=remat)
+    def loss_fn(
+        params: Params, batch: TrajectoryBatch, targets: Targets, **layout: Array
+    ) -> tuple[Array, Metrics]:
+        scores = forward_part(params, batch.tokens, **layout)
         mask, weights = batch.action_mask, targets.weights
         old = jax.lax.stop_gradient(scores.logprobs) if old_is_current else targets.old_logprobs
         clips = {"clip_low": clip_low, "clip_high": clip_high}
@@ -212,24 +313,18 @@ def make_rl_loss(
 
 
 def make_accumulate(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Program (params, grads, batch, targets, rows [R], *, length) → (grads + ∇loss, metrics).
+    """Program (params, grads, batch, targets, rows [R], *, length, frozen={}) → (grads + ∇loss,
+    metrics).
 
     `grads` is donated. Metrics are weighted sums over the rows; add them over micro-batches
     (those ending in "_max": take the largest).
     """
 
     @functools.partial(jax.jit, static_argnames="length", donate_argnames="grads")
-    def accumulate(params, grads, batch, targets, rows, *, length):
+    def accumulate(params, grads, batch, targets, rows, *, length, frozen=None):
         rows_of = functools.partial(take_rows, rows=rows, length=length)
-        part = TrajectoryBatch(
-            **{
-                field.name: rows_of(getattr(batch, field.name))
-                for field in dataclasses.fields(batch)
-                if field.name != "group_ids"
-            },
-            group_ids=jnp.take(batch.group_ids, rows, mode="fill", fill_value=0),
-        )
-        (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(params, part, rows_of(targets))
+        part = _part(batch, rows_of)
+        new, metrics = _gradient(loss_fn, params, frozen, part, rows_of(targets), {})
         return jax.tree.map(jnp.add, grads, new), metrics
 
     return accumulate
@@ -237,38 +332,128 @@ def make_accumulate(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def make_apply(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     """Program (state, grads) → (state, {"optimizer/grad_norm"}). The state is donated."""
+    return functools.partial(jax.jit, donate_argnums=0)(functools.partial(_apply, optimizer))
+
+
+def make_step(
+    loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation
+) -> Callable[..., Any]:
+    """Program (state, batch, targets, packed, frozen={}) → (state, metrics): a whole optimizer step.
+
+    The state is donated. The number of micro-batches is data, so steps of different size share one
+    program as long as `packed` has one shape.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def apply(state: TrainState, grads: Params) -> tuple[TrainState, Metrics]:
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        state = dataclasses.replace(
-            state, step=state.step + 1, params=params, opt_state=opt_state
+    def step(
+        state: TrainState,
+        batch: TrajectoryBatch,
+        targets: Targets,
+        packed: Packed,
+        frozen: Params | None = None,
+    ) -> tuple[TrainState, Metrics]:
+        def gradient(index: Array) -> tuple[Params, Metrics]:
+            places, layout = _layout(packed, index)
+            places_of = functools.partial(take_places, places=places)
+            part = _part(batch, places_of)
+            return _gradient(loss_fn, state.params, frozen, part, places_of(targets), layout)
+
+        def body(index: Array, total: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
+            grads, metrics = gradient(index)
+            return jax.tree.map(jnp.add, total[0], grads), _join(total[1], metrics)
+
+        nothing = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, jnp.int32(0))
         )
-        return state, {"optimizer/grad_norm": optax.tree.norm(grads)}
+        nothing = (sharding.constrain_params(nothing[0]), nothing[1])
+        grads, total = jax.lax.fori_loop(0, packed.count, body, nothing)
+        new_state, metrics = _apply(optimizer, state, grads)
+        return new_state, total | metrics
 
-    return apply
+    return step
 
 
-def update(
-    state: TrainState,
-    batch: TrajectoryBatch,
+def make_update(
+    loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation
+) -> Callable[..., Any]:
+    """Function (state, batch, targets, work, frozen={}) → (state, metrics): one optimizer step.
+
+    The state is donated.
+    """
+    accumulate, apply = make_accumulate(loss_fn), make_apply(optimizer)
+    step = make_step(loss_fn, optimizer)
+
+    def update(
+        state: TrainState,
+        batch: TrajectoryBatch,
+        targets: Targets,
+        work: Work,
+        frozen: Params | None = None,
+    ) -> tuple[TrainState, Metrics]:
+        if isinstance(work, Packed):
+            return step(state, batch, targets, work, frozen)
+        grads = jax.tree.map(jnp.zeros_like, state.params)
+        total: Metrics = {}
+        for rows, length in work:
+            grads, metrics = accumulate(
+                state.params, grads, batch, targets, rows, length=length, frozen=frozen
+            )
+            total = _join(total, metrics)
+        state, metrics = apply(state, grads)
+        return state, total | metrics
+
+    return update
+
+
+def _gradient(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    frozen: Params | None,
+    part: TrajectoryBatch,
     targets: Targets,
-    parts: list[tuple[Any, int]],
-    *,
-    accumulate: Callable[..., Any],
-    apply: Callable[..., Any],
+    layout: dict[str, Array],
+) -> tuple[Params, Metrics]:
+    def loss(params: Params) -> tuple[Array, Metrics]:
+        whole = params if frozen is None else frozen | params
+        return loss_fn(whole, part, sharding.constrain_rows(targets), **layout)
+
+    grads, metrics = jax.grad(loss, has_aux=True)(params)
+    return sharding.constrain_params(grads), metrics
+
+
+def _part(batch: TrajectoryBatch, take: Callable[[Any], Any]) -> TrajectoryBatch:
+    """A micro-batch; `take` cuts [B, L] arrays. Losses see no groups: estimators came before."""
+    fields = {
+        field.name: take(getattr(batch, field.name))
+        for field in dataclasses.fields(batch)
+        if field.name != "group_ids"
+    }
+    rows = fields["tokens"].shape[0]
+    return sharding.constrain_rows(
+        TrajectoryBatch(**fields, group_ids=jnp.zeros(rows, batch.group_ids.dtype))
+    )
+
+
+def _apply(
+    optimizer: optax.GradientTransformation, state: TrainState, grads: Params
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step from micro-batches (rows, length) of one batch."""
-    grads = jax.tree.map(jnp.zeros_like, state.params)
-    total: Metrics = {}
-    for rows, length in parts:
-        grads, metrics = accumulate(state.params, grads, batch, targets, rows, length=length)
-        for key, value in metrics.items():
-            if key not in total:
-                total[key] = value
-            else:
-                join = jnp.maximum if key.endswith("_max") else jnp.add
-                total[key] = join(total[key], value)
-    state, metrics = apply(state, grads)
-    return state, total | metrics
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=sharding.constrain_params(params),
+        opt_state=sharding.constrain_params(opt_state),
+    )
+    return state, {"optimizer/grad_norm": optax.tree.norm(grads)}
+
+
+def _join(total: Metrics, new: Metrics) -> Metrics:
+    """Sums over micro-batches; the largest of what ends in "_max"."""
+    joined = dict(total)
+    for key, value in new.items():
+        if key in total:
+            join = jnp.maximum if key.endswith("_max") else jnp.add
+            value = join(total[key], value)
+        joined[key] = value
+    return joined

@@ -3,6 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+_CHUNK_LOGITS = 1 << 26  # logits that exist at once: 256 MiB of float32
+_MAX_CHUNK = 4096  # positions; products of this many rows are as fast as longer ones
+
+
+def chunk_size(vocab_size: int) -> int:
+    """Positions whose logits may exist at once: 4096, and fewer where the vocabulary is large."""
+    return max(min(_MAX_CHUNK, _CHUNK_LOGITS // vocab_size), 1)
+
 
 def token_logprobs(
     hidden: jax.Array,
@@ -10,14 +18,15 @@ def token_logprobs(
     tokens: jax.Array,
     *,
     temperature: float = 1.0,
-    chunk_size: int = 4096,
+    chunk_size: int = _MAX_CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob of every token given those before it, and the entropy it was drawn with.
 
         log p(yₜ | y₍<ₜ₎) = zₜ[yₜ] − logsumexp(zₜ),   zₜ = hₜ₋₁ W / temperature
 
     Positions are worked off in chunks whose logits are recomputed in the backward pass, so the peak
-    is [chunk_size, V] in both. The softmax is float32.
+    is [chunk_size, V] in both. A chunk is the same few positions of every row, so that rows may be
+    shared out over devices. The softmax is float32.
 
     Args:
         hidden: [B, L, D] final hidden states; entry t has seen tokens 0..t.
@@ -29,10 +38,8 @@ def token_logprobs(
     Returns:
         log-probs and entropies (nats), both [B, L] float32. Entry t describes token t; entry 0 is 0.
     """
-    batch, length, width = hidden.shape
-    contexts = hidden[:, :-1].reshape(-1, width)
-    targets = tokens[:, 1:].reshape(-1)
-    num = contexts.shape[0]
+    batch, length, _ = hidden.shape
+    contexts, targets = hidden[:, :-1], tokens[:, 1:]
 
     @jax.checkpoint
     def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -40,18 +47,23 @@ def token_logprobs(
         logits = jnp.matmul(x, unembedding.astype(x.dtype), preferred_element_type=jnp.float32)
         logits = logits / temperature
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         mean_logit = jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
         return chosen - log_normalizer, log_normalizer - mean_logit
 
-    if num <= chunk_size:
-        logprobs, entropies = score((contexts, targets))
-    else:
-        padding = -num % chunk_size
-        contexts = jnp.pad(contexts, ((0, padding), (0, 0))).reshape(-1, chunk_size, width)
-        targets = jnp.pad(targets, (0, padding)).reshape(-1, chunk_size)
-        logprobs, entropies = jax.lax.map(score, (contexts, targets))
-    return tuple(
-        jnp.pad(x.reshape(-1)[:num].reshape(batch, length - 1), ((0, 0), (1, 0)))
-        for x in (logprobs, entropies)
-    )
+    def merged(x: jax.Array) -> jax.Array:
+        """Chunks [K, B, C] side by side: [B, L], entry 0 zero."""
+        x = jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, : length - 1]
+        return jnp.pad(x, ((0, 0), (1, 0)))
+
+    if batch * (length - 1) <= chunk_size:
+        results = score((contexts.reshape(-1, hidden.shape[-1]), targets.reshape(-1)))
+        return tuple(merged(x.reshape(1, batch, length - 1)) for x in results)
+    size = max(chunk_size // batch, 1)
+    padding = -(length - 1) % size
+
+    def chunked(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+    return tuple(merged(x) for x in jax.lax.map(score, (chunked(contexts), chunked(targets))))

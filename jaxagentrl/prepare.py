@@ -16,7 +16,7 @@ from envs_host import collect
 from envs_host.pool import EnvPool
 from envs_host.types import Task
 from jaxagentrl import chat, demos, engine, progress, tasks, tokenizer
-from jaxagentrl.models import decoder, pretrained
+from jaxagentrl.models import decoder, pretrained, sharding
 from jaxagentrl.workdir import Workdir
 
 
@@ -29,8 +29,13 @@ class Setup:
     replays: Sequence[demos.Replay]  # walkthroughs of "demo"
     chat_format: chat.ChatFormat
     model: decoder.DecoderConfig
-    policy: decoder.Params  # before training
+    policy: decoder.Params  # before training, on the mesh
     engine: engine.Engine
+    mesh: jax.sharding.Mesh | None  # None on one device
+
+    @property
+    def decoding_mesh(self) -> jax.sharding.Mesh | None:
+        return None if self.mesh is None else sharding.decoding_mesh(self.mesh)
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -64,6 +69,30 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"sft.batch_size is {sft['batch_size']} but splits.demo has {len(ranges['demo'])} "
             "seeds: lower the first or raise the second."
+        )
+    _check_learner(learner, config)
+
+
+def _check_learner(learner: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    if learner["remat"] not in decoder.REMAT:
+        raise ValueError(
+            f"learner.remat must be one of {', '.join(decoder.REMAT)}, got {learner['remat']!r}."
+        )
+    if learner["compute_dtype"] not in ("float32", "bfloat16"):
+        raise ValueError(
+            "learner.compute_dtype must be 'float32' or 'bfloat16', got "
+            f"{learner['compute_dtype']!r}."
+        )
+    if learner["packing"] and config["rl"]["loss"]["surrogate"] == "gspo":
+        raise ValueError(
+            "learner.packing puts several episodes in a row, but rl.loss.surrogate 'gspo' takes a "
+            "row for one episode: set learner.packing to False."
+        )
+    shards = sharding.num_row_shards(sharding.make_mesh(**config["mesh"]))
+    if learner["row_multiple"] % shards:
+        raise ValueError(
+            f"learner.row_multiple is {learner['row_multiple']}, but mesh.data x mesh.fsdp splits "
+            f"the rows of a micro-batch in {shards}: make it a multiple of that."
         )
 
 
@@ -116,6 +145,7 @@ def _ranges(splits: Mapping[str, Any]) -> dict[str, range]:
 @contextlib.contextmanager
 def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
     """Prepares a run; worker processes live as long as the context."""
+    mesh = sharding.make_mesh(**config["mesh"])
     splits = games(config["env"], config["splits"])
     workdir.record("games", {name: _fingerprint(split) for name, split in splits.items()})
     with make_pool(config) as pool:
@@ -126,19 +156,22 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
         loaded = _tokenizer(config, replays, workdir)
         chat_format = chat.make(loaded)
         model, policy = _model(config["model"], len(loaded), jax.random.key(config["seed"]))
+        with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
+            decoding = engine.Engine(
+                model,
+                stop_ids=[chat_format.end_of_turn_id],
+                notice=progress.notice,
+                **config["sampling"],
+            )
         yield Setup(
             splits=splits,
             pool=pool,
             replays=replays,
             chat_format=chat_format,
             model=model,
-            policy=policy,
-            engine=engine.Engine(
-                model,
-                stop_ids=[chat_format.end_of_turn_id],
-                notice=progress.notice,
-                **config["sampling"],
-            ),
+            policy=sharding.place(policy, mesh),
+            engine=decoding,
+            mesh=mesh,
         )
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxagentrl import batching, estimate, imitate, learner, losses, optimizer, rewards
-from jaxagentrl.models import decoder
+from jaxagentrl.models import decoder, sharding
+from jaxagentrl.packing import Packed
 from jaxagentrl.trajectory import Trajectory
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
@@ -22,10 +23,10 @@ class Programs:
 
     score: Callable[..., learner.Scores]
     estimate: Callable[..., Any]
-    accumulate: Callable[..., Any]
-    apply: Callable[..., Any]
+    update: Callable[..., Any]
     needs_reference: bool
     needs_scores: bool
+    mesh: jax.sharding.Mesh | None = None
 
 
 def check(rl: Mapping[str, Any]) -> None:
@@ -98,7 +99,10 @@ def skips_rows(rl: Mapping[str, Any]) -> bool:
 
 
 def make_programs(
-    config: Mapping[str, Any], model: decoder.DecoderConfig
+    config: Mapping[str, Any],
+    model: decoder.DecoderConfig,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Programs, Any]:
     """Programs of RL and their optimizer, from the config."""
     rl, temperature = config["rl"], config["rollout"]["temperature"]
@@ -114,10 +118,13 @@ def make_programs(
         kl_estimator=kl["estimator"],
         old_is_current=once,
         remat=config["learner"]["remat"],
+        compute_dtype=config["learner"]["compute_dtype"],
     )
     in_reward = kl["coefficient"] if kl["placement"] == "reward" else 0.0
     programs = Programs(
-        score=learner.make_score(model, temperature=temperature),
+        score=learner.make_score(
+            model, temperature=temperature, compute_dtype=config["learner"]["compute_dtype"]
+        ),
         estimate=estimate.make_estimate(
             **rl["advantage"],
             num_groups=rl["tasks_per_iteration"],
@@ -125,10 +132,10 @@ def make_programs(
             kl_in_reward=in_reward,
             skip_zero_signal=skips_rows(rl),
         ),
-        accumulate=learner.make_accumulate(loss),
-        apply=learner.make_apply(chain),
+        update=learner.make_update(loss, chain),
         needs_reference=kl["placement"] != "none",
         needs_scores=rl["critic"] != "none" or bool(in_reward) or not once,
+        mesh=mesh,
     )
     return programs, chain
 
@@ -155,35 +162,31 @@ def learn(
     """
     rl, shapes = config["rl"], config["learner"]
     turn_rewards = [rewards.turn_rewards(t, **config["reward"]) for t in trajectories]
+    episodes = rl["tasks_per_iteration"] * rl["group_size"]
+    shards = sharding.num_row_shards(programs.mesh)
     batch = batching.to_batch(
         trajectories,
         turn_rewards,
         discount=rl["discount"],
         length_buckets=[max(shapes["length_buckets"])],
-        row_multiple=1,
+        row_multiple=shards,
         num_groups=rl["tasks_per_iteration"],
-        num_rows=rl["tasks_per_iteration"] * rl["group_size"],
+        num_rows=-(-episodes // shards) * shards,
     )
-    batch = jax.device_put(batch)
+    batch = sharding.place_rows(batch, programs.mesh)
     lengths = np.array([trajectory.num_tokens for trajectory in trajectories])
-    # Rows of padding have weight zero, but a row out of range is cheaper: it shares no part.
     whole = batch.tokens.shape[0]
 
-    def split(rows: np.ndarray) -> list[tuple[np.ndarray, int]]:
-        made = imitate.parts(rows, lengths, **_part_shapes(shapes))
-        return [(np.where(part == len(lengths), whole, part), length) for part, length in made]
+    def split(rows: np.ndarray) -> learner.Work:
+        return imitate.split(rows, lengths, shape=batch.tokens.shape, **_part_shapes(shapes))
 
     everything = split(np.arange(len(lengths), dtype=np.int32))
     scores = learner.empty_scores(batch.tokens.shape)
     ref_logprobs = jnp.zeros(batch.tokens.shape)
     if programs.needs_scores:
-        for rows, length in everything:
-            scores = programs.score(state.params, batch.tokens, rows, scores, length=length)
+        scores = programs.score(state.params, batch.tokens, everything)
     if programs.needs_reference:
-        ref_scores = learner.empty_scores(batch.tokens.shape)
-        for rows, length in everything:
-            ref_scores = programs.score(reference, batch.tokens, rows, ref_scores, length=length)
-        ref_logprobs = ref_scores.logprobs
+        ref_logprobs = programs.score(reference, batch.tokens, everything).logprobs
     anchor_ids = batching.anchor_ids(
         trajectories, num_rows=whole, max_turns=config["rollout"]["max_turns"]
     )
@@ -210,15 +213,8 @@ def learn(
                 aggregation=rl["aggregation"],
                 observation_weight=rl["observation_weight"],
             )
-            parts = everything if rl["num_minibatches"] == 1 else split(rows)
-            state, metrics = learner.update(
-                state,
-                batch,
-                targets,
-                parts,
-                accumulate=programs.accumulate,
-                apply=programs.apply,
-            )
+            work = everything if rl["num_minibatches"] == 1 else split(rows)
+            state, metrics = programs.update(state, batch, targets, work)
             collected.append(metrics)
     collected = jax.device_get(collected)
     means = {
@@ -275,17 +271,21 @@ _targets = jax.jit(_targets, static_argnames=("aggregation", "observation_weight
 
 
 def _part_shapes(shapes: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: shapes[key] for key in ("length_buckets", "tokens_per_part", "row_multiple")}
+    keys = ("length_buckets", "tokens_per_part", "row_multiple", "packing")
+    return {key: shapes[key] for key in keys}
 
 
-def _facts(batch, credit, turn_rewards, trajectories, parts, used) -> dict[str, float]:
+def _facts(batch, credit, turn_rewards, trajectories, work, used) -> dict[str, float]:
     """What the batch was like: signal, padding."""
     returns = np.array([float(np.sum(r)) for r in turn_rewards])
     groups: dict[int, list[float]] = {}
     for trajectory, value in zip(trajectories, returns, strict=True):
         groups.setdefault(trajectory.group, []).append(value)
     deviations = [float(np.std(values)) for values in groups.values()]
-    places = sum(len(rows) * length for rows, length in parts)
+    if isinstance(work, Packed):
+        places = int(work.count) * work.places[0].size
+    else:
+        places = sum(len(rows) * length for rows, length in work)
     tokens = sum(trajectories[row].num_tokens for row in used)
     credit = credit[np.asarray(batch.action_mask)]
     return {

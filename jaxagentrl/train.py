@@ -30,14 +30,14 @@ from jaxagentrl import (
     tasks,
     workdir,
 )
-from jaxagentrl.models import pretrained
+from jaxagentrl.models import pretrained, sharding
 from jaxagentrl.types import TrainState
 
 # Words of the random streams, so that no two uses of one seed coincide.
 STREAM_EVALUATE, STREAM_RL = 1, 2
 
-# Keys that cannot change a result, only how fast it comes.
-FREE_KEYS = ("compilation_cache_dir", "env.cache_dir", "env.num_workers", "pool")
+# Keys that cannot change a result, only how fast it comes (a mesh: up to rounding).
+FREE_KEYS = ("compilation_cache_dir", "env.cache_dir", "env.num_workers", "pool", "mesh")
 
 
 @dataclasses.dataclass
@@ -58,7 +58,7 @@ def run(config: Mapping[str, Any], directory: str) -> None:
     for change in folder.version_changes:
         progress.notice(f"package version differs from the run's first start: {change}")
     started = time.monotonic()
-    with prepare.everything(config, folder) as setup:
+    with prepare.everything(config, folder) as setup, sharding.use(setup.mesh):
         state, host = _restore(folder, config, setup)
         setup.engine.warm_up(
             state.params["policy"], restricted=rollout.is_restricted(config["rollout"])
@@ -95,7 +95,7 @@ def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState
     shapes = session.config["learner"]
     steps = imitate.train(
         state,
-        imitate.load(trajectories, length_buckets=shapes["length_buckets"]),
+        imitate.load(trajectories, length_buckets=shapes["length_buckets"], mesh=setup.mesh),
         model=setup.model,
         optimizer=optimizer.make(**sft["optimizer"]),
         seed=session.config["seed"],
@@ -125,7 +125,7 @@ def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState
 def _reinforce(session: Session, state: TrainState, host: Mapping[str, Any]) -> TrainState:
     """Reinforcement learning from iteration host["step"] on."""
     config, setup, rl = session.config, session.setup, session.config["rl"]
-    programs, _ = reinforce.make_programs(config, setup.model)
+    programs, _ = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
     reference = _reference(session, state) if programs.needs_reference else {}
     sampler = tasks.Sampler(setup.splits["train"], seed=config["seed"])
     if host["sampler"]:
@@ -134,13 +134,15 @@ def _reinforce(session: Session, state: TrainState, host: Mapping[str, Any]) -> 
         advance(host["step"])
         for iteration in range(host["step"], rl["num_iterations"]):
             clock = [time.monotonic()]
-            played = rollout.collect(
+            played = _play(
+                session,
+                state.params,
                 rollout.episodes(
                     sampler.take(rl["tasks_per_iteration"]),
                     group_size=rl["group_size"],
                     stream=(config["seed"], STREAM_RL, iteration),
                 ),
-                **_play_options(session, state.params, config["rollout"]["temperature"]),
+                temperature=config["rollout"]["temperature"],
             )
             clock.append(time.monotonic())
             state, measured, credit = reinforce.learn(
@@ -222,10 +224,12 @@ def _evaluate(
             continue
         test = session.setup.splits[split]
         with progress.bar(f"evaluating ({name}, {split})", len(test)) as advance:
-            played = rollout.collect(
+            played = _play(
+                session,
+                params,
                 rollout.episodes(test, group_size=1, stream=(config["seed"], STREAM_EVALUATE, 0)),
                 advance=advance,
-                **_play_options(session, params, config["eval"]["temperature"]),
+                temperature=config["eval"]["temperature"],
             )
         if keep:
             records = [t.to_json() for t in played.trajectories]
@@ -241,43 +245,54 @@ def _keep(session: Session, name: str, records: list[dict[str, Any]]) -> None:
     workdir.write_atomic(session.folder.trajectories / f"{name}.jsonl", lines)
 
 
-def _play_options(
-    session: Session, params: learner.Params, temperature: float
-) -> dict[str, Any]:
+def _play(
+    session: Session,
+    params: learner.Params,
+    episodes: list[rollout.Episode],
+    *,
+    temperature: float,
+    **options: Any,
+) -> rollout.Rollout:
+    """Plays episodes with the policy, on the mesh that decodes."""
     config, setup = session.config, session.setup
     prompt = config["prompt"]
-    return {
-        "rules": rollout.Rules(
-            **config["rollout"] | {"temperature": temperature},
-            prompt_style=prompt["style"],
-            show_admissible=prompt["show_admissible"],
-        ),
-        "pool": setup.pool,
-        "engine": setup.engine,
-        "params": params["policy"],
-        "chat_format": setup.chat_format,
-    }
+    policy = sharding.for_decoding(params["policy"], setup.mesh)
+    with sharding.use(setup.decoding_mesh):
+        return rollout.collect(
+            episodes,
+            rules=rollout.Rules(
+                **config["rollout"] | {"temperature": temperature},
+                prompt_style=prompt["style"],
+                show_admissible=prompt["show_admissible"],
+            ),
+            pool=setup.pool,
+            engine=setup.engine,
+            params=policy,
+            chat_format=setup.chat_format,
+            **options,
+        )
 
 
 def _start_sft(config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
     params = {"policy": setup.policy}
-    return _fresh_state(params, optimizer.make(**config["sft"]["optimizer"]))
+    return _fresh_state(params, optimizer.make(**config["sft"]["optimizer"]), setup.mesh)
 
 
 def _start_rl(state: TrainState, config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
     """The imitated policy with a fresh critic and a fresh optimizer."""
     params = learner.with_critic(state.params, setup.model, critic=config["rl"]["critic"])
-    return _fresh_state(params, optimizer.make(**config["rl"]["optimizer"]))
+    return _fresh_state(params, optimizer.make(**config["rl"]["optimizer"]), setup.mesh)
 
 
-def _fresh_state(params: learner.Params, chain: Any) -> TrainState:
+def _fresh_state(params: learner.Params, chain: Any, mesh: Any = None) -> TrainState:
     # Two counters, two buffers: the state is donated, and one buffer cannot be donated twice.
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         iteration=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=chain.init(params),
     )
+    return sharding.place(state, mesh)
 
 
 def _reference(session: Session, state: TrainState) -> learner.Params:
@@ -311,6 +326,7 @@ def _restore(
     """The newest checkpoint's state, or a new run's."""
     state = _start_sft(config, setup)
     rl_like = jax.eval_shape(lambda: _start_rl(state, config, setup))
+    rl_like = sharding.abstract(rl_like, setup.mesh)
     for stage, like in (("rl", rl_like), ("sft", state)):
         restored = checkpoints.restore(folder.checkpoints / stage, like)
         if restored is not None:

@@ -1,4 +1,4 @@
-"""Suite-wide settings: four fake CPU devices and no silent rank promotion."""
+"""Suite-wide settings: eight fake CPU devices and no silent rank promotion."""
 
 import os
 
@@ -8,7 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -135,14 +135,15 @@ def test_a_window_hides_what_lies_behind_it():
     assert np.all(gap[:7] > 0) and np.all(gap[7:] == 0)
 
 
-def test_rematerialization_changes_neither_value_nor_gradient(params):
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_rematerialization_changes_neither_value_nor_gradient(params, policy):
     ids = tokens(2, 9)
 
     def loss(params, remat):
         return jnp.sum(decoder.hidden(CONFIG, params, ids, remat=remat) ** 2)
 
     both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    plain, remat = (both(params, flag) for flag in (False, True))
+    plain, remat = (both(params, flag) for flag in ("none", policy))
     np.testing.assert_allclose(plain[0], remat[0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), plain[1], remat[1])
 

@@ -54,15 +54,16 @@ jaxagentrl.workdir
 jaxagentrl.models
 jaxagentrl.models.rope
 jaxagentrl.models.decoder_config
+jaxagentrl.models.sharding
 jaxagentrl.models.kv_cache
 jaxagentrl.models.decoder
-jaxagentrl.models.sharding
 jaxagentrl.models.pretrained_families
 jaxagentrl.models.pretrained_config
 jaxagentrl.models.tensor_files
 jaxagentrl.models.pretrained
 jaxagentrl.sampling
 jaxagentrl.engine
+jaxagentrl.packing
 jaxagentrl.learner
 jaxagentrl.optimizer
 jaxagentrl.estimate

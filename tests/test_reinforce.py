@@ -37,7 +37,12 @@ def smoke_config() -> dict:
 def make_config(**rl) -> dict:
     config = copy.deepcopy(smoke_config())
     config["learner"] = dict(
-        length_buckets=(48,), tokens_per_part=144, row_multiple=3, remat=False
+        length_buckets=(48,),
+        tokens_per_part=144,
+        row_multiple=3,
+        packing=False,
+        remat="none",
+        compute_dtype="float32",
     )
     config["rl"] |= dict(tasks_per_iteration=3, group_size=2, num_minibatches=1, num_epochs=1)
     config["rl"]["optimizer"] |= dict(warmup_steps=0)
@@ -100,7 +105,7 @@ def imitation():
     return (
         demonstrations,
         targets,
-        learner.make_accumulate(learner.make_sft_loss(MODEL, remat=False)),
+        learner.make_accumulate(learner.make_sft_loss(MODEL)),
     )
 
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxagentrl.models import kv_cache, rope
+from jaxagentrl.models import kv_cache, rope, sharding
 from jaxagentrl.models.decoder_config import DecoderConfig
 
 Params = dict[str, Any]
@@ -35,6 +35,13 @@ MASKED = -1e30
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+# What the backward pass keeps of a layer; the rest is computed again (Chen et al. 2016).
+REMAT = {
+    "none": None,  # keeps everything
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+    "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
 }
 
 
@@ -171,7 +178,7 @@ def hidden(
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> jax.Array:
     """Final hidden states of whole sequences, causal attention.
 
@@ -179,7 +186,7 @@ def hidden(
         tokens: [B, L] int32. Padding on the right needs no mask: nothing before it attends to it.
         positions: [B, L] int32, default 0..L-1.
         segment_ids: [B, L] int32, attention stays within equal ids (packed rows).
-        remat: recompute layer activations in the backward pass (Chen et al. 2016).
+        remat: what the backward pass recomputes, a name of `REMAT`.
 
     Returns:
         [B, L, D]. Entry t predicts token t + 1.
@@ -198,16 +205,20 @@ def hidden(
     def step(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, None]:
         layer_params, is_local = inputs
         layer = _merge(graph, layer_params)
-        q, k, v = layer.attention.qkv(layer.attention_norm(x), _table_of(tables, is_local))
+        q, k, v = (
+            sharding.constrain(y, sharding.ROWS, None, "tensor")
+            for y in layer.attention.qkv(layer.attention_norm(x), _table_of(tables, is_local))
+        )
         seen = _within_window(config, mask, distance, is_local)
         x = layer.add_attention(
             x,
             attend(q, k, v, seen, scale=config.attention_scale, softcap=config.attention_softcap),
         )
-        return layer.add_mlp(x), None
+        return sharding.constrain(layer.add_mlp(x), sharding.ROWS), None
 
-    x = embed(config, params, tokens)
-    x, _ = jax.lax.scan(jax.checkpoint(step) if remat else step, x, (layers, _local_layers(config)))
+    x = sharding.constrain(embed(config, params, tokens), sharding.ROWS)
+    step = step if REMAT[remat] is None else jax.checkpoint(step, policy=REMAT[remat])
+    x, _ = jax.lax.scan(step, x, (layers, _local_layers(config)))
     return final_norm(config, params, x)
 
 

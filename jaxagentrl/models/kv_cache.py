@@ -17,6 +17,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxagentrl.models import sharding
+
 DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -39,11 +41,12 @@ def init(
     """An empty cache. `dtype` is one of `DTYPES`."""
     rows = (num_layers, num_slots, num_kv_heads)
     scales = [jnp.zeros((*rows, max_length)) for _ in range(2)] if dtype == "int8" else [None, None]
-    return KVCache(
+    cache = KVCache(
         jnp.zeros((*rows, head_dim, max_length), dtype),
         jnp.zeros((*rows, max_length, head_dim), dtype),
         *scales,
     )
+    return _placed(cache)
 
 
 def write(
@@ -71,13 +74,15 @@ def write(
         return array.at[where].set(new.astype(array.dtype), mode="drop")
 
     if cache.key_scales is None:
-        return KVCache(put_keys(cache.keys, keys), put(cache.values, values))
+        return _placed(KVCache(put_keys(cache.keys, keys), put(cache.values, values)))
     (keys, key_scales), (values, value_scales) = quantize(keys), quantize(values)
-    return KVCache(
-        put_keys(cache.keys, keys),
-        put(cache.values, values),
-        put(cache.key_scales, key_scales),
-        put(cache.value_scales, value_scales),
+    return _placed(
+        KVCache(
+            put_keys(cache.keys, keys),
+            put(cache.values, values),
+            put(cache.key_scales, key_scales),
+            put(cache.value_scales, value_scales),
+        )
     )
 
 
@@ -128,3 +133,8 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale = jnp.max(jnp.abs(x), axis=-1) / 127.0
     safe = jnp.where(scale > 0, scale, 1.0)[..., None]
     return jnp.round(x / safe).astype(jnp.int8), scale
+
+
+def _placed(cache: KVCache) -> KVCache:
+    """Slots and heads shared out over the mesh in use."""
+    return jax.tree.map(lambda x: sharding.constrain(x, *sharding.CACHE_AXES), cache)

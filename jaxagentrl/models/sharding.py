@@ -1,0 +1,308 @@
+"""Where every array lives on a mesh of devices: axes, path rules, constraints.
+
+    data    rows of the batch; parameters are repeated along it
+    fsdp    rows of the batch too, while parameters and optimizer state are split and gathered where
+            they are used (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, stage 3)
+    tensor  attention heads, feed-forward columns, vocabulary (Shoeybi et al. 2019,
+            https://arxiv.org/abs/1909.08053)
+
+The compiler does the rest: arrays are placed by the rules below, activations are held to them at a
+few points by `constrain`, and XLA puts in the collectives (GSPMD, Xu et al. 2021,
+https://arxiv.org/abs/2105.04663).
+
+Programs find the mesh in their context (`with use(mesh):`). Without one, and inside `pmap` or
+`shard_map`, where devices are handled by the caller, `constrain` and its kin change nothing.
+
+A dimension that an axis does not divide stays whole on that axis: a vocabulary of 509 is not split.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes that share out the rows of a batch
+
+Axis = str | tuple[str, ...] | None
+
+# End of a leaf's path → axes of its dimensions; () is whole everywhere. The leading None of layer
+# leaves is their depth. Optimizer moments carry their parameter's path and so its rule.
+RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
+    (r"embed/embedding", ("tensor", "fsdp")),
+    (r"lm_head/kernel", ("fsdp", "tensor")),
+    (r"layers/attention/(q|k|v)/kernel", (None, "fsdp", "tensor")),
+    (r"layers/attention/(q|k|v)/bias", (None, "tensor")),
+    (r"layers/attention/o/kernel", (None, "tensor", "fsdp")),
+    (r"layers/mlp/(gate|up)/kernel", (None, "fsdp", "tensor")),
+    (r"layers/mlp/down/kernel", (None, "tensor", "fsdp")),
+    (r"layers/\w+/(q|k|v|gate|up)/lora_a", (None, "fsdp", None)),
+    (r"layers/\w+/(q|k|v|gate|up)/lora_b", (None, None, "tensor")),
+    (r"layers/\w+/(o|down)/lora_a", (None, "tensor", None)),
+    (r"layers/\w+/(o|down)/lora_b", (None, None, "fsdp")),
+    (r"(\w+_)?norm/scale", ()),
+    (r"value_head/(kernel|bias)", ()),
+)
+
+CACHE_AXES: tuple[Axis, ...] = (None, ROWS, "tensor")  # [N layers, S slots, K heads, ...]
+
+
+class ShardingError(ValueError):
+    """A mesh that the devices do not make, or a parameter that no rule places."""
+
+
+def make_mesh(
+    *, data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh | None:
+    """The mesh of a run; None when it is one device, which needs none.
+
+    Args:
+        data, fsdp, tensor: sizes of the axes; one of them may be −1: all devices that are left.
+        devices: default all devices of all processes. Several processes must use all of them, a
+            single one may leave some idle.
+
+    Raises:
+        ShardingError: sizes that the devices do not make.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = resolve_shape((data, fsdp, tensor), len(devices))
+    used = math.prod(shape)
+    if used == 1 and len({device.process_index for device in devices}) == 1:
+        return None
+    if used != len(devices) and jax.process_count() > 1:
+        raise ShardingError(
+            f"mesh {dict(zip(AXES, shape, strict=True))} is {used} devices but the "
+            f"{jax.process_count()} processes have {len(devices)}: use all of them, for example by "
+            "mesh.data = -1."
+        )
+    return _mesh(np.array(devices[:used]).reshape(shape))
+
+
+def resolve_shape(shape: Sequence[int], num_devices: int) -> tuple[int, ...]:
+    """Sizes of the axes with a −1 replaced by what is left of `num_devices`."""
+    sizes = dict(zip(AXES, shape, strict=True))
+    wrong = [f"mesh.{name} is {size}" for name, size in sizes.items() if size < 1 and size != -1]
+    if wrong or sum(size == -1 for size in shape) > 1:
+        raise ShardingError(
+            f"{', '.join(wrong) or 'several axes of the mesh are -1'}: every axis is a positive "
+            "number, and one of them may be -1 (all devices left)."
+        )
+    given = math.prod(size for size in shape if size != -1)
+    if given > num_devices or (-1 in shape and num_devices % given):
+        raise ShardingError(
+            f"mesh {sizes} does not fit the {num_devices} devices there are. Lower an axis, or on "
+            "CPU make more of them: XLA_FLAGS=--xla_force_host_platform_device_count=8."
+        )
+    return tuple(num_devices // given if size == -1 else size for size in shape)
+
+
+def decoding_mesh(mesh: Mesh) -> Mesh:
+    """This process's devices for sampling: no fsdp, since gathering a layer for every token would
+    cost more than the token, and no other process, since episodes end at different times.
+
+    Raises:
+        ShardingError: a tensor group spans processes.
+    """
+    mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    tensor = mesh.shape["tensor"]
+    if len(mine) % tensor:
+        raise ShardingError(
+            f"mesh.tensor is {tensor} but this process has {len(mine)} devices: tensor groups stay "
+            "within one process."
+        )
+    return _mesh(np.array(mine).reshape(-1, 1, tensor))
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    # Auto: the compiler propagates. (What newer versions of jax would otherwise choose differs.)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh | None) -> Iterator[None]:
+    """Programs compiled and called in this context are partitioned over the mesh."""
+    if mesh is None:
+        yield
+        return
+    with jax.set_mesh(mesh):
+        yield
+
+
+def active() -> bool:
+    """True within `use` of a mesh, and not inside pmap or shard_map."""
+    return _is_ours(jax.sharding.get_abstract_mesh())
+
+
+def row_shards_in_use() -> int:
+    """Parts that the rows of a batch are split into by the mesh in use."""
+    return num_row_shards(jax.sharding.get_abstract_mesh() if active() else None)
+
+
+def num_row_shards(mesh: Mesh | AbstractMesh | None) -> int:
+    """Parts that the rows of a batch are split into."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def axes_of(path: str, ndim: int) -> tuple[Axis, ...]:
+    """Axes of a parameter's (or its moment's) dimensions by its path, such as
+    "policy/layers/mlp/up/kernel". Scalars (counters) are whole everywhere.
+
+    Raises:
+        ShardingError: no rule names it, or the rule has another number of dimensions.
+    """
+    if ndim == 0:
+        return ()
+    for pattern, axes in RULES:
+        if re.search(rf"(^|/){pattern}$", path):
+            if axes and len(axes) != ndim:
+                raise ShardingError(
+                    f"the parameter {path} has {ndim} dimensions, but its rule {pattern!r} in "
+                    f"models/sharding.py places {len(axes)}: correct the rule."
+                )
+            return axes
+    raise ShardingError(
+        f"no rule places the parameter {path} ({ndim} dimensions): add one to RULES in "
+        "models/sharding.py."
+    )
+
+
+def spec(axes: Sequence[Axis], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+    """Axes with those left out that do not divide their dimension."""
+
+    def fitting(axis: Axis, size: int) -> Axis:
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return axis if names and size % math.prod(sizes[name] for name in names) == 0 else None
+
+    return PartitionSpec(*(fitting(axis, size) for axis, size in zip(axes, shape, strict=False)))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of parameters, optimizer state or both (`TrainState`).
+
+    Raises:
+        ShardingError: naming every leaf that no rule places.
+    """
+    return _by_path(
+        tree, lambda axes, leaf: NamedSharding(mesh, spec(axes, leaf.shape, mesh.shape))
+    )
+
+
+def cache_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Of an array [N, S, K, ...] of a KV cache: slots over rows, heads over tensor."""
+    return NamedSharding(mesh, spec(CACHE_AXES, shape, mesh.shape))
+
+
+def place(tree: Any, mesh: Mesh | None) -> Any:
+    """Puts parameters or a state on the mesh by the rules.
+
+    Every process holds the same values. Without a mesh the tree comes back as it is.
+    """
+    return tree if mesh is None else jax.tree.map(_put, tree, shardings(tree, mesh))
+
+
+def abstract(tree: Any, mesh: Mesh | None) -> Any:
+    """Shapes and types of a tree of arrays with their places on the mesh, to restore into."""
+    if mesh is None:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def place_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Puts host arrays [B, ...] on the mesh, rows shared out; every process holds all rows."""
+    if mesh is None:
+        return jax.device_put(tree)
+    return jax.tree.map(
+        lambda x: _put(x, NamedSharding(mesh, spec((ROWS,), np.shape(x), mesh.shape))), tree
+    )
+
+
+def place_own_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Puts host arrays on the mesh of which every process holds its own rows, in its order.
+
+    Each process gives [B / processes, ...]; the result is [B, ...].
+    """
+    if mesh is None or jax.process_count() == 1:
+        return place_rows(tree, mesh)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
+        where = NamedSharding(mesh, PartitionSpec(ROWS))
+        return jax.make_array_from_process_local_data(where, rows, shape)
+
+    return jax.tree.map(put, tree)
+
+
+def for_decoding(params: Any, mesh: Mesh | None) -> Any:
+    """A copy of the parameters on the `decoding_mesh`, gathered once for a whole rollout."""
+    if mesh is None:
+        return params
+    local = decoding_mesh(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(params, shardings(params, local))
+    whole = gather(params, mesh)
+    return jax.tree.map(
+        lambda x, where: jax.device_put(x.addressable_data(0), where),
+        whole,
+        shardings(whole, local),
+    )
+
+
+def gather(tree: Any, mesh: Mesh | None) -> Any:
+    """Every leaf whole on every device; a collective when there are several processes."""
+    if mesh is None:
+        return tree
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda x: x, out_shardings=whole)(tree)
+
+
+def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
+    """Holds an activation to these axes of the mesh in use; axes that do not divide are left out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _is_ours(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh.shape))
+
+
+def constrain_rows(tree: Any) -> Any:
+    """Holds every leaf [B, ...] to rows shared out over the mesh in use."""
+    return jax.tree.map(lambda x: constrain(x, ROWS), tree) if active() else tree
+
+
+def constrain_params(tree: Any) -> Any:
+    """Holds parameters, gradients or optimizer state to their rules on the mesh in use."""
+    return _by_path(tree, lambda axes, leaf: constrain(leaf, *axes)) if active() else tree
+
+
+def _is_ours(mesh: Any) -> bool:
+    return mesh.axis_names == AXES and all(kind == AxisType.Auto for kind in mesh.axis_types)
+
+
+def _by_path(tree: Any, make: Callable[[tuple[Axis, ...], Any], Any]) -> Any:
+    """`make` of (axes, leaf) for every leaf; all leaves without a rule in one error."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    made, problems = [], []
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        try:
+            made.append(make(axes_of(name, leaf.ndim), leaf))
+        except ShardingError as error:
+            problems.append(str(error))
+    if problems:
+        raise ShardingError(" ".join(problems))
+    return jax.tree_util.tree_unflatten(treedef, made)
+
+
+def _put(x: Any, where: NamedSharding) -> jax.Array:
+    if jax.process_count() == 1:
+        return jax.device_put(x, where)
+    value = np.asarray(x)
+    return jax.make_array_from_callback(value.shape, where, lambda index: value[index])

@@ -1,0 +1,95 @@
+"""Several trajectories in one row: first-fit, and the index that takes them there. Numpy.
+
+Estimators and weights are computed on the batch as it is, one trajectory per row; packing comes
+after them and moves nothing but an index: `places` says for every token of a packed row which entry
+of the batch's [B, L] arrays it is. Attention stays within a trajectory by its segment id, positions
+start at 0 in each.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Micro-batches of packed rows: M of them, R rows, L positions. int32."""
+
+    places: jax.Array | np.ndarray  # [M, R, L] row · width + column; rows · width on padding
+    positions: jax.Array | np.ndarray  # [M, R, L] from 0 in every trajectory; 0 on padding
+    segment_ids: jax.Array | np.ndarray  # [M, R, L] number within the row; −1 on padding
+    count: jax.Array | np.ndarray  # [] micro-batches that hold anything
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Shares out items over bins: longest first, each into the first bin that has room.
+
+    Uses at most 11/9 of the fewest bins possible, plus 6/9 (Dósa 2007).
+
+    Returns:
+        Indices into `lengths` by bin. Deterministic.
+
+    Raises:
+        ValueError: an item is larger than a bin.
+    """
+    if len(lengths) and max(lengths) > capacity:
+        raise ValueError(
+            f"a trajectory has {max(lengths)} tokens but packed rows have {capacity}: raise the "
+            "largest of learner.length_buckets."
+        )
+    bins: list[list[int]] = []
+    room = np.full(len(lengths), capacity)
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = int(np.argmax(room >= lengths[index]))  # an empty bin at the latest
+        if fitting == len(bins):
+            bins.append([])
+        bins[fitting].append(index)
+        room[fitting] -= lengths[index]
+    return bins
+
+
+def pack(
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    shape: tuple[int, int],
+    length: int,
+    tokens_per_part: int,
+    row_multiple: int,
+) -> Packed:
+    """Index of the batch rows `rows` packed into micro-batches of about tokens_per_part tokens.
+
+    Args:
+        rows: [n] rows of the batch to pack.
+        lengths: tokens of every row of the batch, at least those named.
+        shape: (B, width) of the batch's arrays.
+        length: L of packed rows.
+        tokens_per_part: upper bound of R × L, as long as `row_multiple` rows fit.
+        row_multiple: R is a multiple of this.
+
+    Returns:
+        M is a power of two, so that the numbers of trajectories that occur share few programs.
+    """
+    bins = first_fit([int(lengths[row]) for row in rows], length)
+    per_part = max(tokens_per_part // (length * row_multiple), 1) * row_multiple
+    count = -(-len(bins) // per_part)
+    capacity = 1 << max(count - 1, 0).bit_length()
+    full = (capacity * per_part, length)
+    places = np.full(full, shape[0] * shape[1], np.int32)
+    positions, segment_ids = np.zeros(full, np.int32), np.full(full, -1, np.int32)
+    for number, members in enumerate(bins):
+        start = 0
+        for segment, member in enumerate(members):
+            row, size = int(rows[member]), int(lengths[rows[member]])
+            span = (number, slice(start, start + size))
+            places[span] = row * shape[1] + np.arange(size)
+            positions[span] = np.arange(size)
+            segment_ids[span] = segment
+            start += size
+    parts = (capacity, per_part, length)
+    return Packed(
+        places.reshape(parts), positions.reshape(parts), segment_ids.reshape(parts), np.int32(count)
+    )
