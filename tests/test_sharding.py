@@ -108,9 +108,8 @@ def fresh_state(model, mesh):
     return sharding.place(state, mesh)
 
 
-def gradients(model, mesh, **options):
-    """(metrics, gradient) of the RL loss with every term, on a mesh."""
-    loss_fn = learner.make_rl_loss(model, **RL, **options)
+def gradients(model, mesh, loss_fn):
+    """(metrics, gradient) of a loss on a mesh."""
     accumulate = learner.make_accumulate(loss_fn)
     with sharding.use(mesh):
         state = fresh_state(model, mesh)
@@ -122,8 +121,8 @@ def gradients(model, mesh, **options):
 
 
 @functools.cache
-def on_one_device(model):
-    return jax.device_get(gradients(model, None))
+def imitation_on_one_device():
+    return jax.device_get(gradients(UNTIED, None, learner.make_sft_loss(UNTIED)))
 
 
 def assert_close(one, other):
@@ -131,15 +130,120 @@ def assert_close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), one, other)
 
 
+def assert_placed(tree, mesh):
+    for leaf, where in zip(
+        jax.tree.leaves(tree), jax.tree.leaves(sharding.shardings(tree, mesh)), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(where, leaf.ndim), (leaf.sharding, where)
+
+
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_every_factorization_gives_the_loss_and_gradient_of_one_device(shape):
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape, strict=True)))
+    metrics, grads = gradients(UNTIED, mesh, learner.make_sft_loss(UNTIED))
+    assert_close(imitation_on_one_device(), jax.device_get((metrics, grads)))
+    assert_placed(grads, mesh)
+
+
+def test_the_whole_rl_loss_with_a_tied_prime_vocabulary_on_all_three_axes():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=-1)
+    loss_fn = learner.make_rl_loss(MODEL, **RL)
+    one, other = (gradients(MODEL, each, loss_fn) for each in (None, mesh))
+    assert_close(jax.device_get(one), jax.device_get(other))
+
+
+def test_pmap_gives_the_gradient_of_one_device():
+    loss_fn = learner.make_sft_loss(UNTIED)
+
+    def shard(weights, batch, targets):
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(weights, batch, targets)
+        return jax.lax.psum((metrics, grads), "devices")
+
+    batch, targets = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), data())
+    parallel = jax.pmap(
+        shard, "devices", in_axes=(None, 0, 0), out_axes=None, devices=jax.devices()[:4]
+    )
+    assert_close(
+        imitation_on_one_device(), jax.device_get(parallel(params(UNTIED), batch, targets))
+    )
+
+
+def packed_rows(**options):
+    return pack(
+        np.arange(ROWS),
+        lengths(),
+        shape=(ROWS, LENGTH),
+        **dict(length=LENGTH, tokens_per_part=4 * LENGTH, row_multiple=4) | options,
+    )
+
+
+def test_a_packed_step_on_a_mesh_changes_parameters_as_one_device_does():
+    """Plain gradient descent: its step is the gradient, and Adam's would amplify rounding."""
+    loss_fn = learner.make_sft_loss(UNTIED)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    rows = [(np.arange(ROWS, dtype=np.int32), LENGTH)]
+    outcomes = []
+    for where, work in ((None, rows), (mesh, packed_rows())):
+        chain = optax.trace(0.9)
+        with sharding.use(where):
+            state = fresh_state(UNTIED, where)
+            state = dataclasses.replace(state, opt_state=chain.init(state.params))
+            state = sharding.place(state, where)
+            batch, targets = sharding.place_rows(data(), where)
+            state, metrics = learner.make_update(loss_fn, chain)(state, batch, targets, work)
+        if where is not None:
+            assert_placed(state, where)
+        outcomes.append(jax.device_get((state, metrics)))
+    assert_close(*outcomes)
+
+
+def test_a_sharded_cache_decodes_the_same_tokens():
+    model, prompt = UNTIED, np.arange(12, dtype=np.int32).reshape(4, 3)
+    counts = np.full(4, 3, np.int32)
+    outcomes = []
+    for mesh in (None, sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+        local = None if mesh is None else sharding.decoding_mesh(mesh)
+        with sharding.use(local):
+            policy = sharding.for_decoding(
+                sharding.place(jax.tree.map(jnp.asarray, params(model)), mesh)["policy"], mesh
+            )
+            cache = kv_cache.init(model.num_layers, 4, 8, model.num_kv_heads, 8, "float32")
+            if local is not None:
+                places = sharding.cache_sharding(cache.keys.shape, local)
+                assert cache.keys.sharding.is_equivalent_to(places, 5)
+                assert cache.keys.addressable_shards[0].data.shape == (2, 1, 8, 2, 8)
+            program = jax.jit(functools.partial(decoder.hidden_cached, model, filled=8))
+            hidden, cache = program(policy, prompt, cache, None, 0 * counts, counts)
+        outcomes.append(jax.device_get((hidden, cache)))
+    assert_close(*outcomes)
+
+
+def test_rules_cover_the_optimizer_and_name_what_they_do_not_know():
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
     for model in (MODEL, UNTIED):
-        mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape, strict=True)))
-        metrics, grads = gradients(model, mesh)
-        assert_close(on_one_device(model), jax.device_get((metrics, grads)))
-        places = sharding.shardings(grads, mesh)
-        jax.tree.map(
-            lambda x, where: x.sharding.is_equivalent_to(where, x.ndim) or pytest.fail(str(where)),
-            grads,
-            places,
-        )
+        state = fresh_state(model, mesh)
+        assert_placed(state, mesh)
+        moment = state.opt_state[1][0].mu["policy"]["layers"]["mlp"]["down"]["kernel"]
+        assert {shard.data.shape for shard in moment.addressable_shards} == {(2, 24, 8)}
+    embedding = fresh_state(MODEL, mesh).params["policy"]["embed"]["embedding"]
+    assert {shard.data.shape for shard in embedding.addressable_shards} == {(61, 8)}
+    unknown = {"policy": {"layers": {"mlp": {"side": {"kernel": np.zeros((2, 3, 4))}}}}}
+    with pytest.raises(sharding.ShardingError, match="policy/layers/mlp/side/kernel"):
+        sharding.place(unknown, mesh)
+    with pytest.raises(sharding.ShardingError, match="3 dimensions, but its rule"):
+        sharding.axes_of("lm_head/kernel", 3)
+
+
+@pytest.mark.parametrize(
+    "sizes, words",
+    [((3, 1, 4), "does not fit the 8 devices"), ((-1, -1, 1), "-1"), ((0, 1, 1), "mesh.data is 0"),
+     ((-1, 3, 1), "does not fit")],
+)
+def test_meshes_that_cannot_be_are_refused(sizes, words):
+    with pytest.raises(sharding.ShardingError, match=words):
+        sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+
+
+def test_a_mesh_of_one_device_is_none():
+    assert sharding.make_mesh(data=1, fsdp=1, tensor=1) is None
+    assert sharding.make_mesh(data=-1, fsdp=2, tensor=1).shape["data"] == 4

@@ -295,7 +295,9 @@ def logits(
 
 
 def embed(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
+    # Gathered over fsdp first: a lookup in columns that are split would replicate the activations.
+    table = sharding.constrain(params["embed"]["embedding"], "tensor", None)
+    x = jnp.take(table, tokens, axis=0, mode="clip")
     return x * jnp.asarray(config.hidden_size**0.5, x.dtype) if config.scale_embeddings else x
 
 
