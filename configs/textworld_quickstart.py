@@ -104,6 +104,7 @@ def get_config() -> ml_collections.ConfigDict:
             b2=0.95,
             weight_decay=0.1,
             max_grad_norm=1.0,
+            moment_dtype="float32",
         ),
     )
     config.rl = dict(
@@ -148,6 +149,7 @@ def get_config() -> ml_collections.ConfigDict:
             b2=0.95,
             weight_decay=0.0,
             max_grad_norm=1.0,
+            moment_dtype="float32",
         ),
     )
     config.eval = dict(temperature=0.0)

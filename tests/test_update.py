@@ -1,0 +1,228 @@
+"""The update step: memory, packing, narrow dtypes. Equality on meshes is in test_sharding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_sharding import (
+    LENGTH,
+    OPTIMIZER,
+    ROWS,
+    UNTIED,
+    assert_close,
+    data,
+    fresh_state,
+    imitation_on_one_device,
+    lengths,
+    packed_rows,
+    params,
+)
+
+from jaxagentrl import learner, logprobs, optimizer, packing
+from jaxagentrl.models import decoder
+
+BIG_VOCABULARY = 152_064  # Qwen2.5's
+
+
+def head_memory(vocab_size: int, rows: int, length: int, width: int = 8) -> int:
+    """Bytes of temporaries that the gradient of the log-probs needs, from the compiled program."""
+
+    def loss(hidden, weights, tokens):
+        scores, entropies = logprobs.token_logprobs(
+            hidden, weights, tokens, chunk_size=logprobs.chunk_size(vocab_size)
+        )
+        return jnp.sum(scores) + jnp.sum(entropies)
+
+    shapes = (
+        jax.ShapeDtypeStruct((rows, length, width), jnp.float32),
+        jax.ShapeDtypeStruct((width, vocab_size), jnp.float32),
+        jax.ShapeDtypeStruct((rows, length), jnp.int32),
+    )
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_the_logits_of_a_batch_never_exist():
+    """At V = 152k: a constant number of chunks of logits, however long the batch."""
+    short, long = (head_memory(BIG_VOCABULARY, 4, length) for length in (1024, 4096))
+    chunk = 4 * BIG_VOCABULARY * logprobs.chunk_size(BIG_VOCABULARY)
+    logits = 4 * BIG_VOCABULARY * 4 * 4096
+    assert chunk <= 2**28
+    assert long < 6 * chunk < logits / 6
+    assert long - short < 0.05 * logits
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+def test_chunks_change_nothing(chunk_size):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((3, 11, 4)), jnp.float32)
+    weights = jnp.asarray(rng.standard_normal((4, 13)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, 13, (3, 11)), jnp.int32)
+
+    def loss(hidden, weights, chunk_size):
+        scores, entropies = logprobs.token_logprobs(
+            hidden, weights, tokens, temperature=0.7, chunk_size=chunk_size
+        )
+        return jnp.sum(jnp.sin(scores)) + jnp.sum(entropies**2), (scores, entropies)
+
+    both = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)
+    whole, parts = (both(hidden, weights, size) for size in (1000, chunk_size))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, parts)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120))
+def test_first_fit_uses_every_item_once_and_few_bins(sizes, capacity):
+    bins = packing.first_fit(sizes, capacity)
+    assert sorted(i for members in bins for i in members) == list(range(len(sizes)))
+    assert all(0 < sum(sizes[i] for i in members) <= capacity for members in bins)
+    # No two bins fit into one: the mark of any fit that opens a bin only when it must.
+    loads = sorted(sum(sizes[i] for i in members) for members in bins)
+    assert len(loads) < 2 or loads[0] + loads[1] > capacity
+
+
+def test_first_fit_by_hand():
+    assert packing.first_fit([3, 7, 5, 2, 3], 10) == [[1, 0], [2, 4, 3]]
+    assert packing.first_fit([], 10) == []
+    with pytest.raises(ValueError, match="11 tokens but packed rows have 10"):
+        packing.first_fit([11], 10)
+
+
+def test_packed_rows_hold_every_token_once():
+    packed = packed_rows()
+    assert packed.places.shape == (4, 4, LENGTH)
+    count = int(packed.count)
+    rows_used = len(packing.first_fit(lengths().tolist(), LENGTH))
+    assert count == -(-rows_used // 4) <= 4
+    held = packed.places[packed.segment_ids >= 0]
+    expected = np.flatnonzero(np.arange(LENGTH)[None] < lengths()[:, None])
+    np.testing.assert_array_equal(np.sort(held), expected)
+    np.testing.assert_array_equal(held % LENGTH, packed.positions[packed.segment_ids >= 0])
+    assert np.all(packed.places[packed.segment_ids < 0] == ROWS * LENGTH)
+    assert np.all(packed.segment_ids[count:] == -1)
+
+
+WIDER = dict(length=2 * LENGTH + 5)  # room for several trajectories in a row
+
+
+def step_with(work, **options):
+    chain = optax.trace(0.0)
+    state = fresh_state(UNTIED, None)
+    state = learner.TrainState(state.step, state.iteration, state.params, chain.init(state.params))
+    update = learner.make_update(learner.make_sft_loss(UNTIED, **options), chain)
+    return update(state, *jax.device_put(data()), work)
+
+
+def test_packing_changes_no_gradient():
+    """Accumulated over micro-batches of packed rows, with global denominators."""
+    metrics, grads = imitation_on_one_device()
+    packed = packed_rows(**WIDER, tokens_per_part=2 * WIDER["length"], row_multiple=2)
+    assert int(packed.count) > 1 and packed.segment_ids.max() > 1
+    state, measured = step_with(packed)
+    assert_close(metrics, {key: measured[key] for key in metrics})
+    assert_close(grads, jax.tree.map(np.subtract, state.params, params(UNTIED)))
+
+
+def test_packing_changes_no_score():
+    score = learner.make_score(UNTIED, temperature=0.8)
+    tokens = data()[0].tokens
+    weights = params(UNTIED)
+    whole = score(weights, tokens, [(np.arange(ROWS, dtype=np.int32), LENGTH)])
+    packed = score(weights, tokens, packed_rows(**WIDER))
+    valid = data()[0].valid_mask
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.where(valid, a, 0), b, atol=1e-5), whole, packed
+    )
+    assert float(np.abs(packed.values).max()) > 0
+
+
+def test_steps_of_other_sizes_share_one_program():
+    step = learner.make_step(learner.make_sft_loss(UNTIED), optax.sgd(0.1))
+    state = fresh_state(UNTIED, None)
+    state = learner.TrainState(
+        state.step, state.iteration, state.params, optax.sgd(0.1).init(state.params)
+    )
+    for count in (3, 4):
+        packed = packing.pack(
+            np.arange(count * 4),
+            np.full(ROWS, LENGTH),
+            shape=(ROWS, LENGTH),
+            length=LENGTH,
+            tokens_per_part=4 * LENGTH,
+            row_multiple=4,
+        )
+        assert int(packed.count) == count
+        before = state
+        state, _ = step(state, *data(), packed)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))  # donated
+    assert step._cache_size() == 1
+
+
+def test_bfloat16_computes_near_float32_on_float32_masters():
+    rows = [(np.arange(ROWS, dtype=np.int32), LENGTH)]
+    metrics, grads = imitation_on_one_device()
+    state, measured = step_with(rows, compute_dtype="bfloat16")
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    assert abs(float(metrics["loss/action"] - measured["loss/action"])) < 0.02
+    norm = functools.partial(optax.tree.norm)
+    change = jax.tree.map(np.subtract, state.params, params(UNTIED))
+    error = norm(jax.tree.map(np.subtract, change, grads)) / norm(grads)
+    assert 0 < float(error) < 0.03  # 8 bits of mantissa, and not float32 by accident
+
+
+@pytest.mark.parametrize("policy", list(decoder.REMAT))
+def test_rematerialization_saves_memory(policy):
+    model = decoder.DecoderConfig(64, 64, 8, 4, 2, 16, 256)
+    weights = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((16, 128), jnp.int32)
+
+    def memory(remat):
+        def loss(weights, tokens):
+            return jnp.sum(decoder.hidden(model, weights, tokens, remat=remat) ** 2)
+
+        compiled = jax.jit(jax.grad(loss)).lower(weights, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    order = list(decoder.REMAT)  # from keeping all to keeping least
+    place = order.index(policy)
+    assert place == 0 or memory(policy) < 0.9 * memory(order[place - 1])
+
+
+def test_small_moments_are_adam_on_average_and_half_the_bytes():
+    options = dict(OPTIMIZER, weight_decay=0.01)
+    weights = {"kernel": jnp.ones((64, 64))}
+    rng = np.random.default_rng(0)
+    gradients = [rng.normal(0.3, 1.0, (64, 64)).astype(np.float32) for _ in range(50)]
+    ends = []
+    for dtype in optimizer.MOMENT_DTYPES:
+        chain = optimizer.make(**options, moment_dtype=dtype)
+        moved, state = weights, chain.init(weights)
+        update = jax.jit(chain.update)
+        for gradient in gradients:
+            updates, state = update({"kernel": jnp.asarray(gradient)}, state, moved)
+            moved = optax.apply_updates(moved, updates)
+        ends.append(moved["kernel"])
+    moments = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert len(moments) == 2 and all(x.dtype == jnp.bfloat16 for x in moments)
+    exact, small = (np.asarray(end) - 1 for end in ends)
+    assert np.abs(np.mean(small - exact)) < 0.002 * np.abs(np.mean(exact))
+    assert np.max(np.abs(small - exact)) < 0.1 * np.max(np.abs(exact))
+    with pytest.raises(ValueError, match="moment_dtype"):
+        optimizer.make(**options, moment_dtype="int8")
+
+
+def test_rounding_at_random_has_the_right_mean():
+    """A change of 1/2048 of the value, which rounding to nearest would drop for ever."""
+    x = jnp.full(200_000, 1 + 2**-11, jnp.float32)
+    rounded = optimizer._round_at_random(x, jax.random.key(3)).astype(jnp.float32)
+    assert set(np.unique(rounded).tolist()) == {1.0, 1 + 2**-7}
+    assert abs(float(jnp.mean(rounded)) - (1 + 2**-11)) < 3 * 2**-7 * (1 / 16 / 200_000) ** 0.5
+    edge = jnp.array([jnp.inf, -jnp.inf, jnp.nan, 0.0, -0.0])
+    kept = optimizer._round_at_random(edge, jax.random.key(0))
+    np.testing.assert_array_equal(kept[:2], edge[:2])
+    assert np.isnan(kept[2]) and not np.any(kept[3:])
