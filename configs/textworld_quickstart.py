@@ -89,6 +89,14 @@ def get_config() -> ml_collections.ConfigDict:
         compute_dtype="float32",
     )
     config.mesh = dict(data=1, fsdp=1, tensor=1)
+    # None: what the device says it has. The run is refused when its plan needs more.
+    config.memory_limit_gb = ml_collections.config_dict.placeholder(float)
+    config.lora = dict(
+        rank=0,
+        alpha=16.0,
+        targets=("attention/(q|k|v|o)", "mlp/(gate|up|down)"),
+        export="merged",
+    )
     config.sft = dict(
         num_steps=200,
         batch_size=16,

@@ -160,8 +160,12 @@ def train(
     packing: bool,
     remat: str,
     compute_dtype: str,
+    frozen: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[int, TrainState, Mapping[str, jax.Array]]]:
-    """Yields (steps done, state, metrics) after every optimizer step."""
+    """Yields (steps done, state, metrics) after every optimizer step.
+
+    `frozen` are the parameters that are not trained, see `learner`.
+    """
     loss = learner.make_sft_loss(model, remat=remat, compute_dtype=compute_dtype)
     update = learner.make_update(loss, optimizer)
     weigh = jax.jit(targets, static_argnames="observation_weight")
@@ -178,5 +182,5 @@ def train(
             packing=packing,
         )
         weighed = weigh(batch, rows, observation_weight=observation_weight)
-        state, metrics = update(state, batch, weighed, work)
+        state, metrics = update(state, batch, weighed, work, frozen)
         yield step + 1, state, metrics

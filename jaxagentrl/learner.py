@@ -7,7 +7,8 @@ its weight in the global loss, computed once for the whole batch: sums over micr
 the gradient of the whole, whatever the split, the padding or the order.
 
 Parameters are a dict {"policy": decoder tree} with, for PPO, "value_head" and possibly "critic".
-What is not trained comes as a second dict, `frozen`.
+With low-rank adapters, what is trained is {"adapters": tree}, and "policy" and "lora_scale" come as a
+second dict, `frozen`.
 
 On a mesh (`models.sharding`) rows are shared out over devices, and gradients, parameters and
 optimizer state are held to their rules.
@@ -24,7 +25,7 @@ import optax
 
 from jaxagentrl import logprobs as token_scores
 from jaxagentrl import losses
-from jaxagentrl.models import decoder, sharding
+from jaxagentrl.models import decoder, lora, sharding
 from jaxagentrl.packing import Packed
 from jaxagentrl.types import Array, TrainState, TrajectoryBatch
 
@@ -108,7 +109,7 @@ def forward(
             remat=remat,
         )
 
-    policy = in_dtype(params["policy"], compute_dtype)
+    policy = in_dtype(policy_of(params), compute_dtype)
     x = hidden(policy)
     logprobs, entropies = token_scores.token_logprobs(
         x,
@@ -129,6 +130,13 @@ def forward(
         return scores
     # A packed sequence's first token has another sequence before it, which says nothing of it.
     return jax.tree.map(lambda x: jnp.where(positions > 0, x, 0.0), scores)
+
+
+def policy_of(params: Params) -> Params:
+    """The decoder's parameters, its adapters beside their kernels if there are any."""
+    if "adapters" not in params:
+        return params["policy"]
+    return lora.attach(params["policy"], params["adapters"], params["lora_scale"])
 
 
 def in_dtype(params: Params, dtype: str) -> Params:
@@ -373,36 +381,44 @@ def make_step(
     return step
 
 
-def make_update(
-    loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation
-) -> Callable[..., Any]:
-    """Function (state, batch, targets, work, frozen={}) → (state, metrics): one optimizer step.
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One optimizer step on whatever `work` is. Made by `make_update`."""
 
-    The state is donated.
-    """
-    accumulate, apply = make_accumulate(loss_fn), make_apply(optimizer)
-    step = make_step(loss_fn, optimizer)
+    accumulate: Callable[..., Any]
+    apply: Callable[..., Any]
+    step: Callable[..., Any]
 
-    def update(
+    def __call__(
+        self,
         state: TrainState,
         batch: TrajectoryBatch,
         targets: Targets,
         work: Work,
         frozen: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
+        """The new state and the metrics; the old state is donated."""
         if isinstance(work, Packed):
-            return step(state, batch, targets, work, frozen)
-        grads = jax.tree.map(jnp.zeros_like, state.params)
+            return self.step(state, batch, targets, work, frozen)
+        grads = zeros_like(state.params)
         total: Metrics = {}
         for rows, length in work:
-            grads, metrics = accumulate(
+            grads, metrics = self.accumulate(
                 state.params, grads, batch, targets, rows, length=length, frozen=frozen
             )
             total = _join(total, metrics)
-        state, metrics = apply(state, grads)
+        state, metrics = self.apply(state, grads)
         return state, total | metrics
 
-    return update
+
+def make_update(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation) -> Update:
+    return Update(make_accumulate(loss_fn), make_apply(optimizer), make_step(loss_fn, optimizer))
+
+
+@jax.jit
+def zeros_like(params: Params) -> Params:
+    """Zeros of the shapes, types and places of parameters: empty gradients."""
+    return sharding.constrain_params(jax.tree.map(jnp.zeros_like, params))
 
 
 def _gradient(

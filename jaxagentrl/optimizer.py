@@ -137,7 +137,6 @@ def _round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _is_matrix(params: optax.Params) -> optax.Params:
-    """True for leaves named kernel or embedding; stacked layers give norms a second axis too."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )
+    """By the leaf's name: stacked layers give norms a second axis too."""
+    names = ("kernel", "embedding", "lora_a", "lora_b")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from envs_host import collect
 from envs_host.pool import EnvPool
 from envs_host.types import Task
 from jaxagentrl import chat, demos, engine, progress, tasks, tokenizer
-from jaxagentrl.models import decoder, pretrained, sharding
+from jaxagentrl.models import decoder, lora, pretrained, sharding
 from jaxagentrl.workdir import Workdir
 
 
@@ -29,7 +30,8 @@ class Setup:
     replays: Sequence[demos.Replay]  # walkthroughs of "demo"
     chat_format: chat.ChatFormat
     model: decoder.DecoderConfig
-    policy: decoder.Params  # before training, on the mesh
+    trainable: decoder.Params  # before training, on the mesh: {"policy"} or {"adapters"}
+    frozen: decoder.Params | None  # what is not trained: the model under adapters
     engine: engine.Engine
     mesh: jax.sharding.Mesh | None  # None on one device
 
@@ -83,6 +85,18 @@ def _check_learner(learner: Mapping[str, Any], config: Mapping[str, Any]) -> Non
             "learner.compute_dtype must be 'float32' or 'bfloat16', got "
             f"{learner['compute_dtype']!r}."
         )
+    lora_options = config["lora"]
+    if lora_options["rank"]:
+        lora.targeted(lora_options["targets"])
+        if lora_options["export"] not in ("merged", "separate"):
+            raise ValueError(
+                f"lora.export must be 'merged' or 'separate', got {lora_options['export']!r}."
+            )
+        if config["rl"]["critic"] == "separate":
+            raise ValueError(
+                "rl.critic 'separate' is a second whole model, which lora.rank > 0 is there to "
+                "avoid: use 'head'."
+            )
     if learner["packing"] and config["rl"]["loss"]["surrogate"] == "gspo":
         raise ValueError(
             "learner.packing puts several episodes in a row, but rl.loss.surrogate 'gspo' takes a "
@@ -156,6 +170,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
         loaded = _tokenizer(config, replays, workdir)
         chat_format = chat.make(loaded)
         model, policy = _model(config["model"], len(loaded), jax.random.key(config["seed"]))
+        trainable, frozen = _with_lora(policy, config)
         with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
             decoding = engine.Engine(
                 model,
@@ -169,7 +184,8 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             replays=replays,
             chat_format=chat_format,
             model=model,
-            policy=sharding.place(policy, mesh),
+            trainable=sharding.place(trainable, mesh),
+            frozen=sharding.place(frozen, mesh),
             engine=decoding,
             mesh=mesh,
         )
@@ -210,6 +226,20 @@ def _model(
         return pretrained.load(directory)
     config = decoder.DecoderConfig(vocab_size=vocab_size, **options)
     return config, decoder.init(config, key)
+
+
+def _with_lora(
+    policy: decoder.Params, config: Mapping[str, Any]
+) -> tuple[decoder.Params, decoder.Params | None]:
+    """What is trained and what is frozen: the model, or adapters over it."""
+    options = config["lora"]
+    if options["rank"] == 0:
+        return {"policy": policy}, None
+    # Another stream than the model's own draw, which is that of the seed itself.
+    key = jax.random.fold_in(jax.random.key(config["seed"]), 1)
+    adapters = lora.init(policy, key, rank=options["rank"], targets=options["targets"])
+    scale = jnp.float32(options["alpha"] / options["rank"])
+    return {"adapters": adapters}, {"policy": policy, "lora_scale": scale}
 
 
 def _fingerprint(split: Sequence[Task]) -> str:

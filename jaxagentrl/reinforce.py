@@ -23,7 +23,7 @@ class Programs:
 
     score: Callable[..., learner.Scores]
     estimate: Callable[..., Any]
-    update: Callable[..., Any]
+    update: learner.Update
     needs_reference: bool
     needs_scores: bool
     mesh: jax.sharding.Mesh | None = None
@@ -148,13 +148,15 @@ def learn(
     config: Mapping[str, Any],
     *,
     iteration: int,
+    frozen: Params | None = None,
 ) -> tuple[TrainState, dict[str, Any], list[np.ndarray]]:
     """All optimizer steps of one iteration.
 
     Args:
         state: donated.
-        reference: {"policy": ...} frozen parameters for the KL term.
+        reference: {"policy": ...}, or {"adapters": ...}, of the KL term.
         trajectories: of at most rl.tasks_per_iteration groups; none of them empty.
+        frozen: parameters that are not trained, see `learner`.
 
     Returns:
         The new state; metrics (losses as means over optimizer steps, facts of the batch); and for
@@ -164,6 +166,7 @@ def learn(
     turn_rewards = [rewards.turn_rewards(t, **config["reward"]) for t in trajectories]
     episodes = rl["tasks_per_iteration"] * rl["group_size"]
     shards = sharding.num_row_shards(programs.mesh)
+    fixed = frozen or {}
     batch = batching.to_batch(
         trajectories,
         turn_rewards,
@@ -178,15 +181,15 @@ def learn(
     whole = batch.tokens.shape[0]
 
     def split(rows: np.ndarray) -> learner.Work:
-        return imitate.split(rows, lengths, shape=batch.tokens.shape, **_part_shapes(shapes))
+        return imitate.split(rows, lengths, shape=batch.tokens.shape, **part_shapes(shapes))
 
     everything = split(np.arange(len(lengths), dtype=np.int32))
     scores = learner.empty_scores(batch.tokens.shape)
     ref_logprobs = jnp.zeros(batch.tokens.shape)
     if programs.needs_scores:
-        scores = programs.score(state.params, batch.tokens, everything)
+        scores = programs.score(fixed | state.params, batch.tokens, everything)
     if programs.needs_reference:
-        ref_logprobs = programs.score(reference, batch.tokens, everything).logprobs
+        ref_logprobs = programs.score(fixed | reference, batch.tokens, everything).logprobs
     anchor_ids = batching.anchor_ids(
         trajectories, num_rows=whole, max_turns=config["rollout"]["max_turns"]
     )
@@ -214,7 +217,7 @@ def learn(
                 observation_weight=rl["observation_weight"],
             )
             work = everything if rl["num_minibatches"] == 1 else split(rows)
-            state, metrics = programs.update(state, batch, targets, work)
+            state, metrics = programs.update(state, batch, targets, work, frozen)
             collected.append(metrics)
     collected = jax.device_get(collected)
     means = {
@@ -270,7 +273,7 @@ def _targets(
 _targets = jax.jit(_targets, static_argnames=("aggregation", "observation_weight"))
 
 
-def _part_shapes(shapes: Mapping[str, Any]) -> dict[str, Any]:
+def part_shapes(shapes: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("length_buckets", "tokens_per_part", "row_multiple", "packing")
     return {key: shapes[key] for key in keys}
 

@@ -22,6 +22,7 @@ from jaxagentrl import (
     learner,
     metrics,
     optimizer,
+    plan,
     prepare,
     progress,
     reinforce,
@@ -30,14 +31,16 @@ from jaxagentrl import (
     tasks,
     workdir,
 )
-from jaxagentrl.models import pretrained, sharding
+from jaxagentrl.models import lora, pretrained, sharding
 from jaxagentrl.types import TrainState
 
 # Words of the random streams, so that no two uses of one seed coincide.
 STREAM_EVALUATE, STREAM_RL = 1, 2
 
 # Keys that cannot change a result, only how fast it comes (a mesh: up to rounding).
-FREE_KEYS = ("compilation_cache_dir", "env.cache_dir", "env.num_workers", "pool", "mesh")
+FREE_KEYS = (
+    "compilation_cache_dir", "env.cache_dir", "env.num_workers", "memory_limit_gb", "mesh", "pool",
+)
 
 
 @dataclasses.dataclass
@@ -60,11 +63,12 @@ def run(config: Mapping[str, Any], directory: str) -> None:
     started = time.monotonic()
     with prepare.everything(config, folder) as setup, sharding.use(setup.mesh):
         state, host = _restore(folder, config, setup)
-        setup.engine.warm_up(
-            state.params["policy"], restricted=rollout.is_restricted(config["rollout"])
-        )
+        with _decoding(setup, state.params) as policy:
+            setup.engine.warm_up(policy, restricted=rollout.is_restricted(config["rollout"]))
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
             session = Session(config, folder, setup, writer)
+            programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
+            _plan(session, programs, chain)
             if host["stage"] == "start":
                 seconds = {"time/prepare_s": time.monotonic() - started}
                 values = _timed(seconds, _baselines, session, state.params)
@@ -75,7 +79,7 @@ def run(config: Mapping[str, Any], directory: str) -> None:
                 writer.write("eval", 0, _timed({}, _evaluate, session, state.params, "sft"))
                 state = _start_rl(state, config, setup)
                 host = _save(session, state, stage="rl", step=0)
-            state = _reinforce(session, state, host)
+            state = _reinforce(session, state, host, programs)
             _export(session, state)
     report.write(folder.root)
 
@@ -103,6 +107,7 @@ def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState
         num_steps=sft["num_steps"],
         batch_size=sft["batch_size"],
         observation_weight=sft["observation_weight"],
+        frozen=setup.frozen,
         **shapes,
     )
     since = time.monotonic()
@@ -122,10 +127,36 @@ def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState
     return state
 
 
-def _reinforce(session: Session, state: TrainState, host: Mapping[str, Any]) -> TrainState:
+def _plan(session: Session, programs: reinforce.Programs, chain: Any) -> None:
+    """Says what memory the run will take, and refuses one that is larger than there is."""
+    config, setup, rl = session.config, session.setup, session.config["rl"]
+    shards = sharding.num_row_shards(setup.mesh)
+    num_rows = -(-rl["tasks_per_iteration"] * rl["group_size"] // shards) * shards
+    shapes = reinforce.part_shapes(config["learner"])
+    trainable = learner.with_critic(setup.trainable, setup.model, critic=rl["critic"])
+    limit = config["memory_limit_gb"]
+    made = plan.make(
+        programs.update,
+        optimizer=chain,
+        trainable=sharding.place(trainable, setup.mesh),
+        frozen=setup.frozen,
+        model=setup.model,
+        mesh=setup.mesh,
+        num_rows=num_rows,
+        work=plan.largest_work(num_rows, **shapes),
+        width=max(config["learner"]["length_buckets"]),
+        sampling_options=config["sampling"],
+        limit=None if limit is None else int(limit * 1e9),
+    )
+    progress.notice(made.text())
+    made.check()
+
+
+def _reinforce(
+    session: Session, state: TrainState, host: Mapping[str, Any], programs: reinforce.Programs
+) -> TrainState:
     """Reinforcement learning from iteration host["step"] on."""
     config, setup, rl = session.config, session.setup, session.config["rl"]
-    programs, _ = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
     reference = _reference(session, state) if programs.needs_reference else {}
     sampler = tasks.Sampler(setup.splits["train"], seed=config["seed"])
     if host["sampler"]:
@@ -146,7 +177,13 @@ def _reinforce(session: Session, state: TrainState, host: Mapping[str, Any]) -> 
             )
             clock.append(time.monotonic())
             state, measured, credit = reinforce.learn(
-                state, reference, played.trajectories, programs, config, iteration=iteration
+                state,
+                reference,
+                played.trajectories,
+                programs,
+                config,
+                iteration=iteration,
+                frozen=setup.frozen,
             )
             state = dataclasses.replace(state, iteration=state.iteration + 1)
             clock.append(time.monotonic())
@@ -256,7 +293,7 @@ def _play(
     """Plays episodes with the policy, on the mesh that decodes."""
     config, setup = session.config, session.setup
     prompt = config["prompt"]
-    policy = sharding.for_decoding(params["policy"], setup.mesh)
+    policy = sharding.for_decoding(_policy(setup, params), setup.mesh)
     with sharding.use(setup.decoding_mesh):
         return rollout.collect(
             episodes,
@@ -273,9 +310,13 @@ def _play(
         )
 
 
+def _policy(setup: prepare.Setup, params: learner.Params) -> learner.Params:
+    """The decoder's parameters, adapters included."""
+    return learner.policy_of((setup.frozen or {}) | params)
+
+
 def _start_sft(config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
-    params = {"policy": setup.policy}
-    return _fresh_state(params, optimizer.make(**config["sft"]["optimizer"]), setup.mesh)
+    return _fresh_state(setup.trainable, optimizer.make(**config["sft"]["optimizer"]), setup.mesh)
 
 
 def _start_rl(state: TrainState, config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
@@ -296,13 +337,17 @@ def _fresh_state(params: learner.Params, chain: Any, mesh: Any = None) -> TrainS
 
 
 def _reference(session: Session, state: TrainState) -> learner.Params:
-    """The frozen policy that RL started from: kept once, beside the checkpoints."""
+    """The frozen policy that RL started from: kept once, beside the checkpoints.
+
+    Under adapters it is the adapters of then, over the model that is there anyway.
+    """
     folder = session.folder.checkpoints / "reference"
+    kept = {key: state.params[key] for key in ("policy", "adapters") if key in state.params}
     if checkpoints.latest_step(folder) is None:
-        policy = jax.tree.map(jnp.copy, state.params["policy"])
-        checkpoints.save(folder, step=0, state={"policy": policy}, host={}, keep=1)
-        return {"policy": policy}
-    reference, _ = checkpoints.restore(folder, {"policy": state.params["policy"]})
+        kept = jax.tree.map(jnp.copy, kept)
+        checkpoints.save(folder, step=0, state=kept, host={}, keep=1)
+        return kept
+    reference, _ = checkpoints.restore(folder, kept)
     return reference
 
 
@@ -336,10 +381,18 @@ def _restore(
 
 
 def _export(session: Session, state: TrainState) -> None:
-    """The trained policy as a Hugging Face folder."""
+    """The trained policy as a Hugging Face folder; adapters merged into it or in their own."""
+    setup, options = session.setup, session.config["lora"]
+    policy = (setup.frozen or state.params)["policy"]
+    if options["rank"]:
+        scale, adapters = options["alpha"] / options["rank"], state.params["adapters"]
+        if options["export"] == "separate":
+            base = session.config["model"]["directory"] or str(session.folder.model)
+            lora.save(session.folder.adapters, adapters, alpha=options["alpha"], base=base)
+            if session.config["model"]["directory"] is not None:
+                return
+        else:
+            policy = lora.merge(policy, adapters, scale)
     pretrained.save(
-        session.folder.model,
-        session.setup.model,
-        state.params["policy"],
-        tokenizer=session.setup.chat_format.tokenizer,
+        session.folder.model, setup.model, policy, tokenizer=setup.chat_format.tokenizer
     )

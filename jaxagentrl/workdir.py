@@ -4,6 +4,7 @@
     metrics.jsonl     one line per (phase, step)              tensorboard/   the same as events
     checkpoints/      see checkpoints.py                      trajectories/  episodes, ids and text
     tokenizer/        for runs that train their own           model/         Hugging Face format
+    adapters/         PEFT format, for runs that export them apart from their model
     curves.png  report.html
 
 A workdir belongs to one config: `open_workdir` writes it the first time and compares it ever after,
@@ -28,7 +29,7 @@ VERSIONED_PACKAGES = (
     "textworld", "alfworld",
 )
 _LAYOUT = (
-    "metrics.jsonl", "tensorboard", "checkpoints", "trajectories", "tokenizer", "model",
+    "metrics.jsonl", "tensorboard", "checkpoints", "trajectories", "tokenizer", "model", "adapters",
     "curves.png", "report.html",
 )
 _MAX_LISTED = 8
@@ -79,6 +80,10 @@ class Workdir:
     @property
     def model(self) -> pathlib.Path:
         return self.root / "model"
+
+    @property
+    def adapters(self) -> pathlib.Path:
+        return self.root / "adapters"
 
     @property
     def curves(self) -> pathlib.Path:

@@ -58,6 +58,7 @@ jaxagentrl.models.sharding
 jaxagentrl.models.kv_cache
 jaxagentrl.models.decoder
 jaxagentrl.models.pretrained_families
+jaxagentrl.models.lora
 jaxagentrl.models.pretrained_config
 jaxagentrl.models.tensor_files
 jaxagentrl.models.pretrained
@@ -79,6 +80,7 @@ jaxagentrl.demos
 jaxagentrl.tasks
 jaxagentrl.imitate
 jaxagentrl.reinforce
+jaxagentrl.plan
 jaxagentrl.progress
 jaxagentrl.checkpoints
 jaxagentrl.metrics

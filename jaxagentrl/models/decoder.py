@@ -60,7 +60,7 @@ class RMSNorm(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """y = x @ kernel (+ bias)."""
+    """y = x @ kernel (+ bias) (+ low-rank adapter, see `lora`)."""
 
     def __init__(self, size_in: int, size_out: int, bias: bool, scale: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(
@@ -69,9 +69,12 @@ class Projection(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros((size_out,)))
         self.has_bias = bias
+        self.is_adapted = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)
+        if self.is_adapted:
+            y = y + (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
         return y + self.bias[...].astype(x.dtype)[None, None] if self.has_bias else y
 
 
@@ -419,8 +422,15 @@ def attend_cached(
 
 
 def _layers(config: DecoderConfig, params: Params) -> tuple[nnx.GraphDef, Params]:
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0))))
-    return graph, params["layers"]
+    layer = nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"]):
+        if path[-1].key in ("lora_a", "lora_b"):
+            projection = layer
+            for entry in path[:-1]:
+                projection = getattr(projection, entry.key)
+            projection.is_adapted = True
+            setattr(projection, path[-1].key, nnx.Param(leaf))
+    return nnx.split(layer)[0], params["layers"]
 
 
 def _merge(graph: nnx.GraphDef, params: Params) -> Any:

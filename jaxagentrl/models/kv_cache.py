@@ -120,11 +120,12 @@ def copy_rows(cache: KVCache, sources: jax.Array, targets: jax.Array, filled: in
         return array.at[index].set(block, mode="drop")
 
     scales = (cache.key_scales, cache.value_scales)
-    return KVCache(
+    copied = KVCache(
         copy(cache.keys, 4),
         copy(cache.values, 3),
         *(array if array is None else copy(array, 3) for array in scales),
     )
+    return _placed(copied)
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:

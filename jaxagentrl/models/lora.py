@@ -1,0 +1,155 @@
+"""Low-rank adapters: W x + (α / r) B A x with W frozen (Hu et al. 2021, arXiv:2106.09685).
+
+Adapters are a tree with the paths of the kernels they belong to and, instead of "kernel", the leaves
+"lora_a" [N, in, r] and "lora_b" [N, r, out]. `attach` puts them beside the kernels, where the
+decoder adds their product; `merge` adds it to the kernels once and for all. "lora_b" starts at zero,
+so an untrained adapter changes nothing, and the frozen model is the reference at no cost.
+"""
+
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from jaxagentrl import workdir
+
+Params = dict[str, Any]
+
+# Our path of a kernel within a layer → the module's name in `transformers` and PEFT.
+MODULES = {
+    **{f"attention/{name}": f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
+    **{f"mlp/{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+
+
+class LoraError(ValueError):
+    """Settings or adapters that do not fit the model."""
+
+
+def targeted(targets: Sequence[str]) -> list[str]:
+    """Paths of the kernels that are adapted, in the order of `MODULES`.
+
+    Args:
+        targets: regular expressions for the end of a path, such as "q", "attention/.*", "mlp/up".
+
+    Raises:
+        LoraError: a target that names nothing.
+    """
+    for target in targets:
+        if not any(_names(target, path) for path in MODULES):
+            raise LoraError(
+                f"lora.targets has {target!r}, which names none of {', '.join(MODULES)}."
+            )
+    found = [path for path in MODULES if any(_names(target, path) for target in targets)]
+    if not found:
+        raise LoraError(f"lora.targets is empty; name some of {', '.join(MODULES)}.")
+    return found
+
+
+def init(policy: Params, key: jax.Array, *, rank: int, targets: Sequence[str]) -> Params:
+    """Adapters for a model: A uniform in ±1/√in, B zero, as PEFT draws them.
+
+    Raises:
+        LoraError: no such target, or a rank that is no saving.
+    """
+    adapters: Params = {"layers": {}}
+    for number, path in enumerate(targeted(targets)):
+        block, name = path.split("/")
+        depth, size_in, size_out = policy["layers"][block][name]["kernel"].shape
+        if not 0 < rank < min(size_in, size_out):
+            raise LoraError(
+                f"lora.rank is {rank}, expected 1 to {min(size_in, size_out) - 1}: {path} is "
+                f"{size_in} x {size_out}."
+            )
+        limit = size_in**-0.5
+        a = jax.random.uniform(
+            jax.random.fold_in(key, number), (depth, size_in, rank), minval=-limit, maxval=limit
+        )
+        leaves = {"lora_a": a, "lora_b": jnp.zeros((depth, rank, size_out))}
+        adapters["layers"].setdefault(block, {})[name] = leaves
+    return adapters
+
+
+def attach(policy: Params, adapters: Params, scale: float | jax.Array) -> Params:
+    """The model with its adapters beside the kernels; `scale` is α / r. No kernel is copied."""
+    layers = dict(policy["layers"])
+    for block, projections in adapters["layers"].items():
+        layers[block] = dict(layers[block])
+        for name, leaves in projections.items():
+            scaled = {"lora_a": leaves["lora_a"], "lora_b": leaves["lora_b"] * scale}
+            layers[block][name] = layers[block][name] | scaled
+    return policy | {"layers": layers}
+
+
+def merge(policy: Params, adapters: Params, scale: float | jax.Array) -> Params:
+    """The model with W + (α / r) A B for its kernels: a plain decoder tree."""
+    layers = dict(policy["layers"])
+    for block, projections in adapters["layers"].items():
+        layers[block] = dict(layers[block])
+        for name, leaves in projections.items():
+            kernel = layers[block][name]["kernel"]
+            product = jnp.einsum(
+                "nir,nro->nio",
+                leaves["lora_a"].astype(jnp.float32),
+                leaves["lora_b"].astype(jnp.float32),
+                precision="highest",
+            )
+            merged = (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+            layers[block][name] = layers[block][name] | {"kernel": merged}
+    return policy | {"layers": layers}
+
+
+def save(
+    directory: str | os.PathLike, adapters: Params, *, alpha: float, base: str | None
+) -> None:
+    """Writes adapters alone, in the format that PEFT loads onto the base model.
+
+    Args:
+        directory: replaced if it exists and holds adapters, created otherwise.
+        alpha: α; PEFT scales by alpha / rank.
+        base: name or folder of the base model, for adapter_config.json.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    modules, rank = [], 0
+    for block, projections in adapters["layers"].items():
+        for name, leaves in projections.items():
+            module = MODULES[f"{block}/{name}"]
+            modules.append(module.rsplit(".", 1)[1])
+            for leaf, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+                # Theirs are [out, in] of each of the two products.
+                for layer, matrix in enumerate(np.asarray(jax.device_get(leaves[leaf]))):
+                    key = f"base_model.model.model.layers.{layer}.{module}.{theirs}.weight"
+                    tensors[key] = np.ascontiguousarray(matrix.T)
+            rank = leaves["lora_a"].shape[-1]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted(set(modules)),
+    }
+    with workdir.replacing_folder(pathlib.Path(directory).absolute()) as folder:
+        safetensors.numpy.save_file(
+            tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+        )
+        workdir.write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def num_params(adapters: Params) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(adapters))
+
+
+def _names(target: str, path: str) -> bool:
+    return re.search(rf"(^|/){target}$", path) is not None

@@ -1,0 +1,306 @@
+"""Before a run: how many bytes each device will hold, and a refusal when that is too many.
+
+Parameters, optimizer state and cache are counted from their shapes and places. What the programs
+need on top is what the compiler reserved for them (`memory_analysis`), read from the update at the
+largest shape of the run, which is compiled and executed here, before anything else: a run that fits
+now does not run out of memory in its third hour.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import psutil
+
+from jaxagentrl import imitate, learner, sampling
+from jaxagentrl.models import decoder, kv_cache, sharding
+from jaxagentrl.packing import Packed
+from jaxagentrl.types import TrainState, TrajectoryBatch
+
+# Below this share of the memory the decode program is not compiled twice only to be measured.
+_SMALL_SHARE = 0.05
+_CGROUP_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
+
+ADVICE = {
+    "parameters": "a larger mesh.fsdp or mesh.tensor",
+    "optimizer": "a larger mesh.fsdp, optimizer.moment_dtype='bfloat16', or adapters (lora.rank)",
+    "gradients": "a larger mesh.fsdp, or adapters (lora.rank)",
+    "update": "a smaller learner.tokens_per_part, learner.remat='full', or "
+    "learner.compute_dtype='bfloat16'",
+    "cache": "fewer sampling.num_slots, a smaller sampling.max_length, or "
+    "sampling.cache_dtype='bfloat16'",
+    "decoding copy": "a larger mesh.tensor",
+    "sampling": "fewer sampling.num_slots or more sampling.num_waves",
+    "batch": "fewer rl.tasks_per_iteration",
+}
+
+
+class PlanError(ValueError):
+    """The run does not fit the memory; the message says what takes it and what would help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes per device."""
+
+    always: Mapping[str, int]  # while the run lasts
+    updating: Mapping[str, int]  # during an update, on top
+    sampling: Mapping[str, int]  # during sampling, on top
+    limit: int  # what a device has
+
+    @property
+    def peak(self) -> int:
+        return sum(self.always.values()) + max(
+            sum(self.updating.values()), sum(self.sampling.values())
+        )
+
+    def text(self) -> str:
+        """One line per item and the sum."""
+        items = [
+            *self.always.items(),
+            *((f"{name} (updating)", size) for name, size in self.updating.items()),
+            *((f"{name} (sampling)", size) for name, size in self.sampling.items()),
+        ]
+        lines = [f"  {name:24} {size / 2**20:12,.1f} MiB" for name, size in items if size]
+        head = f"memory per device: {self.peak / 2**20:,.1f} MiB of {self.limit / 2**20:,.1f}"
+        return "\n".join([head, *lines])
+
+    def check(self) -> None:
+        """Refuses a plan beyond the limit.
+
+        Raises:
+            PlanError: with the plan, and advice for its largest items.
+        """
+        if self.peak <= self.limit:
+            return
+        sizes = dict(self.always)
+        for part in (self.updating, self.sampling):
+            for name, size in part.items():
+                sizes[name] = sizes.get(name, 0) + size
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+        advice = "; ".join(f"{name}: {ADVICE[name]}" for name in largest)
+        raise PlanError(
+            f"the run does not fit the memory of a device.\n{self.text()}\nWhat would help: {advice}."
+        )
+
+
+def make(
+    update: learner.Update,
+    *,
+    optimizer: optax.GradientTransformation,
+    trainable: learner.Params,
+    frozen: learner.Params | None,
+    model: decoder.DecoderConfig,
+    mesh: jax.sharding.Mesh | None,
+    num_rows: int,
+    work: learner.Work,
+    width: int,
+    sampling_options: Mapping[str, Any],
+    limit: int | None = None,
+) -> Plan:
+    """Compiles and executes the largest update and adds everything up.
+
+    Args:
+        update: the program of the run's updates.
+        trainable: parameters to be trained, critic included; they are not changed.
+        num_rows, width: shape of the run's batches.
+        work: the largest micro-batch, see `largest_work`.
+        sampling_options: `config.sampling`.
+        limit: bytes that a device has; None asks the device.
+    """
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.eval_shape(lambda: trainable),
+        jax.eval_shape(optimizer.init, trainable),
+    )
+    state = sharding.abstract(state, mesh)
+    batch, targets = sharding.place_rows(_nothing(num_rows, width), mesh)
+    always = {
+        "parameters": per_device(trainable) + per_device(frozen),
+        "optimizer": per_device(state.opt_state),
+        "batch": per_device((batch, targets)),
+    }
+    updating = _update_bytes(update, state, trainable, batch, targets, work, frozen)
+    limit = device_limit() if limit is None else limit
+    always["cache"], at_sampling = _sampling_bytes(
+        model, state.params, frozen, mesh, sampling_options, limit=limit
+    )
+    return Plan(always, updating, at_sampling, limit)
+
+
+def largest_work(
+    num_rows: int,
+    *,
+    length_buckets: Sequence[int],
+    tokens_per_part: int,
+    row_multiple: int,
+    packing: bool,
+) -> learner.Work:
+    """A micro-batch of the longest trajectories there may be; see `imitate.split`."""
+    width = max(length_buckets)
+    rows = max(tokens_per_part // (width * row_multiple), 1) * row_multiple
+    return imitate.split(
+        np.arange(min(rows, num_rows), dtype=np.int32),
+        np.full(num_rows, width),
+        shape=(num_rows, width),
+        length_buckets=length_buckets,
+        tokens_per_part=tokens_per_part,
+        row_multiple=row_multiple,
+        packing=packing,
+    )
+
+
+def per_device(tree: Any) -> int:
+    """Bytes of a tree's leaves on one device, by their shardings; whole without."""
+
+    def leaf_bytes(leaf: Any) -> int:
+        where = getattr(leaf, "sharding", None)
+        shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
+        return math.prod(shape) * np.dtype(leaf.dtype).itemsize
+
+    return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def device_limit() -> int:
+    """Bytes that one device of this process may use.
+
+    Accelerators say so themselves. CPU devices share what is free on the host, cgroup included, and
+    what this process holds already.
+    """
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    if _CGROUP_LIMIT.exists() and _CGROUP_LIMIT.read_text().strip().isdigit():
+        free = min(free, int(_CGROUP_LIMIT.read_text()))
+    return free // jax.local_device_count()
+
+
+def program_bytes(compiled: Any) -> int:
+    """What a compiled program needs on a device beside its arguments."""
+    sizes = compiled.memory_analysis()
+    return (
+        sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    )
+
+
+def _update_bytes(
+    update: learner.Update,
+    state: TrainState,
+    trainable: learner.Params,
+    batch: TrajectoryBatch,
+    targets: learner.Targets,
+    work: learner.Work,
+    frozen: learner.Params | None,
+) -> dict[str, int]:
+    if isinstance(work, Packed):
+        # One program with one shape: the run's first step is its largest, so none is made up here.
+        step = update.step.lower(state, batch, targets, work, frozen).compile()
+        return {"update": program_bytes(step)}
+    rows, length = work[0]
+    grads = learner.zeros_like(trainable)
+    inputs = (trainable, grads, batch, targets, rows)
+    options = {"length": length, "frozen": frozen}
+    part = update.accumulate.lower(*inputs, **options).compile()
+    apply = update.apply.lower(state, grads).compile()
+    jax.block_until_ready(update.accumulate(*inputs, **options))
+    return {
+        "gradients": per_device(state.params),
+        "update": max(program_bytes(part), program_bytes(apply)),
+    }
+
+
+def _sampling_bytes(
+    model: decoder.DecoderConfig,
+    trainable: learner.Params,
+    frozen: learner.Params | None,
+    mesh: jax.sharding.Mesh | None,
+    options: Mapping[str, Any],
+    *,
+    limit: int,
+) -> tuple[int, dict[str, int]]:
+    """(bytes of the caches, bytes while sampling)."""
+    local = None if mesh is None else sharding.decoding_mesh(mesh)
+    slots = options["num_slots"] // options["num_waves"]
+    cache = jax.eval_shape(
+        lambda: kv_cache.init(
+            model.num_layers,
+            slots,
+            options["max_length"],
+            model.num_kv_heads,
+            model.head_dim,
+            options["cache_dtype"],
+        )
+    )
+    policy = jax.eval_shape(learner.policy_of, (frozen or {}) | trainable)
+    if local is not None:
+        cache = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=sharding.cache_sharding(x.shape, local)
+            ),
+            cache,
+        )
+        policy = sharding.abstract(policy, local)
+    cache_bytes = per_device(cache) * options["num_waves"]
+    copy = 0 if mesh is None else per_device(policy)
+    needed = {"decoding copy": copy}
+    if cache_bytes + per_device(policy) > _SMALL_SHARE * limit:
+        with sharding.use(local):
+            decode = sampling.make_decode(model, max_turn_tokens=options["max_turn_tokens"])
+            compiled = decode.lower(
+                policy,
+                cache,
+                *_decode_inputs(slots),
+                filled=options["max_length"],
+                restricted=False,
+            ).compile()
+        needed["sampling"] = program_bytes(compiled)
+    return cache_bytes, needed
+
+
+def _decode_inputs(slots: int) -> tuple[Any, ...]:
+    """Shapes of pending, lengths, controls and linger of the decode program."""
+
+    def shape(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    whole, real = shape(jnp.int32, slots), shape(jnp.float32, slots)
+    controls = sampling.Controls(
+        budgets=whole,
+        temperatures=real,
+        top_k=whole,
+        top_p=real,
+        min_p=real,
+        stop_ids=shape(jnp.int32, slots, 1),
+        streams=shape(jnp.uint32, slots, 2),
+    )
+    return whole, whole, controls, shape(jnp.int32)
+
+
+def _nothing(rows: int, width: int) -> tuple[TrajectoryBatch, learner.Targets]:
+    """A batch of padding and targets of weight zero."""
+
+    def zeros(dtype: type) -> np.ndarray:
+        return np.zeros((rows, width), dtype)
+
+    batch = TrajectoryBatch(
+        tokens=zeros(np.int32),
+        valid_mask=zeros(bool),
+        action_mask=zeros(bool),
+        turn_ids=zeros(np.int32),
+        turn_ends=zeros(bool),
+        sampler_logprobs=zeros(np.float32),
+        rewards=zeros(np.float32),
+        discounts=zeros(np.float32),
+        group_ids=np.zeros(rows, np.int32),
+    )
+    fields = dataclasses.fields(learner.Targets)
+    return batch, learner.Targets(*(zeros(np.float32) for _ in fields))

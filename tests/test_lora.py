@@ -1,0 +1,138 @@
+"""Adapters: equal merged and apart, trained alone, exported so that others load them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_sharding import LENGTH, ROWS, UNTIED, assert_close, assert_placed, data
+
+from jaxagentrl import learner, optimizer
+from jaxagentrl.models import decoder, kv_cache, lora, pretrained, sharding
+from jaxagentrl.types import TrainState
+
+TARGETS = ("attention/(q|v)", "mlp/.*")
+RANK, ALPHA = 3, 12.0
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return decoder.init(UNTIED, jax.random.key(0))
+
+
+def trained(policy, seed=5):
+    """Adapters whose B is not zero any more."""
+    adapters = lora.init(policy, jax.random.key(1), rank=RANK, targets=TARGETS)
+    key = jax.random.key(seed)
+
+    def draw(path, leaf):
+        if path[-1].key == "lora_a":
+            return leaf
+        return 0.05 * jax.random.normal(key, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(draw, adapters)
+
+
+def hidden(params):
+    return decoder.hidden(UNTIED, params, data()[0].tokens)
+
+
+def test_fresh_adapters_change_nothing_and_merged_equals_attached(policy):
+    fresh = lora.init(policy, jax.random.key(1), rank=RANK, targets=TARGETS)
+    np.testing.assert_array_equal(hidden(policy), hidden(lora.attach(policy, fresh, 4.0)))
+    adapters = trained(policy)
+    apart = hidden(lora.attach(policy, adapters, 4.0))
+    merged = lora.merge(policy, adapters, 4.0)
+    assert jax.tree.structure(merged) == jax.tree.structure(policy)
+    np.testing.assert_allclose(apart, hidden(merged), atol=1e-5)
+    assert np.abs(apart - hidden(policy)).max() > 0.01
+
+
+def test_the_cached_pass_has_the_adapters_too(policy):
+    params = lora.attach(policy, trained(policy), 4.0)
+    tokens = data()[0].tokens[:4, :8]
+    cache = kv_cache.init(UNTIED.num_layers, 4, 8, UNTIED.num_kv_heads, 8, "float32")
+    counts = np.full(4, 8, np.int32)
+    cached, _ = decoder.hidden_cached(
+        UNTIED, params, tokens, cache, None, 0 * counts, counts, filled=8
+    )
+    np.testing.assert_allclose(cached, decoder.hidden(UNTIED, params, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=["one device", "mesh"])
+def test_only_adapters_are_trained_and_kept(policy, sizes):
+    mesh = sizes and sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    chain = optimizer.make(
+        learning_rate=1e-2, warmup_steps=0, decay_steps=None, final_fraction=1.0, b1=0.9, b2=0.95,
+        weight_decay=0.1, max_grad_norm=1.0,
+    )
+    start = {"adapters": lora.init(policy, jax.random.key(1), rank=RANK, targets=TARGETS)}
+    state = TrainState(jnp.int32(0), jnp.zeros((), jnp.int32), start, chain.init(start))
+    frozen = {"policy": policy, "lora_scale": jnp.float32(4.0)}
+    before = jax.device_get(policy)
+    losses = []
+    with sharding.use(mesh):
+        state, frozen = (sharding.place(tree, mesh) for tree in (jax.tree.map(jnp.copy, state), frozen))
+        batch, targets = sharding.place_rows(data(), mesh)
+        update = learner.make_update(learner.make_sft_loss(UNTIED), chain)
+        for _ in range(4):
+            work = [(np.arange(ROWS, dtype=np.int32), LENGTH)]
+            state, metrics = update(state, batch, targets, work, frozen)
+            losses.append(float(metrics["loss/action"]))
+    assert losses[-1] < losses[0]
+    assert set(state.params) == {"adapters"}
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments == 2 * lora.num_params(state.params["adapters"])
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(frozen["policy"]))
+    if mesh is not None:
+        assert_placed(state, mesh)
+
+
+def test_the_gradient_is_that_of_the_merged_model_projected(policy):
+    """dB = s Aᵀ dW and dA = s dW Bᵀ, where dW is the merged kernel's gradient."""
+    adapters, scale = trained(policy), 4.0
+    batch, targets = data()
+    loss_fn = learner.make_sft_loss(UNTIED)
+
+    def of_adapters(adapters):
+        params = {"policy": policy, "lora_scale": jnp.float32(scale), "adapters": adapters}
+        return loss_fn(params, batch, targets)[0]
+
+    apart = jax.jit(jax.grad(of_adapters))(adapters)
+    merged = lora.merge(policy, adapters, scale)
+    whole = jax.jit(jax.grad(lambda p: loss_fn({"policy": p}, batch, targets)[0]))(merged)
+    kernel = whole["layers"]["mlp"]["down"]["kernel"]
+    leaves, found = adapters["layers"]["mlp"]["down"], apart["layers"]["mlp"]["down"]
+    assert_close(found["lora_b"], scale * jnp.einsum("nir,nio->nro", leaves["lora_a"], kernel))
+    assert_close(found["lora_a"], scale * jnp.einsum("nio,nro->nir", kernel, leaves["lora_b"]))
+
+
+def test_settings_that_fit_nothing_are_refused(policy):
+    with pytest.raises(lora.LoraError, match="'qq'"):
+        lora.targeted(["q", "qq"])
+    with pytest.raises(lora.LoraError, match="empty"):
+        lora.targeted([])
+    assert lora.targeted(["q", "mlp/up"]) == ["attention/q", "mlp/up"]
+    with pytest.raises(lora.LoraError, match="lora.rank is 32"):
+        lora.init(policy, jax.random.key(0), rank=32, targets=["v"])
+
+
+def test_separate_export_loads_in_peft_and_equals_the_merged_export(policy, tmp_path):
+    import peft
+    import torch
+    import transformers
+
+    adapters = trained(policy)
+    pretrained.save(tmp_path / "base", UNTIED, policy)
+    pretrained.save(tmp_path / "merged", UNTIED, lora.merge(policy, adapters, ALPHA / RANK))
+    lora.save(tmp_path / "adapters", adapters, alpha=ALPHA, base=str(tmp_path / "base"))
+    auto = transformers.AutoModelForCausalLM
+    apart = peft.PeftModel.from_pretrained(
+        auto.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "adapters"
+    )
+    merged = auto.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    tokens = data()[0].tokens[:2]
+    with torch.no_grad():
+        theirs = [model(torch.tensor(tokens).long()).logits.numpy() for model in (apart, merged)]
+    ours = decoder.logits(UNTIED, lora.attach(policy, adapters, ALPHA / RANK), tokens)
+    for logits in theirs:
+        np.testing.assert_allclose(logits, ours, atol=1e-4)
