@@ -116,6 +116,7 @@ def forward(
         decoder.unembedding(policy),
         tokens,
         temperature=temperature,
+        softcap=config.logit_softcap,
         chunk_size=token_scores.chunk_size(config.vocab_size) * sharding.row_shards_in_use(),
     )
     values = jnp.zeros_like(logprobs)
@@ -186,6 +187,7 @@ def make_score(
     return score
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def empty_scores(shape: tuple[int, ...]) -> Scores:
     return Scores(*(jnp.zeros(shape) for _ in dataclasses.fields(Scores)))
 

@@ -18,11 +18,12 @@ def token_logprobs(
     tokens: jax.Array,
     *,
     temperature: float = 1.0,
+    softcap: float | None = None,
     chunk_size: int = _MAX_CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob of every token given those before it, and the entropy it was drawn with.
 
-        log p(yₜ | y₍<ₜ₎) = zₜ[yₜ] − logsumexp(zₜ),   zₜ = hₜ₋₁ W / temperature
+        log p(yₜ | y₍<ₜ₎) = zₜ[yₜ] − logsumexp(zₜ),   zₜ = cap(hₜ₋₁ W) / temperature
 
     Positions are worked off in chunks whose logits are recomputed in the backward pass, so the peak
     is [chunk_size, V] in both. A chunk is the same few positions of every row, so that rows may be
@@ -33,6 +34,7 @@ def token_logprobs(
         unembedding: [D, V].
         tokens: [B, L] int32.
         temperature: divides the logits; that of the sampler, so that both score one distribution.
+        softcap: cap(x) = softcap · tanh(x / softcap) on the logits (Gemma 2); None is no cap.
         chunk_size: positions whose logits exist at once.
 
     Returns:
@@ -45,6 +47,8 @@ def token_logprobs(
     def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, target = chunk
         logits = jnp.matmul(x, unembedding.astype(x.dtype), preferred_element_type=jnp.float32)
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
         logits = logits / temperature
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]

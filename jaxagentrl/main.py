@@ -7,10 +7,16 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxagentrl import demos, metrics, train
+from jaxagentrl import demos, hosts, metrics, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors that have a message.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes, as the TPU pod, Slurm or MPI says."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where nothing says.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator, from 0.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that the run writes into and resumes from.")
 
 
@@ -21,6 +27,8 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value.to_dict()
     _keep_compiled_programs(config["compilation_cache_dir"])
     try:
+        if _DISTRIBUTED.value or _COORDINATOR.value is not None:
+            hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         train.run(config, _WORKDIR.value)
     except (ValueError, metrics.NonFiniteError, demos.DemonstrationError) as error:
         if _DEBUG.value:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from envs_host import collect
 from envs_host.pool import EnvPool
 from envs_host.types import Task
-from jaxagentrl import chat, demos, engine, progress, tasks, tokenizer
+from jaxagentrl import chat, demos, engine, hosts, progress, tasks, tokenizer
 from jaxagentrl.models import decoder, lora, pretrained, sharding
 from jaxagentrl.workdir import Workdir
 
@@ -101,6 +101,11 @@ def _check_learner(learner: Mapping[str, Any], config: Mapping[str, Any]) -> Non
         raise ValueError(
             "learner.packing puts several episodes in a row, but rl.loss.surrogate 'gspo' takes a "
             "row for one episode: set learner.packing to False."
+        )
+    if config["rl"]["tasks_per_iteration"] % jax.process_count():
+        raise ValueError(
+            f"rl.tasks_per_iteration is {config['rl']['tasks_per_iteration']}, which "
+            f"{jax.process_count()} processes cannot share equally: make it a multiple."
         )
     shards = sharding.num_row_shards(sharding.make_mesh(**config["mesh"]))
     if learner["row_multiple"] % shards:
@@ -206,7 +211,7 @@ def _tokenizer(config: Mapping[str, Any], replays: Sequence[demos.Replay], workd
     directory = options.pop("directory")
     if directory is not None:
         return tokenizer.load(directory)
-    if not workdir.tokenizer.exists():
+    if hosts.is_first() and not workdir.tokenizer.exists():
         texts = demos.texts(
             replays,
             prompt_style=prompt["style"],
@@ -214,6 +219,7 @@ def _tokenizer(config: Mapping[str, Any], replays: Sequence[demos.Replay], workd
             history_turns=config["rollout"]["history_turns"],
         )
         tokenizer.train(texts, directory=workdir.tokenizer, **options)
+    hosts.wait("tokenizer")
     return tokenizer.load(workdir.tokenizer)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxagentrl import batching, estimate, imitate, learner, losses, optimizer, rewards
@@ -167,7 +166,7 @@ def learn(
     episodes = rl["tasks_per_iteration"] * rl["group_size"]
     shards = sharding.num_row_shards(programs.mesh)
     fixed = frozen or {}
-    batch = batching.to_batch(
+    host_batch = batching.to_batch(
         trajectories,
         turn_rewards,
         discount=rl["discount"],
@@ -176,7 +175,7 @@ def learn(
         num_groups=rl["tasks_per_iteration"],
         num_rows=-(-episodes // shards) * shards,
     )
-    batch = sharding.place_rows(batch, programs.mesh)
+    batch = sharding.place_rows(host_batch, programs.mesh)
     lengths = np.array([trajectory.num_tokens for trajectory in trajectories])
     whole = batch.tokens.shape[0]
 
@@ -185,7 +184,7 @@ def learn(
 
     everything = split(np.arange(len(lengths), dtype=np.int32))
     scores = learner.empty_scores(batch.tokens.shape)
-    ref_logprobs = jnp.zeros(batch.tokens.shape)
+    ref_logprobs = np.zeros(batch.tokens.shape, np.float32)
     if programs.needs_scores:
         scores = programs.score(fixed | state.params, batch.tokens, everything)
     if programs.needs_reference:
@@ -196,7 +195,8 @@ def learn(
     credit, returns = programs.estimate(batch, scores, ref_logprobs, anchor_ids)
     used = np.arange(len(lengths), dtype=np.int32)
     if skips_rows(rl):
-        used = used[np.any(np.asarray(credit)[: len(lengths)] != 0, axis=1)]
+        has_credit = np.any(sharding.fetch(credit, programs.mesh) != 0, axis=1)
+        used = used[has_credit[: len(lengths)]]
         everything = split(used)
 
     collected: list[dict[str, Any]] = []
@@ -208,7 +208,7 @@ def learn(
             rows = order[start : start + size]
             targets = _targets(
                 batch,
-                jnp.zeros(whole, bool).at[rows].set(True),
+                np.isin(np.arange(whole), rows),
                 credit,
                 returns,
                 scores,
@@ -224,8 +224,8 @@ def learn(
         key: float((max if key.endswith("_max") else np.mean)([m[key] for m in collected]))
         for key in (collected[0] if collected else {})  # nothing to learn from: no step was taken
     }
-    credit = np.asarray(credit)
-    facts = _facts(batch, credit, turn_rewards, trajectories, everything, used)
+    credit = sharding.fetch(credit, programs.mesh)
+    facts = _facts(host_batch, credit, turn_rewards, trajectories, everything, used)
     return state, means | facts, [row[:end] for row, end in zip(credit, lengths)]
 
 
@@ -290,7 +290,7 @@ def _facts(batch, credit, turn_rewards, trajectories, work, used) -> dict[str, f
     else:
         places = sum(len(rows) * length for rows, length in work)
     tokens = sum(trajectories[row].num_tokens for row in used)
-    credit = credit[np.asarray(batch.action_mask)]
+    credit = credit[batch.action_mask]
     return {
         "batch/reward_mean": float(np.mean(returns)),
         "batch/group_std_mean": float(np.mean(deviations)),

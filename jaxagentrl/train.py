@@ -5,10 +5,12 @@ checkpoint that remembers how many metric lines there were, so a killed run goes
 the newest checkpoint stands; what came after it is computed again, equal to the last bit.
 """
 
+import contextlib
 import dataclasses
 import json
+import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from jaxagentrl import (
     checkpoints,
     demos,
     evaluate,
+    hosts,
     imitate,
     learner,
     metrics,
@@ -57,7 +60,7 @@ def run(config: Mapping[str, Any], directory: str) -> None:
     """Runs, or continues, the experiment of `config` in the folder `directory`."""
     prepare.check(config)
     reinforce.check(config["rl"])
-    folder = workdir.open_workdir(directory, config, free_keys=FREE_KEYS)
+    folder = _open(pathlib.Path(directory), config)
     for change in folder.version_changes:
         progress.notice(f"package version differs from the run's first start: {change}")
     started = time.monotonic()
@@ -81,7 +84,21 @@ def run(config: Mapping[str, Any], directory: str) -> None:
                 host = _save(session, state, stage="rl", step=0)
             state = _reinforce(session, state, host, programs)
             _export(session, state)
-    report.write(folder.root)
+    if hosts.is_first():
+        report.write(folder.root)
+    hosts.wait("end")
+
+
+def _open(root: pathlib.Path, config: Mapping[str, Any]) -> workdir.Workdir:
+    """The run's folder; other processes than the first keep their records in a folder within."""
+    if hosts.is_first():
+        folder = workdir.open_workdir(root, config, free_keys=FREE_KEYS)
+        hosts.wait("workdir")
+        return folder
+    hosts.wait("workdir")
+    own = root / "processes" / f"{jax.process_index():03d}"
+    folder = workdir.open_workdir(own, config, free_keys=FREE_KEYS)
+    return dataclasses.replace(folder, shared_root=root)
 
 
 def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState:
@@ -290,13 +307,12 @@ def _play(
     temperature: float,
     **options: Any,
 ) -> rollout.Rollout:
-    """Plays episodes with the policy, on the mesh that decodes."""
+    """Plays episodes with the policy; each process its share."""
     config, setup = session.config, session.setup
     prompt = config["prompt"]
-    policy = sharding.for_decoding(_policy(setup, params), setup.mesh)
-    with sharding.use(setup.decoding_mesh):
-        return rollout.collect(
-            episodes,
+    with _decoding(setup, params) as policy:
+        played = rollout.collect(
+            hosts.share(episodes),
             rules=rollout.Rules(
                 **config["rollout"] | {"temperature": temperature},
                 prompt_style=prompt["style"],
@@ -308,11 +324,21 @@ def _play(
             chat_format=setup.chat_format,
             **options,
         )
+    parts = hosts.gather((played.trajectories, played.failures))
+    return rollout.Rollout(
+        trajectories=[trajectory for part, _ in parts for trajectory in part],
+        failures=[failure for _, part in parts for failure in part],
+        ledger=played.ledger,
+    )
 
 
-def _policy(setup: prepare.Setup, params: learner.Params) -> learner.Params:
-    """The decoder's parameters, adapters included."""
-    return learner.policy_of((setup.frozen or {}) | params)
+@contextlib.contextmanager
+def _decoding(setup: prepare.Setup, params: learner.Params) -> Iterator[learner.Params]:
+    """The decoder's parameters, adapters included, where and as the engine takes them."""
+    policy = learner.policy_of((setup.frozen or {}) | params)
+    policy = sharding.for_decoding(policy, setup.mesh)
+    with sharding.use(setup.decoding_mesh):
+        yield policy
 
 
 def _start_sft(config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
@@ -327,13 +353,12 @@ def _start_rl(state: TrainState, config: Mapping[str, Any], setup: prepare.Setup
 
 def _fresh_state(params: learner.Params, chain: Any, mesh: Any = None) -> TrainState:
     # Two counters, two buffers: the state is donated, and one buffer cannot be donated twice.
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        iteration=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=chain.init(params),
-    )
-    return sharding.place(state, mesh)
+    params = sharding.place(params, mesh)
+    init = chain.init
+    if mesh is not None:
+        init = jax.jit(lambda params: sharding.constrain_params(chain.init(params)))
+    counters = [sharding.place(jnp.zeros((), jnp.int32), mesh) for _ in range(2)]
+    return TrainState(*counters, params=params, opt_state=init(params))
 
 
 def _reference(session: Session, state: TrainState) -> learner.Params:
@@ -383,9 +408,12 @@ def _restore(
 def _export(session: Session, state: TrainState) -> None:
     """The trained policy as a Hugging Face folder; adapters merged into it or in their own."""
     setup, options = session.setup, session.config["lora"]
-    policy = (setup.frozen or state.params)["policy"]
+    params = sharding.fetch((setup.frozen or {}) | state.params, setup.mesh)
+    if not hosts.is_first():
+        return
+    policy = params["policy"]
     if options["rank"]:
-        scale, adapters = options["alpha"] / options["rank"], state.params["adapters"]
+        scale, adapters = options["alpha"] / options["rank"], params["adapters"]
         if options["export"] == "separate":
             base = session.config["model"]["directory"] or str(session.folder.model)
             lora.save(session.folder.adapters, adapters, alpha=options["alpha"], base=base)

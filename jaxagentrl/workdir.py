@@ -47,10 +47,13 @@ class Workdir:
         root: the folder.
         version_changes: one line per package whose version differs from the run's first start
             (empty for a new run). The run may go on; the caller should say so aloud.
+        shared_root: where several processes of one run have their checkpoints and tokenizer; None
+            is `root`.
     """
 
     root: pathlib.Path
     version_changes: tuple[str, ...] = ()
+    shared_root: pathlib.Path | None = None
     _lock: TextIO | None = dataclasses.field(default=None, repr=False)
 
     @property
@@ -67,7 +70,7 @@ class Workdir:
 
     @property
     def checkpoints(self) -> pathlib.Path:
-        return self.root / "checkpoints"
+        return (self.shared_root or self.root) / "checkpoints"
 
     @property
     def trajectories(self) -> pathlib.Path:
@@ -75,7 +78,7 @@ class Workdir:
 
     @property
     def tokenizer(self) -> pathlib.Path:
-        return self.root / "tokenizer"
+        return (self.shared_root or self.root) / "tokenizer"
 
     @property
     def model(self) -> pathlib.Path:

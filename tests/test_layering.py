@@ -62,6 +62,7 @@ jaxagentrl.models.lora
 jaxagentrl.models.pretrained_config
 jaxagentrl.models.tensor_files
 jaxagentrl.models.pretrained
+jaxagentrl.hosts
 jaxagentrl.sampling
 jaxagentrl.engine
 jaxagentrl.packing

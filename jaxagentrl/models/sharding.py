@@ -133,6 +133,16 @@ def use(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def unused() -> Iterator[None]:
+    """Undoes `use` for code that has a mesh of its own."""
+    if not active():
+        yield
+        return
+    with jax.set_mesh(Mesh(np.array(jax.local_devices()[:1]), ("alone",))):
+        yield
+
+
 def active() -> bool:
     """True within `use` of a mesh, and not inside pmap or shard_map."""
     return _is_ours(jax.sharding.get_abstract_mesh())
@@ -217,28 +227,15 @@ def abstract(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:
-    """Puts host arrays [B, ...] on the mesh, rows shared out; every process holds all rows."""
+    """Puts host arrays [B, ...] on the mesh, rows shared out.
+
+    Every process knows all rows and feeds those that its devices hold.
+    """
     if mesh is None:
         return jax.device_put(tree)
     return jax.tree.map(
         lambda x: _put(x, NamedSharding(mesh, spec((ROWS,), np.shape(x), mesh.shape))), tree
     )
-
-
-def place_own_rows(tree: Any, mesh: Mesh | None) -> Any:
-    """Puts host arrays on the mesh of which every process holds its own rows, in its order.
-
-    Each process gives [B / processes, ...]; the result is [B, ...].
-    """
-    if mesh is None or jax.process_count() == 1:
-        return place_rows(tree, mesh)
-
-    def put(rows: np.ndarray) -> jax.Array:
-        shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
-        where = NamedSharding(mesh, PartitionSpec(ROWS))
-        return jax.make_array_from_process_local_data(where, rows, shape)
-
-    return jax.tree.map(put, tree)
 
 
 def for_decoding(params: Any, mesh: Mesh | None) -> Any:
@@ -262,6 +259,13 @@ def gather(tree: Any, mesh: Mesh | None) -> Any:
         return tree
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(lambda x: x, out_shardings=whole)(tree)
+
+
+def fetch(tree: Any, mesh: Mesh | None) -> Any:
+    """Whole numpy arrays on every host; a collective when there are several processes."""
+    if mesh is None or jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(np.asarray, gather(tree, mesh))
 
 
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
@@ -304,5 +308,7 @@ def _by_path(tree: Any, make: Callable[[tuple[Axis, ...], Any], Any]) -> Any:
 def _put(x: Any, where: NamedSharding) -> jax.Array:
     if jax.process_count() == 1:
         return jax.device_put(x, where)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:  # on the mesh already
+        return jax.jit(lambda x: x, out_shardings=where)(x)
     value = np.asarray(x)
     return jax.make_array_from_callback(value.shape, where, lambda index: value[index])

@@ -1,0 +1,74 @@
+"""Several processes, usually one per host, run one program: who they are and what they share.
+
+Every process runs the same program on the same config. A mesh spans the devices of all; each
+process plays its own share of the episodes with its own environments, decodes on its own devices,
+tells the others what came of it, and feeds the rows of the batch that its devices hold. Everything
+else is computed alike everywhere, so that metrics are equal line by line whatever the number of
+processes.
+"""
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxagentrl.models import sharding
+
+
+def start(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the other processes; call before anything else of jax.
+
+    Args:
+        coordinator: "host:port" of process 0, reachable by all. None, together with the others:
+            found out from a TPU pod's metadata, Slurm, Open MPI or Kubernetes.
+        num_processes: how many there are.
+        process_id: which one this is, from 0.
+
+    Raises:
+        ValueError: only some of the three are given.
+    """
+    given = (coordinator, num_processes, process_id)
+    if any(value is None for value in given) and any(value is not None for value in given):
+        raise ValueError(
+            "--coordinator, --num_processes and --process_id go together: give all three, or none "
+            f"and --distributed. Got {coordinator}, {num_processes}, {process_id}."
+        )
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def is_first() -> bool:
+    """Whether this process writes what there is one of: checkpoints' records, the model, the report."""
+    return jax.process_index() == 0
+
+
+def share(items: Sequence[Any]) -> Sequence[Any]:
+    """This process's part of items that all processes know: a stretch, equal up to one."""
+    index, count = jax.process_index(), jax.process_count()
+    return items[len(items) * index // count : len(items) * (index + 1) // count]
+
+
+def gather(value: Any) -> list[Any]:
+    """What every process gave, in the order of processes. All of them must call this."""
+    if jax.process_count() == 1:
+        return [value]
+    mine = np.frombuffer(pickle.dumps(value), np.uint8)
+    with sharding.unused():
+        sizes = multihost_utils.process_allgather(np.int32(mine.size))
+        padded = np.zeros(int(sizes.max()), np.uint8)
+        padded[: mine.size] = mine
+        everything = multihost_utils.process_allgather(padded)
+    return [
+        pickle.loads(row[:size].tobytes()) for row, size in zip(everything, sizes, strict=True)
+    ]
+
+
+def wait(name: str) -> None:
+    """Until all processes have come to this point."""
+    if jax.process_count() > 1:
+        with sharding.unused():
+            multihost_utils.sync_global_devices(f"jaxagentrl_{name}")

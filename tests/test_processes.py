@@ -1,0 +1,106 @@
+"""The whole run on a mesh, and in two processes: the metrics of one device, line by line."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxagentrl import metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Every stage and a critic-free update, as small as it gets.
+SHORT = (
+    "--config.sft.num_steps=4",
+    "--config.sft.save_every=2",
+    "--config.rl.num_iterations=2",
+    "--config.rl.eval_every=1",
+    "--config.rl.save_every=1",
+    "--config.sft.log_every=1",
+)
+
+
+def start(workdir, cache, *options, devices=1):
+    """The real command line in a new process with this many CPU devices."""
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "jaxagentrl.main",
+            f"--config={ROOT / 'configs' / 'textworld_smoke.py'}",
+            f"--workdir={workdir}",
+            f"--config.env.cache_dir={cache}",
+            *SHORT,
+            *options,
+        ],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*processes):
+    outputs = [process.communicate(timeout=500)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    return outputs
+
+
+def lines(workdir) -> list[dict]:
+    return [metrics.without_time(line) for line in metrics.read(workdir / "metrics.jsonl")]
+
+
+def assert_same_metrics(workdir, other):
+    """Counts are equal; losses up to what the order of a float32 sum changes."""
+    ours, theirs = lines(workdir), lines(other)
+    assert len(ours) == len(theirs) > 6
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            if isinstance(value, float):
+                np.testing.assert_allclose(two[key], value, rtol=2e-4, atol=2e-5, err_msg=key)
+            else:
+                assert two[key] == value, key
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, smoke_games):
+    """The workdir of the run on one device."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    finish(start(workdir, smoke_games))
+    return workdir
+
+
+def test_a_mesh_of_eight_devices(alone, tmp_path, smoke_games):
+    mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+    (output,) = finish(start(tmp_path / "run", smoke_games, *mesh, devices=8))
+    assert "memory per device" in output and "decoding copy" in output
+    assert_same_metrics(alone, tmp_path / "run")
+
+
+def test_two_processes_of_two_devices(alone, tmp_path, smoke_games):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    options = [
+        "--config.mesh.data=-1",
+        "--config.mesh.fsdp=2",
+        f"--coordinator=localhost:{port}",
+        "--num_processes=2",
+    ]
+    workdir = tmp_path / "run"
+    finish(
+        *(
+            start(workdir, smoke_games, *options, f"--process_id={number}", devices=2)
+            for number in range(2)
+        )
+    )
+    assert_same_metrics(alone, workdir)
+    assert lines(workdir) == lines(workdir / "processes" / "001")
+    assert (workdir / "model" / "model.safetensors").exists()
+    assert not (workdir / "processes" / "001" / "model").exists()

@@ -1,0 +1,233 @@
+"""Times the update step on this machine, beside the same step written with transformers and torch.
+
+    python tools/bench_update.py                      # on CPU: 1 M to 50 M parameters, both sides
+    python tools/bench_update.py --only=jax --sizes 20M --profile=/tmp/trace
+
+Same model, same weights, same batch, same loss (mean cross-entropy of the action tokens), same
+optimizer (AdamW with clipping by global norm), float32; loss and gradient norm of the first step are
+compared before anything is timed. Each side and size runs in a process of its own, so that peak
+memory is its own. "of ceiling" is the model's arithmetic (three forward passes) per second over
+what this machine reaches in a plain float32 matrix product in the same process.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+# hidden size, layers, heads, key/value heads, feed-forward, vocabulary
+SIZES = {
+    "1M": (128, 4, 4, 2, 384, 2048),
+    "5M": (256, 6, 4, 2, 768, 4096),
+    "20M": (384, 10, 6, 2, 1152, 8192),
+    "50M": (512, 14, 8, 4, 1536, 16384),
+}
+CEILING = 1536  # rows and columns of the matrix product
+OPTIMIZER = dict(
+    learning_rate=1e-4, warmup_steps=0, decay_steps=None, final_fraction=1.0, b1=0.9, b2=0.95,
+    weight_decay=0.1, max_grad_norm=1.0,
+)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--only", choices=["jax", "torch"])
+    parser.add_argument("--compute_dtype", default="float32", help="of our side")
+    parser.add_argument("--remat", default="none", help="of our side")
+    parser.add_argument("--profile", help="folder for a trace of one of our steps")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # side, size, model folder
+    return parser.parse_args()
+
+
+def model_config(size: str, length: int):
+    from jaxagentrl.models import decoder
+
+    hidden, layers, heads, kv_heads, inner, vocab = SIZES[size]
+    return decoder.DecoderConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        intermediate_size=inner,
+        max_position_embeddings=length,
+    )
+
+
+def batch(vocab: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, and the mask of tokens that are trained on: two of three."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocab, (rows, length)).astype(np.int32)
+    action = rng.random((rows, length)) < 2 / 3
+    action[:, 0] = False
+    return tokens, action
+
+
+def flops(size: str, rows: int, length: int) -> float:
+    """Floating-point operations of one step: three forward passes, attention counted in full."""
+    hidden, layers, heads, kv_heads, inner, vocab = SIZES[size]
+    projections = hidden * hidden * 2 + 2 * hidden * (hidden // heads) * kv_heads
+    per_token = 2 * (layers * (projections + 3 * hidden * inner) + hidden * vocab)
+    attention = 4 * length * hidden * layers  # scores and weighted sum, per token
+    return 3.0 * rows * length * (per_token + attention)
+
+
+def best_s(run, repeats: int) -> float:
+    run()
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def run_jax(args: argparse.Namespace, size: str, folder: str) -> dict:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxagentrl import learner, optimizer
+    from jaxagentrl.models import pretrained
+    from jaxagentrl.types import TrainState, TrajectoryBatch
+
+    square = jnp.ones((CEILING, CEILING), jnp.float32)
+    product = jax.jit(lambda a, b: a @ b)
+    ceiling = 2 * CEILING**3 / best_s(lambda: product(square, square).block_until_ready(), 5)
+
+    config, policy = pretrained.load(folder)
+    tokens, action = batch(config.vocab_size, args.rows, args.length)
+    zeros = np.zeros(tokens.shape, np.float32)
+    whole = TrajectoryBatch(
+        tokens, np.ones_like(action), action, np.zeros_like(tokens), np.zeros_like(action),
+        zeros, zeros, zeros, np.zeros(args.rows, np.int32),
+    )
+    targets = learner.Targets(
+        *[zeros] * 5, weights=(action / action.sum()).astype(np.float32), observation_weights=zeros
+    )
+    whole, targets = jax.device_put((whole, targets))
+    chain = optimizer.make(**OPTIMIZER)
+    loss = learner.make_sft_loss(config, remat=args.remat, compute_dtype=args.compute_dtype)
+    update = learner.make_update(loss, chain)
+    params = {"policy": policy}
+    state = TrainState(jnp.int32(0), jnp.zeros((), jnp.int32), params, chain.init(params))
+    work = [(np.arange(args.rows, dtype=np.int32), args.length)]
+    state, first = update(state, whole, targets, work)
+    first = {"loss": float(first["loss/action"]), "norm": float(first["optimizer/grad_norm"])}
+
+    def step() -> None:
+        nonlocal state
+        state, metrics = update(state, whole, targets, work)
+        jax.block_until_ready((state, metrics))
+
+    seconds = best_s(step, args.repeats)
+    if args.profile:
+        with jax.profiler.trace(args.profile):
+            step()
+    return first | {"seconds": seconds, "ceiling": ceiling, "device": jax.devices()[0].device_kind}
+
+
+def run_torch(args: argparse.Namespace, size: str, folder: str) -> dict:
+    import torch
+    import transformers
+
+    square = torch.ones(CEILING, CEILING)
+    ceiling = 2 * CEILING**3 / best_s(lambda: square @ square, 5)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.train()
+    tokens, action = batch(SIZES[size][5], args.rows, args.length)
+    tokens = torch.tensor(tokens).long()
+    labels = torch.where(torch.tensor(action), tokens, -100)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim == 1]
+    rule = torch.optim.AdamW(
+        [{"params": decayed}, {"params": plain, "weight_decay": 0.0}],
+        lr=OPTIMIZER["learning_rate"], betas=(0.9, 0.95), weight_decay=0.1, fused=True,
+    )
+
+    def step() -> tuple[float, float]:
+        logits = model(tokens, use_cache=False).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100
+        )
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rule.step()
+        rule.zero_grad(set_to_none=True)
+        return float(loss), float(norm)
+
+    loss, norm = step()
+    seconds = best_s(step, args.repeats)
+    return {"loss": loss, "norm": norm, "seconds": seconds, "ceiling": ceiling}
+
+
+def worker(args: argparse.Namespace) -> None:
+    side, size, folder = args.worker
+    found = {"jax": run_jax, "torch": run_torch}[side](args, size, folder)
+    found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(found))
+
+
+def in_process(side: str, size: str, folder: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, __file__, *sys.argv[1:], "--worker", side, size, folder],
+        capture_output=True, text=True, check=False,
+    )
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    args = arguments()
+    if args.worker:
+        worker(args)
+        return
+    import jax
+
+    from jaxagentrl.models import decoder, pretrained
+
+    sides = [args.only] if args.only else ["jax", "torch"]
+    print(
+        f"[{args.rows}, {args.length}] on {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[0]:.1f}, best of {args.repeats}"
+    )
+    print(f"{'':6} {'side':6} {'params':>8} {'ms':>9} {'tokens/s':>9} {'GFLOP/s':>8} "
+          f"{'of ceiling':>10} {'peak MiB':>9} {'ratio':>6}")
+    for size in args.sizes:
+        with contextlib.ExitStack() as stack:
+            root = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            config = model_config(size, args.length)
+            params = decoder.init(config, jax.random.key(0))
+            pretrained.save(root / "model", config, params)
+            found = {side: in_process(side, size, str(root / "model")) for side in sides}
+        if len(found) == 2 and args.compute_dtype == "float32":
+            for key in ("loss", "norm"):
+                np.testing.assert_allclose(found["jax"][key], found["torch"][key], rtol=1e-3)
+        work = flops(size, args.rows, args.length)
+        for side, one in found.items():
+            rate = work / one["seconds"]
+            ratio = found["torch"]["seconds"] / one["seconds"] if len(found) == 2 else float("nan")
+            print(
+                f"{size:6} {side:6} {decoder.num_params(params) / 1e6:7.1f}M "
+                f"{1e3 * one['seconds']:9.1f} {args.rows * args.length / one['seconds']:9.0f} "
+                f"{rate / 1e9:8.1f} {rate / one['ceiling']:10.0%} {one['peak_mib']:9.0f} "
+                f"{ratio:6.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
