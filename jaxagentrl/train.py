@@ -65,13 +65,13 @@ def run(config: Mapping[str, Any], directory: str) -> None:
         progress.notice(f"package version differs from the run's first start: {change}")
     started = time.monotonic()
     with prepare.everything(config, folder) as setup, sharding.use(setup.mesh):
+        programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
+        _plan(config, setup, programs, chain)
         state, host = _restore(folder, config, setup)
         with _decoding(setup, state.params) as policy:
             setup.engine.warm_up(policy, restricted=rollout.is_restricted(config["rollout"]))
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
             session = Session(config, folder, setup, writer)
-            programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
-            _plan(session, programs, chain)
             if host["stage"] == "start":
                 seconds = {"time/prepare_s": time.monotonic() - started}
                 values = _timed(seconds, _baselines, session, state.params)
@@ -144,9 +144,11 @@ def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState
     return state
 
 
-def _plan(session: Session, programs: reinforce.Programs, chain: Any) -> None:
+def _plan(
+    config: Mapping[str, Any], setup: prepare.Setup, programs: reinforce.Programs, chain: Any
+) -> None:
     """Says what memory the run will take, and refuses one that is larger than there is."""
-    config, setup, rl = session.config, session.setup, session.config["rl"]
+    rl = config["rl"]
     shards = sharding.num_row_shards(setup.mesh)
     num_rows = -(-rl["tasks_per_iteration"] * rl["group_size"] // shards) * shards
     shapes = reinforce.part_shapes(config["learner"])

@@ -175,8 +175,7 @@ def test_bfloat16_computes_near_float32_on_float32_masters():
     assert 0 < float(error) < 0.03  # 8 bits of mantissa, and not float32 by accident
 
 
-@pytest.mark.parametrize("policy", list(decoder.REMAT))
-def test_rematerialization_saves_memory(policy):
+def test_rematerialization_saves_memory():
     model = decoder.DecoderConfig(64, 64, 8, 4, 2, 16, 256)
     weights = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
     tokens = jax.ShapeDtypeStruct((16, 128), jnp.int32)
@@ -188,9 +187,8 @@ def test_rematerialization_saves_memory(policy):
         compiled = jax.jit(jax.grad(loss)).lower(weights, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    order = list(decoder.REMAT)  # from keeping all to keeping least
-    place = order.index(policy)
-    assert place == 0 or memory(policy) < 0.9 * memory(order[place - 1])
+    sizes = [memory(policy) for policy in decoder.REMAT]  # from keeping all to keeping least
+    assert sizes[1] < 0.9 * sizes[0] and sizes[2] < 0.9 * sizes[1]
 
 
 def test_small_moments_are_adam_on_average_and_half_the_bytes():
