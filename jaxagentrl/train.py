@@ -397,8 +397,9 @@ def _restore(
 ) -> tuple[TrainState, dict[str, Any]]:
     """The newest checkpoint's state, or a new run's."""
     state = _start_sft(config, setup)
-    rl_like = jax.eval_shape(lambda: _start_rl(state, config, setup))
-    rl_like = sharding.abstract(rl_like, setup.mesh)
+    anywhere = dataclasses.replace(setup, mesh=None)
+    shapes = jax.eval_shape(lambda given: _start_rl(given, config, anywhere), state)
+    rl_like = sharding.abstract(shapes, setup.mesh)
     for stage, like in (("rl", rl_like), ("sft", state)):
         restored = checkpoints.restore(folder.checkpoints / stage, like)
         if restored is not None:
