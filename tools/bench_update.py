@@ -7,7 +7,9 @@ Same model, same weights, same batch, same loss (mean cross-entropy of the actio
 optimizer (AdamW with clipping by global norm), float32; loss and gradient norm of the first step are
 compared before anything is timed. Each side and size runs in a process of its own, so that peak
 memory is its own. "of ceiling" is the model's arithmetic (three forward passes) per second over
-what this machine reaches in a plain float32 matrix product in the same process.
+what this machine reaches in a plain float32 matrix product in the same process. The last three columns say
+the same by processor time, which other programs on the machine disturb less: on a busy one, run with
+--threads=1 and read those.
 """
 
 import argparse
@@ -46,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=["jax", "torch"])
     parser.add_argument("--compute_dtype", default="float32", help="of our side")
     parser.add_argument("--remat", default="none", help="of our side")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores to use")
     parser.add_argument("--profile", help="folder for a trace of one of our steps")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # side, size, model folder
     return parser.parse_args()
@@ -85,14 +88,16 @@ def flops(size: str, rows: int, length: int) -> float:
     return 3.0 * rows * length * (per_token + attention)
 
 
-def best_s(run, repeats: int) -> float:
+def best_s(run, repeats: int) -> tuple[float, float]:
+    """Shortest wall-clock and shortest processor time of several runs, after one to warm up."""
     run()
-    found = []
+    wall, cpu = [], []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), time.process_time()
         run()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        wall.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - spent)
+    return min(wall), min(cpu)
 
 
 def run_jax(args: argparse.Namespace, size: str, folder: str) -> dict:
@@ -105,7 +110,7 @@ def run_jax(args: argparse.Namespace, size: str, folder: str) -> dict:
 
     square = jnp.ones((CEILING, CEILING), jnp.float32)
     product = jax.jit(lambda a, b: a @ b)
-    ceiling = 2 * CEILING**3 / best_s(lambda: product(square, square).block_until_ready(), 5)
+    ceiling = best_s(lambda: product(square, square).block_until_ready(), 5)
 
     config, policy = pretrained.load(folder)
     tokens, action = batch(config.vocab_size, args.rows, args.length)
@@ -132,11 +137,11 @@ def run_jax(args: argparse.Namespace, size: str, folder: str) -> dict:
         state, metrics = update(state, whole, targets, work)
         jax.block_until_ready((state, metrics))
 
-    seconds = best_s(step, args.repeats)
+    seconds, cpu = best_s(step, args.repeats)
     if args.profile:
         with jax.profiler.trace(args.profile):
             step()
-    return first | {"seconds": seconds, "ceiling": ceiling, "device": jax.devices()[0].device_kind}
+    return first | {"seconds": seconds, "cpu": cpu, "ceiling": ceiling}
 
 
 def run_torch(args: argparse.Namespace, size: str, folder: str) -> dict:
@@ -144,7 +149,7 @@ def run_torch(args: argparse.Namespace, size: str, folder: str) -> dict:
     import transformers
 
     square = torch.ones(CEILING, CEILING)
-    ceiling = 2 * CEILING**3 / best_s(lambda: square @ square, 5)
+    ceiling = best_s(lambda: square @ square, 5)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.train()
     tokens, action = batch(SIZES[size][5], args.rows, args.length)
@@ -169,12 +174,14 @@ def run_torch(args: argparse.Namespace, size: str, folder: str) -> dict:
         return float(loss), float(norm)
 
     loss, norm = step()
-    seconds = best_s(step, args.repeats)
-    return {"loss": loss, "norm": norm, "seconds": seconds, "ceiling": ceiling}
+    seconds, cpu = best_s(step, args.repeats)
+    return {"loss": loss, "norm": norm, "seconds": seconds, "cpu": cpu, "ceiling": ceiling}
 
 
 def worker(args: argparse.Namespace) -> None:
     side, size, folder = args.worker
+    # Both sides make as many threads as they may use cores.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     found = {"jax": run_jax, "torch": run_torch}[side](args, size, folder)
     found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(found))
@@ -201,11 +208,12 @@ def main() -> None:
 
     sides = [args.only] if args.only else ["jax", "torch"]
     print(
-        f"[{args.rows}, {args.length}] on {os.cpu_count()} cores, load "
+        f"[{args.rows}, {args.length}] on {args.threads} of {os.cpu_count()} cores, load "
         f"{os.getloadavg()[0]:.1f}, best of {args.repeats}"
     )
     print(f"{'':6} {'side':6} {'params':>8} {'ms':>9} {'tokens/s':>9} {'GFLOP/s':>8} "
-          f"{'of ceiling':>10} {'peak MiB':>9} {'ratio':>6}")
+          f"{'of ceiling':>10} {'peak MiB':>9} {'ratio':>6} {'cpu ms':>9} {'of ceiling':>10} "
+          f"{'ratio':>6}")
     for size in args.sizes:
         with contextlib.ExitStack() as stack:
             root = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -219,12 +227,17 @@ def main() -> None:
         work = flops(size, args.rows, args.length)
         for side, one in found.items():
             rate = work / one["seconds"]
-            ratio = found["torch"]["seconds"] / one["seconds"] if len(found) == 2 else float("nan")
+            best = [2 * CEILING**3 / seconds for seconds in one["ceiling"]]
+            ratios = [
+                found["torch"][key] / one[key] if len(found) == 2 else float("nan")
+                for key in ("seconds", "cpu")
+            ]
             print(
                 f"{size:6} {side:6} {decoder.num_params(params) / 1e6:7.1f}M "
                 f"{1e3 * one['seconds']:9.1f} {args.rows * args.length / one['seconds']:9.0f} "
-                f"{rate / 1e9:8.1f} {rate / one['ceiling']:10.0%} {one['peak_mib']:9.0f} "
-                f"{ratio:6.2f}",
+                f"{rate / 1e9:8.1f} {rate / best[0]:10.0%} {one['peak_mib']:9.0f} "
+                f"{ratios[0]:6.2f} {1e3 * one['cpu']:9.1f} {work / one['cpu'] / best[1]:10.0%} "
+                f"{ratios[1]:6.2f}",
                 flush=True,
             )
 
