@@ -174,7 +174,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             )
         loaded = _tokenizer(config, replays, workdir)
         chat_format = chat.make(loaded)
-        model, policy = _model(config["model"], len(loaded), jax.random.key(config["seed"]))
+        model, policy = _model(config["model"], len(loaded), jax.random.key(config["seed"]), mesh)
         trainable, frozen = _with_lora(policy, config)
         with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
             decoding = engine.Engine(
@@ -224,12 +224,12 @@ def _tokenizer(config: Mapping[str, Any], replays: Sequence[demos.Replay], workd
 
 
 def _model(
-    options: Mapping[str, Any], vocab_size: int, key: jax.Array
+    options: Mapping[str, Any], vocab_size: int, key: jax.Array, mesh: jax.sharding.Mesh | None
 ) -> tuple[decoder.DecoderConfig, decoder.Params]:
     options = dict(options)
     directory = options.pop("directory")
     if directory is not None:
-        return pretrained.load(directory)
+        return pretrained.load(directory, mesh=mesh)
     config = decoder.DecoderConfig(vocab_size=vocab_size, **options)
     return config, decoder.init(config, key)
 

@@ -130,7 +130,8 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
                 active.astype(jnp.int32),
                 filled=filled,
             )
-            logprobs = jax.nn.log_softmax(decoder.unembed(params, x[:, 0]) / scale)
+            z = decoder.unembed(params, x[:, 0], softcap=config.logit_softcap)
+            logprobs = jax.nn.log_softmax(z / scale)
             if restricted:
                 logprobs = restrict(logprobs, controls.top_k, controls.top_p, controls.min_p)
             token = sample(logprobs, jax.vmap(jax.random.fold_in)(keys, lengths), greedy)

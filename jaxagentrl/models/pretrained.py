@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxagentrl import workdir
-from jaxagentrl.models import decoder, pretrained_config, tensor_files
+from jaxagentrl.models import decoder, pretrained_config, sharding, tensor_files
 from jaxagentrl.models.pretrained_config import PretrainedError, listed
 
 Params = dict[str, Any]
@@ -77,7 +77,7 @@ def load(
     Args:
         directory: holds config.json and model.safetensors or its shards with their index.
         dtype: of the parameters returned, whatever the file holds.
-        mesh: places every parameter whole on each device of the mesh; None on the default device.
+        mesh: places every parameter by the rules of `sharding`; None on the default device.
 
     Returns:
         (config, params), `params` in the structure of `decoder.init`.
@@ -287,7 +287,8 @@ def _read_leaf(
 def _sharding(
     entry: _Entry, shape: tuple[int, ...], mesh: jax.sharding.Mesh
 ) -> jax.sharding.NamedSharding:
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    axes = sharding.axes_of("/".join(entry.path), len(shape))
+    return jax.sharding.NamedSharding(mesh, sharding.spec(axes, shape, mesh.shape))
 
 
 def _put(
