@@ -215,7 +215,8 @@ def test_settings_that_no_family_has_together_are_refused_on_export(tmp_path):
     config = decoder.DecoderConfig(
         vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
         intermediate_size=48, qk_norm=True, attention_softcap=3.0)
-    params = decoder.init(config, jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     with pytest.raises(pretrained.PretrainedError, match="qwen3.*attention_softcap.*3.0"):
         pretrained.save(tmp_path / "model", config, params)
 
