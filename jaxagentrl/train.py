@@ -425,5 +425,9 @@ def _export(session: Session, state: TrainState) -> None:
         else:
             policy = lora.merge(policy, adapters, scale)
     pretrained.save(
-        session.folder.model, setup.model, policy, tokenizer=setup.chat_format.tokenizer
+        session.folder.model,
+        setup.model,
+        policy,
+        tokenizer=setup.chat_format.tokenizer,
+        stop_ids=(setup.chat_format.end_of_turn_id,),
     )

@@ -23,14 +23,23 @@ _SPEC.loader.exec_module(check_tokens)
 SMALL = ["--conversations=2", "--turns=2", "--turn_tokens=6"]
 
 
+def make_folder(directory, name):
+    """A model as transformers writes it, tokenizer beside weights."""
+    their_tokenizers.make(name, directory)
+    size = len(tokenizer.load(directory))
+    their_models.make(name, vocab_size=size).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Qwen3 as transformers writes it, tokenizer beside weights."""
-    directory = tmp_path_factory.mktemp("qwen3")
-    their_tokenizers.make("qwen3", directory)
-    size = len(tokenizer.load(directory))
-    their_models.make("qwen3", vocab_size=size).save_pretrained(directory)
-    return directory
+    return make_folder(tmp_path_factory.mktemp("qwen3"), "qwen3")
+
+
+def test_soft_caps_act_in_both_passes(tmp_path, capsys):
+    """Gemma 2 caps its logits, in the sampler's program and in that of training."""
+    assert check_tokens.main([str(make_folder(tmp_path, "gemma2")), *SMALL]) == 0
+    assert "chat family gemma" in capsys.readouterr().out
 
 
 def test_a_good_model_passes(folder, capsys):

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from jaxagentrl import tokenizer as tokenizer_lib
-from jaxagentrl.models import decoder, pretrained
+from jaxagentrl.models import decoder, pretrained, sharding
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -226,7 +226,7 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path):
         return peak
 
     assert peak_of(lambda: pretrained.save(tmp_path / "model", config, params)) < largest + margin
-    mesh = jax.make_mesh((4,), ("data",))
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
     for options in ({}, {"mesh": mesh}, {"dtype": "bfloat16"}):
         peak = peak_of(lambda: pretrained.load(tmp_path / "model", **options))
         assert peak < largest + margin, options
@@ -251,8 +251,27 @@ def test_language_part_of_a_model_with_images(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, params, params_again)
 
 
-def test_mesh_places_parameters_on_every_device(folders):
-    mesh = jax.make_mesh((4,), ("data",))
-    _, params = pretrained.load(folders / "llama_tied", mesh=mesh)
-    leaf = params["embed"]["embedding"]
-    assert leaf.is_fully_replicated and len(leaf.sharding.device_set) == 4
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2), (2, 1, 2)])
+def test_weights_go_straight_to_their_shards(shape, folders):
+    """Read onto a mesh: the same values, split by the rules, and out again bit for bit."""
+    devices = jax.devices()[:4]
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape, strict=True)), devices=devices)
+    config, whole = pretrained.load(folders / "qwen2_untied")
+    _, split = pretrained.load(folders / "qwen2_untied", mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, whole, split)
+    expected = sharding.shardings(whole, mesh)
+    same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), split, expected)
+    assert all(jax.tree.leaves(same))
+    kernel = split["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size < kernel.size
+
+
+def test_a_split_model_is_saved_whole(folders, tmp_path):
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+    config, split = pretrained.load(folders / "qwen2_untied", mesh=mesh)
+    pretrained.save(tmp_path / "model", config, split)
+    theirs = safetensors.numpy.load_file(folders / "qwen2_untied" / "model.safetensors")
+    ours = safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors")
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        np.testing.assert_array_equal(theirs[name], ours[name])
