@@ -156,7 +156,7 @@ def gigpo_steps(
     present = masking.group_count(place, num_groups=shape[0] * shape[1]).reshape(shape) > 0
     gammas = jnp.full(shape, turn_discount, jnp.float32)
     returns = masking.take_group(returns_to_go(grid, gammas, present).reshape(-1), place)
-    scores = masking.take_group(jnp.sum(grid, axis=1), jnp.where(inside, trajectory_ids, -1))
+    scores = masking.take_group(jnp.sum(grid, axis=1), trajectory_ids)
     return _episode_and_step(
         scores,
         returns,

@@ -296,8 +296,7 @@ def group_sum(
     chex.assert_equal_shape([x, group_ids])
     inside = in_group(group_ids, num_groups=num_groups)
     slots = jnp.where(inside, group_ids, num_groups)
-    sums = jax.ops.segment_sum(zero_off(x, inside), slots, num_groups + 1)[:num_groups]
-    return total(sums, axis_name)
+    return total(jax.ops.segment_sum(zero_off(x, inside), slots, num_groups), axis_name)
 
 
 def group_count(group_ids: Array, *, num_groups: int, axis_name: AxisName = None) -> Array:

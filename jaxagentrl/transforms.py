@@ -131,7 +131,7 @@ def compact(batch: TrajectoryBatch, keep: Array) -> tuple[TrajectoryBatch, Array
         (batch with its rows permuted, [] int32 number of kept rows).
     """
     chex.assert_equal_shape([keep, batch.group_ids])
-    order = jnp.argsort(~keep, stable=True)
+    order = jnp.argsort(~keep)
     moved = jax.tree.map(lambda leaf: leaf[order], batch)
     return moved, jnp.sum(keep, dtype=jnp.int32)
 

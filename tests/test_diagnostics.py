@@ -47,6 +47,10 @@ def test_clip_fractions():
     )
     got = diagnostics.clip_fractions(*rows, clip_low=0.2, clip_high=0.28)
     assert float(got["dual"]) == 0.0
+    # A ratio on the edge of its clip keeps its gradient: on-policy nothing is clipped, even at 0.
+    still = (rows[1], rows[1], adv, mask)
+    got = diagnostics.clip_fractions(*still, clip_low=0.0, clip_high=0.0, dual_clip=1.0)
+    assert {k: float(v) for k, v in got.items()} == {"low": 0.0, "high": 0.0, "dual": 0.0}
 
 
 @given(SEEDS)

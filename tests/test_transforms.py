@@ -149,6 +149,23 @@ def test_penalties_fall_on_the_last_action_token_of_the_turn():
     assert int(count) == 2
 
 
+def test_a_penalty_can_fall_on_the_first_token():
+    rewards, mask = np.array([[1.0, 2.0]], np.float32), np.ones((1, 2), bool)
+    flagged = np.array([[True, False]])
+    got, count = transforms.penalize_turns(rewards, mask, np.array([[0, 1]]), flagged, penalty=0.5)
+    np.testing.assert_allclose(got, [[0.5, 2.0]])
+    assert int(count) == 1
+
+
+def test_a_turn_beyond_the_flags_is_not_penalized():
+    """The first token's turn is out of range, and position 0 is what nothing looks like."""
+    rewards, mask = np.array([[1.0, 2.0]], np.float32), np.ones((1, 2), bool)
+    flagged = np.array([[True]])
+    got, count = transforms.penalize_turns(rewards, mask, np.array([[1, 0]]), flagged, penalty=0.5)
+    np.testing.assert_allclose(got, [[1.0, 1.5]])
+    assert int(count) == 1
+
+
 def test_dense_rewards_are_divided_by_the_maximum_on_wins_and_losses():
     got, count = transforms.normalize_dense_rewards(REWARDS, np.array([4, 6], np.float32), MASK)
     np.testing.assert_allclose(got, [[0, 0.25, 0, 0.5], [0, 0.5, 0, 0]])

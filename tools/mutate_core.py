@@ -281,10 +281,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=600, help="CPU seconds per test file")
     parser.add_argument("--no-last", action="store_true", help=f"leave {LAST} out")
+    parser.add_argument("--at", nargs="*", help="only mutants of these lines: anchors:148 losses:20")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     args = parser.parse_args()
 
     mutants = all_mutants(args.modules)
+    if args.at:
+        mutants = [m for m in mutants if f"{m.module}:{m.line}" in args.at]
     if args.sample is not None and args.sample < len(mutants):
         mutants = sorted(
             random.Random(args.seed).sample(mutants, args.sample),
