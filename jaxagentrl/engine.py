@@ -7,7 +7,6 @@ that are new since its last turn; `launch` sends the wave's work to the device a
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,55 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxagentrl import sampling
+from jaxagentrl import sampling, turns
 from jaxagentrl.models import decoder, kv_cache
-
-
-@dataclasses.dataclass(frozen=True)
-class TurnRequest:
-    """What one slot needs for its next turn."""
-
-    slot: int
-    new_ids: np.ndarray  # int32, ids appended since the last turn (prompt or glue and observation)
-    budget: int  # tokens the turn may have
-    stream: tuple[int, ...]  # words that identify this turn's randomness
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class TurnSample:
-    """One sampled turn; all arrays have one entry per sampled token."""
-
-    ids: np.ndarray  # int32
-    logprobs: np.ndarray  # float32
-    entropies: np.ndarray  # float32
-
-
-@dataclasses.dataclass
-class Counters:
-    """Sums over the engine's life."""
-
-    tokens_extended: int = 0  # appended to caches by `extend`
-    tokens_padded: int = 0  # places of `extend` calls that held nothing
-    tokens_forked: int = 0  # copied from another slot instead of computed
-    tokens_decoded: int = 0
-    tokens_reprefill: int = 0  # what prefilling every turn's history again would have computed
-    turns: int = 0
-    decode_steps: int = 0
-    decode_places: int = 0  # decode steps x slots; tokens_decoded of these were used
-    compiles: int = 0
-    seconds_extend: float = 0.0  # the host waited for extend and fork
-    seconds_decode: float = 0.0  # the host waited for decode
-    seconds_transfer: float = 0.0  # samples came from the device
-    seconds_compile: float = 0.0  # a program was called for the first time
-
-    def since(self, earlier: "Counters") -> "Counters":
-        """What was added since a copy was taken."""
-        mine, before = dataclasses.asdict(self), dataclasses.asdict(earlier)
-        return Counters(**{key: mine[key] - before[key] for key in mine})
+from jaxagentrl.turns import Counters, TurnRequest, TurnSample
 
 
 @dataclasses.dataclass
@@ -316,7 +269,7 @@ class Engine:
                 if count:
                     item.ids = item.pieces[-1].ids[-1:]
                 continue
-            ended[slot] = _join(item.pieces)
+            ended[slot] = turns.join(item.pieces)
             self._carry[wave, slot] = ended[slot].ids[-1]
             self.counters.turns += 1
             del self._waiting[wave][slot]
@@ -465,7 +418,7 @@ class Engine:
             controls.top_k[slot] = item.request.top_k
             controls.top_p[slot] = item.request.top_p
             controls.min_p[slot] = item.request.min_p
-            controls.streams[slot] = stream_words(item.request.stream)
+            controls.streams[slot] = turns.stream_words(item.request.stream)
         linger = np.int32(self._linger_share * len(items))
         with self._first_call("decode", size, filled, *(["restricted"] if restricted else [])):
             sampled, self._caches[wave] = self._decode(
@@ -499,22 +452,6 @@ class Engine:
 
     def _bucket(self, size: int, buckets: Sequence[int]) -> int:
         return next(bucket for bucket in buckets if bucket >= size)
-
-
-def stream_words(stream: Sequence[int]) -> np.ndarray:
-    """[2] uint32, a key for the turn that the words (run seed, task, member, turn, ...) name."""
-    digest = hashlib.blake2b(np.array(stream, np.uint32).tobytes(), digest_size=8)
-    return np.frombuffer(digest.digest(), np.uint32)
-
-
-def _join(pieces: Sequence[TurnSample]) -> TurnSample:
-    if len(pieces) == 1:
-        return pieces[0]
-    return TurnSample(
-        ids=np.concatenate([piece.ids for piece in pieces]),
-        logprobs=np.concatenate([piece.logprobs for piece in pieces]),
-        entropies=np.concatenate([piece.entropies for piece in pieces]),
-    )
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

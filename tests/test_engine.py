@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxagentrl import engine, logprobs, sampling
+from jaxagentrl import engine, logprobs, sampling, turns
 from jaxagentrl.models import decoder
 
 CONFIG = decoder.DecoderConfig(
@@ -188,7 +188,7 @@ def test_greedy_is_the_argmax(params):
 def test_samples_follow_the_distribution_and_the_temperature():
     logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
     n = 20_000
-    streams = np.stack([engine.stream_words((7, index)) for index in range(n)])
+    streams = np.stack([turns.stream_words((7, index)) for index in range(n)])
     assert len({tuple(words) for words in streams.tolist()}) == n
     keys = jax.random.wrap_key_data(streams)
     greedy = np.zeros(n, bool)

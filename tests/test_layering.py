@@ -64,6 +64,7 @@ jaxagentrl.models.tensor_files
 jaxagentrl.models.pretrained
 jaxagentrl.hosts
 jaxagentrl.sampling
+jaxagentrl.turns
 jaxagentrl.engine
 jaxagentrl.packing
 jaxagentrl.learner

@@ -1,0 +1,71 @@
+"""What goes into the engine and what comes out of it: requests, samples, counters. Numpy."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnRequest:
+    """What one slot needs for its next turn."""
+
+    slot: int
+    new_ids: np.ndarray  # int32, ids appended since the last turn (prompt or glue and observation)
+    budget: int  # tokens the turn may have
+    stream: tuple[int, ...]  # words that identify this turn's randomness
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnSample:
+    """One sampled turn; all arrays have one entry per sampled token."""
+
+    ids: np.ndarray  # int32
+    logprobs: np.ndarray  # float32
+    entropies: np.ndarray  # float32
+
+
+@dataclasses.dataclass
+class Counters:
+    """Sums over the engine's life."""
+
+    tokens_extended: int = 0  # appended to caches by `extend`
+    tokens_padded: int = 0  # places of `extend` calls that held nothing
+    tokens_forked: int = 0  # copied from another slot instead of computed
+    tokens_decoded: int = 0
+    tokens_reprefill: int = 0  # what prefilling every turn's history again would have computed
+    turns: int = 0
+    decode_steps: int = 0
+    decode_places: int = 0  # decode steps x slots; tokens_decoded of these were used
+    compiles: int = 0
+    seconds_extend: float = 0.0  # the host waited for extend and fork
+    seconds_decode: float = 0.0  # the host waited for decode
+    seconds_transfer: float = 0.0  # samples came from the device
+    seconds_compile: float = 0.0  # a program was called for the first time
+
+    def since(self, earlier: "Counters") -> "Counters":
+        """What was added since a copy was taken."""
+        mine, before = dataclasses.asdict(self), dataclasses.asdict(earlier)
+        return Counters(**{key: mine[key] - before[key] for key in mine})
+
+
+def stream_words(stream: Sequence[int]) -> np.ndarray:
+    """[2] uint32, a key for the turn that the words (run seed, task, member, turn, ...) name."""
+    digest = hashlib.blake2b(np.array(stream, np.uint32).tobytes(), digest_size=8)
+    return np.frombuffer(digest.digest(), np.uint32)
+
+
+def join(pieces: Sequence[TurnSample]) -> TurnSample:
+    """One turn that was sampled in several pieces."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return TurnSample(
+        ids=np.concatenate([piece.ids for piece in pieces]),
+        logprobs=np.concatenate([piece.logprobs for piece in pieces]),
+        entropies=np.concatenate([piece.entropies for piece in pieces]),
+    )
