@@ -205,8 +205,8 @@ def penalize_turns(
     last = masking.turn_last_position(turn_ids, action_mask, num_turns=num_turns)
     hit = flagged & (last >= 0)
     penalties = masking.spread_turns(-penalty * hit.astype(jnp.float32), turn_ids, action_mask)
-    shaped = masking.zero_off(rewards, action_mask) + jnp.where(
-        _is_turn_last(last, turn_ids, action_mask), penalties, 0.0
+    shaped = masking.zero_off(rewards, action_mask) + _on_last(
+        penalties, last, turn_ids, action_mask
     )
     return shaped, jnp.sum(hit, dtype=jnp.int32)
 
@@ -285,8 +285,7 @@ def potential_shaping(
     gammas = masking.take_positions(masking.zero_off(discounts, action_mask), last)
     change = jnp.where(present, gammas * following - potentials, 0.0)
     spread = masking.spread_turns(change, turn_ids, action_mask)
-    at_end = _is_turn_last(last, turn_ids, action_mask)
-    return masking.zero_off(rewards, action_mask) + jnp.where(at_end, spread, 0.0)
+    return masking.zero_off(rewards, action_mask) + _on_last(spread, last, turn_ids, action_mask)
 
 
 def shape_with_kl(
@@ -310,12 +309,12 @@ def shape_with_kl(
     return rewards - coefficient * jax.lax.stop_gradient(divergence)
 
 
-def _is_turn_last(last: Array, turn_ids: Array, action_mask: Array) -> Array:
-    """[B, L] bool, True on the last action token of each turn (`last` as by turn_last_position)."""
-    length = action_mask.shape[-1]
-    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.float32), action_mask.shape)
-    inside = action_mask & (turn_ids >= 0) & (turn_ids < last.shape[-1])
-    return inside & (masking.spread_turns(last.astype(jnp.float32), turn_ids, inside) == place)
+def _on_last(spread: Array, last: Array, turn_ids: Array, action_mask: Array) -> Array:
+    """[B, L] values spread over turns, kept on the last action token of each (`last` [B, T])."""
+    places = jnp.arange(action_mask.shape[-1], dtype=jnp.float32)[None]
+    # Off the mask the spread position is 0, but so is the value.
+    wanted = masking.spread_turns(last.astype(jnp.float32), turn_ids, action_mask)
+    return jnp.where(wanted == places, spread, 0.0)
 
 
 def _filtered(kept: Array, size: Array, group_ids: Array) -> Filtered:

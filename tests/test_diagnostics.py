@@ -35,9 +35,9 @@ def test_explained_variance_per_turn():
 
 def test_clip_fractions():
     # Of ten tokens one each is clipped low, clipped high, and cut by the dual clip; 1.2 and .9 are
-    # within the clips, and the last is off the mask.
-    ratio = np.array([[0.5, 0.5, 1.5, 1.5, 5.0, 5.0, 1.2, 0.9, 2.0, 1.0, 9.0]], np.float32)
-    adv = np.array([[1, -1, 1, -1, -1, 0, 1, -1, 0, 1, 1]], np.float32)
+    # within the clips, an advantage of 0 or of the other sign clips nothing, the last is off the mask.
+    ratio = np.array([[0.5, 0.5, 1.5, 1.5, 5.0, 5.0, 1.2, 0.9, 0.5, 0.5, 9.0]], np.float32)
+    adv = np.array([[1, -1, 1, -1, -1, 0, 1, -1, 0, 0.5, 1]], np.float32)
     mask = np.ones((1, 11), bool)
     mask[0, 10] = False
     rows = (np.log(ratio), np.zeros((1, 11), np.float32), adv, mask)
