@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-pytest.importorskip("alfworld", reason="needs the extra 'alfworld'")
+pytest.importorskip("alfworld", reason="needs the files of alfworld")
 
 from envs_host import (
     alfworld,
@@ -52,6 +52,7 @@ def play(env, task, commands):
 
 def test_answers_equal_those_of_the_engine_alfworld_ships_with(tasks):
     """Feedback byte for byte, admissible commands and win; tools/bench_alfworld.py does more."""
+    pytest.importorskip("fast_downward", reason="needs the extra 'alfworld'")
     original = alfworld_engine.Original()
     steps = 0
     for number, task in enumerate([tasks[1], tasks[2], tasks[5]]):
@@ -70,6 +71,7 @@ def test_answers_equal_those_of_the_engine_alfworld_ships_with(tasks):
 
 
 def test_walkthroughs_win_in_that_engine_and_are_as_short_as_its_planners(tasks):
+    pytest.importorskip("fast_downward", reason="needs the extra 'alfworld'")
     import textworld
     from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
     from textworld.envs import PddlEnv

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-pytest.importorskip("alfworld", reason="needs the extra 'alfworld'")
+pytest.importorskip("alfworld", reason="needs the files of alfworld")
 
 from envs_host import alfworld, alfworld_data, collect, games
 from envs_host.specs import TASK_TYPES
@@ -100,6 +100,7 @@ def test_they_are_played(data, tmp_path):
 
 
 def test_alfworlds_own_collector_finds_the_same_games(data, tmp_path):
+    pytest.importorskip("fast_downward", reason="needs the extra 'alfworld'")
     from alfworld.agents.environment.alfred_tw_env import AlfredTWEnv
 
     config = {"env": {"goal_desc_human_anns_prob": 0, "task_types": [1, 2, 3, 4, 5, 6]},

@@ -7,7 +7,7 @@ import runpy
 import jax
 import pytest
 
-pytest.importorskip("alfworld", reason="needs the extra 'alfworld'")
+pytest.importorskip("alfworld", reason="needs the files of alfworld")
 
 from envs_host.specs import TASK_TYPES
 from jaxagentrl import metrics, tokenizer, train
