@@ -4,11 +4,12 @@
     python -m jaxagentrl.main --config=configs/alfworld_quickstart.py --workdir=runs/alfworld
 
 Houses: generated, one room of ALFWorld's floor plans with 5 of its receptacles and 5 objects, all
-containers closed, one of the six task types. Training rooms and test rooms differ as in the original
-(`valid_unseen`); `test_seen` are new houses in the training rooms. 400 searches of the hand-coded expert
-are imitated, then RL follows on other houses, with the change of the distance to the goal as the
-turns' reward and GiGPO's credit. This is smaller than the official rooms, which have 20 to 40
-receptacles and about as many kinds of objects: it shows the whole way, not the benchmark.
+containers closed, one of the six task types. Training rooms and test rooms differ as in the
+original (`valid_unseen`); `test_seen` are new houses in the training rooms. 400 searches of the
+hand-coded expert are imitated, then RL follows on other houses, with the change of the distance to
+the goal as the turns' reward and GiGPO's credit. This is smaller than the official rooms, which
+have 20 to 40 receptacles and about as many kinds of objects: it shows the whole way, not the
+benchmark.
 """
 
 import pathlib

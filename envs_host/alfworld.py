@@ -1,8 +1,9 @@
 """ALFWorld as a text environment: official games and generated houses, stepped without its engine.
 
-`generate` makes houses (games.py), `alfworld_data.read` finds the official games; `AlfworldEnv` plays
-both. Observations are the engine's own texts, except that the opening is told without the banner and
-the task, which is the `objective`. An episode ends when it is won: ALFWorld knows no other end.
+`generate` makes houses (games.py), `alfworld_data.read` finds the official games; `AlfworldEnv`
+plays both. Observations are the engine's own texts, except that the opening is told without the
+banner and the task, which is the `objective`. An episode ends when it is won: ALFWorld knows no
+other end.
 """
 
 import re

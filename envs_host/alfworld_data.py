@@ -3,10 +3,10 @@
     $ALFWORLD_DATA/json_2.1.1/<split>/<type>-<object>-<..>-<receptacle>-<scene>/<trial>/
         game.tw-pddl  initial_state.pddl  traj_data.json
 
-with 3,553 playable games in `train`, 140 in `valid_seen` and 134 in `valid_unseen`, among 8,810 folders.
-They are read once into a manifest in the cache; afterwards a start looks at the names of the task
-folders only. What ALFWorld itself leaves out is left out (movable receptacles, sliced objects, games
-without or unsolvable); what is damaged is left out, too, and counted.
+with 3,553 playable games in `train`, 140 in `valid_seen` and 134 in `valid_unseen`, among 8,810
+folders. They are read once into a manifest in the cache; afterwards a start looks at the names of
+the task folders only. What ALFWorld itself leaves out is left out (movable receptacles, sliced
+objects, games without or unsolvable); what is damaged is left out, too, and counted.
 """
 
 import collections

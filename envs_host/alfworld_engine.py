@@ -1,9 +1,9 @@
 """One ALFWorld game, played: what a command answers, what could be done, whether the task is done.
 
 `Engine` steps the PDDL state itself (alfworld_pddl.py) and tells it by the game's own grammar
-(alfworld_text.py); the texts equal those of TextWorld's engine with ALFWorld's wrapper byte for byte,
-which a test and tools/bench_alfworld.py hold by playing both side by side. `Original` is that engine,
-under the same interface: the oracle, and what its speed is measured against.
+(alfworld_text.py); the texts equal those of TextWorld's engine with ALFWorld's wrapper byte for
+byte, which a test and tools/bench_alfworld.py hold by playing both side by side. `Original` is
+that engine, under the same interface: the oracle, and what its speed is measured against.
 """
 
 import functools

@@ -1,11 +1,11 @@
 """Two experts for ALFWorld's six task types: one that knows everything, one that has to look.
 
 `plan` is the shortest way from any state, by trying every choice that matters (which object, which
-receptacle, which sink): the six goals are too alike to need a general planner, which takes up to 37 s
-for the largest kitchens and must then be killed. Its length from every state also gives the progress
-signal. `explore` searches like a stranger: it knows the receptacles, which the opening lists, and
-what it has seen; its demonstrations can be imitated from the text, whereas `plan` walks straight to
-what it cannot have seen.
+receptacle, which sink): the six goals are too alike to need a general planner, which takes up to
+37 s for the largest kitchens and must then be killed. Its length from every state also gives the
+progress signal. `explore` searches like a stranger: it knows the receptacles, which the opening
+lists, and what it has seen; its demonstrations can be imitated from the text, whereas `plan` walks
+straight to what it cannot have seen.
 """
 
 import itertools

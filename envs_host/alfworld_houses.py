@@ -1,9 +1,10 @@
 """New ALFWorld houses by seed: a room of the wheel's floor plans, furnished for one task.
 
-The `alfworld` wheel ships, for its 120 rooms, where the receptacles stand (gen/layouts/*-openable.json)
-and which kinds of objects there are (*-objects.json), what fits where and what can be heated, cooled
-and cleaned (gen/constants.py), and goals with their sentences (gen/goal_library.py). These are read
-as data; of the library's code only the two files of constants are executed.
+The `alfworld` wheel ships, for its 120 rooms, where the receptacles stand
+(gen/layouts/*-openable.json) and which kinds of objects there are (*-objects.json), what fits
+where and what can be heated, cooled and cleaned (gen/constants.py), and goals with their sentences
+(gen/goal_library.py). These are read as data; of the library's code only the two files of
+constants are executed.
 
 Splits are by room, as in the original: "train" and "valid_seen" take the same rooms (with other
 seeds), "valid_unseen" the rooms that the wheel lists as test scenes.

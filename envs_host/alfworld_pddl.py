@@ -1,8 +1,8 @@
 """PDDL as ALFWorld's games use it: a domain compiled once, worlds whose states are plain sets.
 
-The engine under ALFWorld (Fast Downward) translates every game to propositional form, twice, and lists
-all applicable operators through C strings after every step. Here the lifted actions are matched
-against the facts directly. What Fast Downward's translation does to the *meaning* is kept:
+The engine under ALFWorld (Fast Downward) translates every game to propositional form, twice, and
+lists all applicable operators through C strings after every step. Here the lifted actions are
+matched against the facts directly. What Fast Downward's translation does to the *meaning* is kept:
 
 - names are lower case; disjunctions and existential quantifiers in a condition make variants of an
   action, and variants with the same name and arguments are one action;
@@ -10,8 +10,9 @@ against the facts directly. What Fast Downward's translation does to the *meanin
   does not exist (going to where one already is: "Nothing happens.");
 - an action deletes before it adds.
 
-Supported: `and`, `or`, `not`, `exists`, `=` in conditions, `when` in effects; enough for ALFWorld's
-domain (alfworld/data/alfred.pddl), which every game file carries a copy of. Anything else is an error.
+Supported: `and`, `or`, `not`, `exists`, `=` in conditions, `when` in effects; enough for
+ALFWorld's domain (alfworld/data/alfred.pddl), which every game file carries a copy of. Anything
+else is an error.
 """
 
 import itertools

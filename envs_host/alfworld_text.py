@@ -1,16 +1,17 @@
 """The text of an ALFWorld game: its grammar (TWL2) read once, answers derived from facts.
 
-TextWorld derives every answer by copying symbols and their context at each expansion and by parsing
-queries again each time, which is where an ALFWorld step spends most of its time. Here a grammar is read
-into tuples, once per process (games differ from each other in the sentence of the task only), and
-queries go to indexed facts. The rules of the derivation are TextWorld's (textworld/envs/pddl/textgen):
+TextWorld derives every answer by copying symbols and their context at each expansion and by
+parsing queries again each time, which is where an ALFWorld step spends most of its time. Here a
+grammar is read into tuples, once per process (games differ from each other in the sentence of the
+task only), and queries go to indexed facts. The rules of the derivation are TextWorld's
+(textworld/envs/pddl/textgen):
 
 - the first production whose condition has a match is taken;
 - a query's answers come in the order of the sorted facts, and two placeholders never share a value;
 - `[{x | query}]` is a list with the grammar's own separators, and what it says for an empty one.
 
-What a production may compute is limited to attributes of entities, texts, `+` and `or`; TextWorld calls
-`eval` on it, and a game file is somebody else's.
+What a production may compute is limited to attributes of entities, texts, `+` and `or`; TextWorld
+calls `eval` on it, and a game file is somebody else's.
 """
 
 import ast

@@ -1,8 +1,8 @@
 """What the environments of a process share: started games, and the answers they have given.
 
 Games are deterministic, so the answer to a sequence of commands is computed once and remembered,
-together with the engine's state behind it: a new command is then computed from there, without playing
-the game up to it again.
+together with the engine's state behind it: a new command is then computed from there, without
+playing the game up to it again.
 """
 
 import collections

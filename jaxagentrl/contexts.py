@@ -1,8 +1,8 @@
 """What the model is shown of an episode: the prompt of the next turn, and conversations that slid.
 
-A conversation grows by appending and is never rendered again, so its ids are those that were sampled
-and trained on. Only when it must lose its oldest turns does it open anew; even then the actions that
-are kept are kept as ids.
+A conversation grows by appending and is never rendered again, so its ids are those that were
+sampled and trained on. Only when it must lose its oldest turns does it open anew; even then the
+actions that are kept are kept as ids.
 """
 
 from collections.abc import Sequence

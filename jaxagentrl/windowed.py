@@ -1,13 +1,15 @@
 """Prompts with a window of memory: every turn is a conversation of its own.
 
-The form of verl-agent's ALFWorld recipe (GiGPO, arXiv 2505.10978), in words of our own: a turn's prompt
-tells the task, the last `history` observations with the actions that answered them, the present
-observation and what can be done, and asks for `<think>…</think><action>…</action>`. Contexts stay short
-over 50 turns, and nothing is append-only: each prompt is sampled from, and trained, by itself.
+The form of verl-agent's ALFWorld recipe (GiGPO, arXiv 2505.10978), in words of our own: a turn's
+prompt tells the task, the last `history` observations with the actions that answered them, the
+present observation and what can be done, and asks for `<think>…</think><action>…</action>`.
+Contexts stay short over 50 turns, and nothing is append-only: each prompt is sampled from, and
+trained, by itself.
 
-Its rule of validity: a turn is valid if it has a think and an action part and no Chinese character. The
-reward's `invalid_penalty` (0.1 there, for a win of 10) is for turns that are not. What an invalid turn says is not sent
-(verl-agent sends its last 30 characters, which no game takes): the game answers that nothing happens.
+Its rule of validity: a turn is valid if it has a think and an action part and no Chinese
+character. The reward's `invalid_penalty` (0.1 there, for a win of 10) is for turns that are not.
+What an invalid turn says is not sent (verl-agent sends its last 30 characters, which no game
+takes): the game answers that nothing happens.
 """
 
 import re

@@ -1,4 +1,5 @@
-"""The ALFWorld configs end to end: real environments, real files, random weights of a tiny shape."""
+"""The ALFWorld configs end to end: real environments, real files, random weights of a tiny
+shape."""
 
 import json
 import pathlib

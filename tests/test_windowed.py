@@ -1,4 +1,5 @@
-"""Prompts with a window of memory: words, validity, and the same ids from demonstration and rollout."""
+"""Prompts with a window of memory: words, validity, and the same ids from demonstration and
+rollout."""
 
 import numpy as np
 import pytest

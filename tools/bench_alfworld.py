@@ -4,9 +4,10 @@
     python tools/bench_alfworld.py --steps=10000 --data=$ALFWORLD_DATA/json_2.1.1/valid_unseen
 
 Plays generated houses (or the games under a folder), each by its walkthrough, by random admissible
-commands and by commands that are refused, in both engines in one process; compares the feedback byte
-by byte, the admissible commands and whether the game is won; prints steps per second of each and their
-ratio. The original is asked for nothing beyond what it computes anyway, and never for an expert plan.
+commands and by commands that are refused, in both engines in one process; compares the feedback
+byte by byte, the admissible commands and whether the game is won; prints steps per second of each
+and their ratio. The original is asked for nothing beyond what it computes anyway, and never for an
+expert plan.
 """
 
 import argparse

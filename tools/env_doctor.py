@@ -4,10 +4,10 @@
     python tools/env_doctor.py --env=alfworld
     python tools/env_doctor.py --env=package.module:Class --tasks=tasks.jsonl
 
-Plays games by random admissible commands and by walkthrough, in this process and in worker processes,
-and prints one table (Markdown): latency of resets and steps, memory growth per episode, determinism,
-process safety, range of rewards, the longest observation, versions, and from these the worker count
-and the limits that it suggests. Exit code 1 if a promise is broken.
+Plays games by random admissible commands and by walkthrough, in this process and in worker
+processes, and prints one table (Markdown): latency of resets and steps, memory growth per episode,
+determinism, process safety, range of rewards, the longest observation, versions, and from these
+the worker count and the limits that it suggests. Exit code 1 if a promise is broken.
 
 An environment of your own needs tasks: one JSON object per line, as `Task.to_json` writes them.
 """
