@@ -50,7 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
         kind="single", intermediate_scale=None, invalid_penalty=0.01, no_end_of_turn_penalty=0.01
     )
     # An episode's turns lie one after the other: 50 of them, each with its own prompt.
-    config.learner.update(length_buckets=(2560, 65_536), tokens_per_part=40_960)
+    config.learner.update(length_buckets=(2560, 128_000), tokens_per_part=40_960)
     config.sft.update(num_steps=0, observation_weight=0.0)
     config.rl.update(
         num_iterations=150,

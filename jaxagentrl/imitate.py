@@ -15,12 +15,17 @@ from jaxagentrl.trajectory import Trajectory
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
 
+# For every row of a batch the (start, size) of its contexts; None where a row is one context.
+Contexts = Sequence[Sequence[tuple[int, int]]] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Demonstrations:
     """All demonstrations, on the device once."""
 
     batch: TrajectoryBatch
     lengths: np.ndarray  # tokens of each row
+    contexts: Contexts  # of each row
 
 
 def load(
@@ -37,7 +42,13 @@ def load(
         row_multiple=sharding.num_row_shards(mesh),
     )
     lengths = np.array([trajectory.num_tokens for trajectory in trajectories])
-    return Demonstrations(sharding.place_rows(batch, mesh), lengths)
+    return Demonstrations(sharding.place_rows(batch, mesh), lengths, contexts_of(trajectories))
+
+
+def contexts_of(trajectories: Sequence[Trajectory]) -> Contexts:
+    """Their contexts, if the context of any of them ever opened anew."""
+    contexts = [trajectory.contexts for trajectory in trajectories]
+    return contexts if any(len(pieces) > 1 for pieces in contexts) else None
 
 
 def step_rows(num_rows: int, *, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -66,6 +77,7 @@ def split(
     tokens_per_part: int,
     row_multiple: int,
     packing: bool,
+    contexts: Contexts = None,
 ) -> learner.Work:
     """The rows of one step as the learner takes them: packed, or in micro-batches by length.
 
@@ -73,13 +85,20 @@ def split(
         rows: rows of the batch to work on.
         lengths: tokens of every real row of the batch.
         shape: (B, width) of the batch's arrays.
+        contexts: of `contexts_of`; rows of several contexts are always packed, each context by
+            itself, in rows of the smallest length that holds the longest.
     """
-    if packing:
+    if packing or contexts is not None:
+        length = max(length_buckets)
+        if contexts is not None:
+            sizes = [size for row in rows for _, size in contexts[row]]
+            length = batching.bucket(max(sizes, default=1), length_buckets)
         return pack(
             rows,
             lengths,
             shape=shape,
-            length=max(length_buckets),
+            length=length,
+            contexts=contexts,
             tokens_per_part=tokens_per_part,
             row_multiple=row_multiple,
         )
@@ -180,6 +199,7 @@ def train(
             tokens_per_part=tokens_per_part,
             row_multiple=row_multiple,
             packing=packing,
+            contexts=demonstrations.contexts,
         )
         weighed = weigh(batch, rows, observation_weight=observation_weight)
         state, metrics = update(state, batch, weighed, work, frozen)

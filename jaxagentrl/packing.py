@@ -59,6 +59,7 @@ def pack(
     length: int,
     tokens_per_part: int,
     row_multiple: int,
+    contexts: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> Packed:
     """Index of the batch rows `rows` packed into micro-batches of about tokens_per_part tokens.
 
@@ -69,11 +70,17 @@ def pack(
         length: L of packed rows.
         tokens_per_part: upper bound of R × L, as long as `row_multiple` rows fit.
         row_multiple: R is a multiple of this.
+        contexts: for every row of the batch the (start, size) of what the model saw as one text,
+            see `Trajectory.contexts`; each is packed by itself. None: a row is one text.
 
     Returns:
         M is a power of two, so that the numbers of trajectories that occur share few programs.
     """
-    bins = first_fit([int(lengths[row]) for row in rows], length)
+    if contexts is None:
+        pieces = [(int(row), 0, int(lengths[row])) for row in rows]
+    else:
+        pieces = [(int(row), start, size) for row in rows for start, size in contexts[row]]
+    bins = first_fit([size for _, _, size in pieces], length)
     per_part = max(tokens_per_part // (length * row_multiple), 1) * row_multiple
     count = -(-len(bins) // per_part)
     capacity = 1 << max(count - 1, 0).bit_length()
@@ -83,9 +90,9 @@ def pack(
     for number, members in enumerate(bins):
         start = 0
         for segment, member in enumerate(members):
-            row, size = int(rows[member]), int(lengths[rows[member]])
+            row, first, size = pieces[member]
             span = (number, slice(start, start + size))
-            places[span] = row * shape[1] + np.arange(size)
+            places[span] = row * shape[1] + first + np.arange(size)
             positions[span] = np.arange(size)
             segment_ids[span] = segment
             start += size

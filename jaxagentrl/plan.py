@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import psutil
 
-from jaxagentrl import imitate, learner, sampling
+from jaxagentrl import batching, imitate, learner, sampling
 from jaxagentrl.models import decoder, kv_cache, sharding
 from jaxagentrl.packing import Packed
 from jaxagentrl.types import TrainState, TrajectoryBatch
@@ -142,10 +142,19 @@ def largest_work(
     tokens_per_part: int,
     row_multiple: int,
     packing: bool,
+    longest_context: int | None = None,
 ) -> learner.Work:
-    """A micro-batch of the longest trajectories there may be; see `imitate.split`."""
+    """A micro-batch of the longest trajectories there may be; see `imitate.split`.
+
+    `longest_context` are the most tokens of one text where episodes consist of several.
+    """
     width = max(length_buckets)
-    rows = max(tokens_per_part // (width * row_multiple), 1) * row_multiple
+    if longest_context is not None:
+        part = batching.bucket(longest_context, length_buckets)
+        contexts = [[(0, longest_context)]] * num_rows
+    else:
+        part, contexts = width, None
+    rows = max(tokens_per_part // (part * row_multiple), 1) * row_multiple
     return imitate.split(
         np.arange(min(rows, num_rows), dtype=np.int32),
         np.full(num_rows, width),
@@ -154,6 +163,7 @@ def largest_work(
         tokens_per_part=tokens_per_part,
         row_multiple=row_multiple,
         packing=packing,
+        contexts=contexts,
     )
 
 

@@ -67,12 +67,32 @@ def check(config: Mapping[str, Any]) -> None:
             f"learner.length_buckets ends at {max(learner['length_buckets'])}, but an episode may "
             f"have sampling.max_length = {sampling['max_length']} tokens: add a bucket that holds it."
         )
+    if config["rollout"]["context"] != "end":
+        _check_contexts(config)
     if sft["num_steps"] and sft["batch_size"] > len(ranges["demo"]):
         raise ValueError(
             f"sft.batch_size is {sft['batch_size']} but splits.demo has {len(ranges['demo'])} "
             "seeds: lower the first or raise the second."
         )
     _check_learner(learner, config)
+
+
+def _check_contexts(config: Mapping[str, Any]) -> None:
+    """Episodes of several contexts lie in one row of the batch, and are packed for the learner."""
+    rollout, longest = config["rollout"], max(config["learner"]["length_buckets"])
+    # A window keeps a part of what it slides over; every turn of the others may fill a slot.
+    needed = rollout["max_turns"] * config["sampling"]["max_length"]
+    if longest < needed:
+        raise ValueError(
+            f"learner.length_buckets ends at {longest}, but with rollout.context "
+            f"{rollout['context']!r} an episode may have rollout.max_turns x sampling.max_length = "
+            f"{needed} tokens: add a bucket that holds it."
+        )
+    if config["rl"]["loss"]["surrogate"] == "gspo":
+        raise ValueError(
+            f"rollout.context {rollout['context']!r} puts several texts in a row, but "
+            "rl.loss.surrogate 'gspo' takes a row for one episode: set rollout.context to 'end'."
+        )
 
 
 def _check_learner(learner: Mapping[str, Any], config: Mapping[str, Any]) -> None:

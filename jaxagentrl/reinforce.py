@@ -179,8 +179,12 @@ def learn(
     lengths = np.array([trajectory.num_tokens for trajectory in trajectories])
     whole = batch.tokens.shape[0]
 
+    contexts = imitate.contexts_of(trajectories)
+
     def split(rows: np.ndarray) -> learner.Work:
-        return imitate.split(rows, lengths, shape=batch.tokens.shape, **part_shapes(shapes))
+        return imitate.split(
+            rows, lengths, shape=batch.tokens.shape, contexts=contexts, **part_shapes(shapes)
+        )
 
     everything = split(np.arange(len(lengths), dtype=np.int32))
     scores = learner.empty_scores(batch.tokens.shape)

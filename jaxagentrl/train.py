@@ -154,6 +154,8 @@ def _plan(
     shapes = reinforce.part_shapes(config["learner"])
     trainable = learner.with_critic(setup.trainable, setup.model, critic=rl["critic"])
     limit = config["memory_limit_gb"]
+    several = config["rollout"]["context"] != "end"
+    longest_context = config["sampling"]["max_length"] if several else None
     made = plan.make(
         programs.update,
         optimizer=chain,
@@ -162,7 +164,7 @@ def _plan(
         model=setup.model,
         mesh=setup.mesh,
         num_rows=num_rows,
-        work=plan.largest_work(num_rows, **shapes),
+        work=plan.largest_work(num_rows, longest_context=longest_context, **shapes),
         width=max(config["learner"]["length_buckets"]),
         sampling_options=config["sampling"],
         limit=None if limit is None else int(limit * 1e9),

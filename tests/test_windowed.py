@@ -87,3 +87,4 @@ def test_demonstrations_take_the_same_form(tmp_path):
             show_admissible=True)
         np.testing.assert_array_equal(turn.prompt_ids, ids)
     assert "[Observation 1: 'You are in a room.', Action 1: 'go to desk 1']" in texts[1]
+

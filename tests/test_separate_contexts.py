@@ -1,0 +1,99 @@
+"""Episodes of several contexts: each is learned from as it was sampled, and nothing sees another."""
+
+import jax
+import numpy as np
+import pytest
+
+from envs_host.types import StopReason, Task
+from jaxagentrl import batching, imitate, learner, prepare
+from jaxagentrl.models import decoder
+from jaxagentrl.models.decoder import DecoderConfig
+from jaxagentrl.trajectory import Trajectory, Turn
+
+MODEL = DecoderConfig(
+    vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
+    intermediate_size=32)
+SHAPES = dict(length_buckets=(24, 64), tokens_per_part=48, row_multiple=1, packing=False)
+
+
+def episode(rng, sizes, fresh):
+    """Turns of (prompt, action) sizes with random ids."""
+    turns = []
+    for (prompt, action), opens in zip(sizes, fresh, strict=True):
+        ids = [rng.integers(1, 40, size).astype(np.int32) for size in (prompt, action)]
+        zeros = np.zeros(action, np.float32)
+        turns.append(Turn(*ids, zeros, zeros, observation="o", action="a", command="a", reward=0.0,
+                          intermediate_reward=0.0, valid_command=True, score=0.0, fresh=opens))
+    task = Task("alfworld", "t", {}, 0, "f", "0" * 64, "", 1.0, ())
+    return Trajectory(task=task, group=0, member=0, turns=turns, stop_reason=StopReason.TURN_LIMIT,
+                      won=False, score=0.0, max_score=1.0)
+
+
+@pytest.fixture(scope="module")
+def played():
+    rng = np.random.default_rng(0)
+    return [
+        episode(rng, [(6, 3), (9, 2), (7, 4)], [False, True, True]),  # each turn by itself
+        episode(rng, [(5, 2), (4, 3), (8, 2)], [False, False, True]),  # one slide
+        episode(rng, [(5, 2)], [False]),
+    ]
+
+
+def alone(params, piece):
+    """Log-probs of one text, entry t of token t."""
+    logits = decoder.logits(MODEL, params, piece[None])[0]
+    every = jax.nn.log_softmax(logits, axis=-1)
+    return np.array([every[t - 1, piece[t]] for t in range(1, len(piece))])
+
+
+def test_scores_are_those_of_each_text_alone(played):
+    params = {"policy": decoder.init(MODEL, jax.random.key(0))}
+    batch = batching.to_batch(
+        played, None, discount=1.0, length_buckets=(64,), row_multiple=1)
+    lengths = np.array([trajectory.num_tokens for trajectory in played])
+    contexts = imitate.contexts_of(played)
+    assert [len(pieces) for pieces in contexts] == [3, 2, 1]
+    work = imitate.split(
+        np.arange(3, dtype=np.int32), lengths, shape=batch.tokens.shape, contexts=contexts, **SHAPES)
+    # Packed as widely as the longest text needs, not as the longest episode.
+    assert work.places.shape[-1] == 24
+    scores = learner.make_score(MODEL, temperature=1.0)(params, batch.tokens, work)
+    for row, trajectory in enumerate(played):
+        for start, size in trajectory.contexts:
+            piece = trajectory.tokens[start:start + size]
+            np.testing.assert_allclose(
+                scores.logprobs[row, start + 1:start + size], alone(params["policy"], piece),
+                atol=1e-5)
+            assert scores.logprobs[row, start] == 0.0  # Nothing predicts a text's first token.
+
+
+def test_every_place_is_taken_once(played):
+    lengths = np.array([trajectory.num_tokens for trajectory in played])
+    work = imitate.split(
+        np.array([0, 2], np.int32), lengths, shape=(3, 64), contexts=imitate.contexts_of(played),
+        **SHAPES)
+    taken = np.sort(work.places[work.segment_ids >= 0])
+    expected = [row * 64 + column for row in (0, 2) for column in range(lengths[row])]
+    np.testing.assert_array_equal(taken, expected)
+
+
+def test_one_text_each_needs_no_packing(played):
+    assert imitate.contexts_of(played[2:]) is None
+    assert isinstance(
+        imitate.split(np.zeros(1, np.int32), np.array([7]), shape=(1, 64), **SHAPES), list)
+
+
+def test_a_config_whose_rows_are_too_short_is_refused():
+    config = {
+        "rollout": {"context": "last_turns", "max_turns": 10},
+        "sampling": {"max_length": 100},
+        "learner": {"length_buckets": (100, 999)},
+        "rl": {"loss": {"surrogate": "clipped"}},
+    }
+    with pytest.raises(ValueError, match="= 1000 tokens: add a bucket"):
+        prepare._check_contexts(config)
+    config["learner"]["length_buckets"] = (100, 1000)
+    prepare._check_contexts(config)
+    config["rl"]["loss"]["surrogate"] = "gspo"
+    with pytest.raises(ValueError, match="gspo"):
+        prepare._check_contexts(config)
