@@ -10,6 +10,9 @@ hand-coded expert are imitated, then RL follows on other houses, with the change
 the goal as the turns' reward and GiGPO's credit. This is smaller than the official rooms, which
 have 20 to 40 receptacles and about as many kinds of objects: it shows the whole way, not the
 benchmark.
+
+Meant for two CPU cores and half an hour. It runs from end to end, but its settings are those of the
+TextWorld quick start scaled by hand: neither its time nor its success has been measured yet.
 """
 
 import pathlib
