@@ -7,6 +7,8 @@ else is computed alike everywhere, so that metrics are equal line by line whatev
 processes.
 """
 
+import functools
+import itertools
 import pickle
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxagentrl.models import sharding
 
@@ -39,6 +42,25 @@ def start(
             f"and --distributed. Got {coordinator}, {num_processes}, {process_id}."
         )
     jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def connect(mesh: Mesh | None) -> None:
+    """Makes the devices of every axis, and of every set of axes, sum something, while processes are
+    in step. Connections open with the first sum, and on CPU a process waits for the others for half
+    a minute only: one that finds its programs compiled is further ahead of the others than that."""
+    if mesh is None or jax.process_count() == 1:
+        return
+    split = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+    for count in range(1, len(split) + 1):
+        for axes in itertools.combinations(split, count):
+            total = jax.shard_map(
+                functools.partial(jax.lax.psum, axis_name=axes),
+                mesh=mesh,
+                in_specs=PartitionSpec(),
+                out_specs=PartitionSpec(),
+                check_vma=False,
+            )
+            jax.block_until_ready(jax.jit(total)(np.float32(1)))
 
 
 def is_first() -> bool:

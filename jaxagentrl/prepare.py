@@ -185,6 +185,7 @@ def _ranges(splits: Mapping[str, Any]) -> dict[str, range]:
 def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
     """Prepares a run; worker processes live as long as the context."""
     mesh = sharding.make_mesh(**config["mesh"])
+    hosts.connect(mesh)
     splits = games(config["env"], config["splits"])
     workdir.record("games", {name: _fingerprint(split) for name, split in splits.items()})
     with make_pool(config) as pool:
