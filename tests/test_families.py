@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from jaxagentrl import chat, tokenizer
-from jaxagentrl.models import decoder, kv_cache, pretrained, pretrained_config, rope
+from jaxagentrl.models import decoder, kv_cache, pretrained, pretrained_config, rope, sharding
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -152,6 +152,18 @@ def test_the_other_spelling_of_settings(case, tmp_path):
         settings["rope_scaling"]["type"] = settings["rope_scaling"].pop("rope_type")
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert pretrained_config.read_config(tmp_path) == config
+
+
+def test_a_mesh_changes_nothing(tmp_path):
+    """The family with the most settings, its parameters and activations split in both ways."""
+    model = their_models.make("gemma3")
+    model.save_pretrained(tmp_path)
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+    config, params = pretrained.load(tmp_path, mesh=mesh)
+    with sharding.use(mesh):
+        ours = jax.jit(lambda params, tokens: decoder.logits(config, params, tokens))(
+            params, TOKENS)
+    compare(ours, their_models.logits(model, TOKENS))
 
 
 @pytest.mark.parametrize("options", [
