@@ -31,7 +31,7 @@ from jaxagentrl.models import decoder, pretrained
 from jaxagentrl.trajectory import Trajectory, Turn
 
 # In float32 the two passes differ by rounding. In bfloat16 a log-prob has about two decimals; the
-# limit is what several dozen layers of it were seen to add up to, not a bound.
+# limit is a guess at what several dozen layers add up to; it has not been measured.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.25}
 
 # Texts that environments say and that tokenizers stumble over.

@@ -171,7 +171,10 @@ class Walker(ast.NodeTransformer):
         return node
 
     def is_exempt(self, node: ast.AST) -> bool:
-        """Docstrings, argument checks, error messages, and aliases of types."""
+        """Docstrings, argument checks, error messages, aliases of types, and −1 (an id that is none:
+        any other negative number is as good)."""
+        if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-1":
+            return True
         if isinstance(node, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom)):
             return True
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
