@@ -155,6 +155,8 @@ class Walker(ast.NodeTransformer):
             self.found.append((number, variant, node.lineno, what))
         if self.target and self.target[0] == number:
             return ast.copy_location(ways[self.target[1]][1], node)
+        if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-1":
+            return node  # −1 is an id that is none: −2 would say the same
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.arg, ast.AnnAssign)):
             return self.visit_without_annotations(node)
         return self.generic_visit(node)
@@ -171,10 +173,7 @@ class Walker(ast.NodeTransformer):
         return node
 
     def is_exempt(self, node: ast.AST) -> bool:
-        """Docstrings, argument checks, error messages, aliases of types, and −1 (an id that is none:
-        any other negative number is as good)."""
-        if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-1":
-            return True
+        """Docstrings, argument checks, error messages, and aliases of types."""
         if isinstance(node, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom)):
             return True
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
