@@ -1,5 +1,6 @@
 """Diagnostics: hand-made numbers and plain numpy."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -122,3 +123,29 @@ def test_credit_by_turn():
     np.testing.assert_array_equal(got["tokens"], [3, 3, 0])
     nothing = diagnostics.credit_by_turn(np.zeros((2, 4), np.float32), mask, turns, num_turns=3)
     np.testing.assert_array_equal(nothing["share"], [0, 0, 0])
+
+
+def test_the_largest_ratio_is_one_of_the_action_tokens():
+    """Off the mask the ratio is 0, not 1: where all are below 1, so is the largest."""
+    old, sampler = np.array([[-2.0, -3.0, -1.0]]), np.array([[-1.0, -1.0, -1.0]])
+    got = diagnostics.sampler_mismatch(
+        old.astype(np.float32), sampler.astype(np.float32), np.array([[True, True, False]])
+    )
+    assert float(got["max_ratio"]) == pytest.approx(np.exp(-1.0))
+
+
+def test_diagnostics_pass_no_gradient():
+    """They may be computed inside a loss without changing what is learned."""
+    old, new = np.full((1, 4), -1.0, np.float32), np.full((1, 4), -1.5, np.float32)
+    signs = np.array([[1, -1, 1, -1]], np.float32)
+
+    def everything(x):
+        rows = (
+            *diagnostics.sampler_mismatch(x, old, ALL).values(),
+            *diagnostics.approximate_kl(old, x, ALL).values(),
+            *diagnostics.clip_fractions(x, old, signs, ALL, clip_low=0.2, clip_high=0.2).values(),
+            diagnostics.explained_variance(x, signs, ALL),
+        )
+        return sum(jax.numpy.sum(row) for row in rows)
+
+    np.testing.assert_array_equal(jax.grad(everything)(new), np.zeros((1, 4)))

@@ -400,6 +400,24 @@ def test_importance_ratios_match_definition(seed, junk, level, geometric):
     check(got, expected, mask)
 
 
+def test_a_sequence_ratio_is_a_product_unless_asked():
+    new, old = jnp.array([[-1.0, -1.0]]), jnp.array([[-1.5, -1.5]])
+    mask = np.ones((1, 2), bool)
+    plain = losses.importance_ratios(new, old, mask, level="sequence")
+    np.testing.assert_allclose(plain, np.exp([[1.0, 1.0]]), rtol=1e-6)
+    mean = losses.importance_ratios(new, old, mask, level="sequence", geometric=True)
+    np.testing.assert_allclose(mean, np.exp([[0.5, 0.5]]), rtol=1e-6)
+
+
+def test_a_sequence_ratio_beyond_float32_stays_finite():
+    """The exponent is cut at 20: exp(300) would be ∞, and a negative advantage times it NaN."""
+    new, old, mask = jnp.array([[-1.0, -1.0]]), jnp.array([[-301.0, -301.0]]), np.ones((1, 2), bool)
+    loss = losses.sequence_surrogate(
+        new, old, -jnp.ones((1, 2)), mask, clip_low=0.2, clip_high=0.28
+    )
+    np.testing.assert_allclose(loss, np.full((1, 2), np.exp(20.0)), rtol=1e-5)
+
+
 def test_truncated_and_masked_importance_sampling():
     ratios = jnp.array([[0.4, 1.0, 3.0], [1.0, 1e-5, 1.0]])
     mask = np.array([[1, 1, 1], [1, 1, 0]], bool)
@@ -407,6 +425,13 @@ def test_truncated_and_masked_importance_sampling():
     np.testing.assert_allclose(weights, [[0.4, 1, 2], [1, 1e-5, 1]])
     kept = losses.importance_mask(ratios, mask, low=0.5, high=2.0)
     np.testing.assert_array_equal(kept, [[0, 1, 0], [1, 0, 0]])
+    # These bounds are the defaults, and so is the cap.
+    edges = jnp.array([[0.49, 0.5, 2.0, 2.01, 2.9]])
+    every = np.ones((1, 5), bool)
+    np.testing.assert_array_equal(losses.importance_mask(edges, every), [[0, 1, 1, 0, 0]])
+    np.testing.assert_allclose(
+        losses.truncated_importance_weights(edges), [[0.49, 0.5, 2, 2, 2]], rtol=1e-6
+    )
     kept = losses.importance_mask(ratios, mask, low=0.5, high=2.0, veto=1e-4)
     np.testing.assert_array_equal(kept, [[0, 1, 0], [0, 0, 0]])
     # The veto may look at tokens while the bounds look at sequences; bounds are inclusive.
