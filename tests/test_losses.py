@@ -400,6 +400,14 @@ def test_importance_ratios_match_definition(seed, junk, level, geometric):
     check(got, expected, mask)
 
 
+@pytest.mark.parametrize("mode", losses.AGGREGATION_MODES)
+def test_aggregation_weights_are_zero_off_the_mask(mode):
+    mask = np.array([[1, 0, 1], [0, 0, 0]], bool)
+    constant = 4.0 if mode == "constant" else None
+    weights = np.asarray(losses.aggregation_weights(mask, mode=mode, constant=constant))
+    np.testing.assert_array_equal(weights != 0, mask)
+
+
 def test_a_sequence_ratio_is_a_product_unless_asked():
     new, old = jnp.array([[-1.0, -1.0]]), jnp.array([[-1.5, -1.5]])
     mask = np.ones((1, 2), bool)
