@@ -98,7 +98,7 @@ def get_config() -> ml_collections.ConfigDict:
         export="merged",
     )
     config.sft = dict(
-        num_steps=180,
+        num_steps=200,
         batch_size=16,
         observation_weight=0.5,
         log_every=20,
