@@ -211,7 +211,7 @@ def test_a_sharded_cache_decodes_the_same_tokens():
             if local is not None:
                 places = sharding.cache_sharding(cache.keys.shape, local)
                 assert cache.keys.sharding.is_equivalent_to(places, 5)
-                assert cache.keys.addressable_shards[0].data.shape == (2, 1, 8, 2, 8)
+                assert cache.keys.addressable_shards[0].data.shape == (2, 1, 2, 8, 8)
             program = jax.jit(functools.partial(decoder.hidden_cached, model, filled=8))
             hidden, cache = program(policy, prompt, cache, None, 0 * counts, counts)
         outcomes.append(jax.device_get((hidden, cache)))
