@@ -24,7 +24,7 @@ def test_layout(tmp_path):
     assert content["config"]["buckets"] == [64, 128]
     assert {"python", "jax", "textworld"} <= set(content["versions"])
     assert {folder.metrics, folder.tensorboard, folder.checkpoints, folder.trajectories,
-            folder.tokenizer, folder.model, folder.curves, folder.report} == {
+            folder.tokenizer, folder.model, folder.adapters, folder.curves, folder.report} == {
         folder.root / name for name in workdir._LAYOUT}
 
 
