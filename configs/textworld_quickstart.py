@@ -4,11 +4,11 @@
 
 Games: `tw-make custom --world-size 2 --nb-objects 3 --quest-length 4`, theme `basic` (names such as
 `thing6` and `Z-box`: a third of the tokens of `house` and no less skill). 300 walkthroughs are imitated
-for 200 steps, which is before the model has memorized them; 56 iterations of RL follow on 400 other
+for 200 steps, which is before the model has memorized them; 80 iterations of RL follow on 650 other
 games, 256 episodes each, with TextWorld's progress signal as the turns' reward and GiGPO's credit.
 
-Expected, on two CPU cores: about 18 minutes from an empty cache (six of them to make 1,000 games),
-1.3 GB of memory; held-out success and its intervals over seeds: the table in README.md.
+Expected, on two CPU cores: 14 to 19 minutes from an empty cache (a third of them to make 1,250 games),
+1.5 GB of memory; held-out success and its intervals over seeds: the table in README.md.
 """
 
 import ml_collections
