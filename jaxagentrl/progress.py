@@ -160,9 +160,9 @@ class LineDisplay:
             self._say(text)
 
     def flush(self) -> None:
-        """Prints what was held back."""
+        """Prints what was held back, if there is still somewhere to print it."""
         with self._lock:
-            if self._pending:
+            if self._pending and not self._file.closed:
                 self._print()
 
     def _say(self, text: str) -> None:
