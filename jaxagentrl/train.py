@@ -31,6 +31,7 @@ from jaxagentrl import (
     reinforce,
     report,
     rollout,
+    rules,
     tasks,
     workdir,
 )
@@ -69,7 +70,7 @@ def run(config: Mapping[str, Any], directory: str) -> None:
         _plan(config, setup, programs, chain)
         state, host = _restore(folder, config, setup)
         with _decoding(setup, state.params) as policy:
-            setup.engine.warm_up(policy, restricted=rollout.is_restricted(config["rollout"]))
+            setup.engine.warm_up(policy, restricted=rules.is_restricted(config["rollout"]))
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
             session = Session(config, folder, setup, writer)
             if host["stage"] == "start":

@@ -73,6 +73,7 @@ jaxagentrl.estimate
 jaxagentrl.tokenizer
 jaxagentrl.chat
 jaxagentrl.windowed
+jaxagentrl.rules
 jaxagentrl.trajectory
 jaxagentrl.rewards
 jaxagentrl.contexts
