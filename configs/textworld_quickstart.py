@@ -7,8 +7,8 @@ Games: `tw-make custom --world-size 2 --nb-objects 3 --quest-length 4`, theme `b
 for 200 steps, which is before the model has memorized them; 80 iterations of RL follow on 650 other
 games, 256 episodes each, with TextWorld's progress signal as the turns' reward and GiGPO's credit.
 
-Expected, on two CPU cores: 14 to 19 minutes from an empty cache (a third of them to make 1,250 games),
-1.5 GB of memory; held-out success and its intervals over seeds: the table in README.md.
+Expected, on two CPU cores: 14 to 19 minutes from an empty cache (an estimate from the parts; a third of them
+to make 1,250 games), 1.5 GB of memory; held-out success and its intervals over seeds: README.md.
 """
 
 import ml_collections
