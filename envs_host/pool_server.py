@@ -20,6 +20,7 @@ from envs_host.processes import Child
 from envs_host.types import EnvFailure, Task
 
 _START_LIMIT_S = 120.0
+_MAX_FAILED_STARTS = 3
 _MEMORY_CHECK_S = 0.2
 _LONGEST_WAIT_S = 0.5
 _SHORTEST_WAIT_S = 0.01
@@ -64,6 +65,7 @@ class Worker:
             pass_fds=(self._note.fileno(),),
         )
         self.ready = False
+        self.failed_starts = 0  # Of processes in this place, since one of them was ready.
         self.start_deadline = time.monotonic() + _START_LIMIT_S
         self.queue: list[Request] = []
         self.in_flight: dict[int, Request] = {}
@@ -108,6 +110,7 @@ class Server:
             ("crashes", "time_limits", "replays", "recycles", "failures"), 0
         )
         self.workers: list[Worker] = [make_worker() for _ in range(num_workers)]
+        self._has_worked = False  # Some worker was ready, so that the environment can be made.
 
     def post(self, method: str, *args) -> None:
         """Has the thread call one of `reset`, `step`, `release`, `stop`."""
@@ -240,7 +243,7 @@ class Server:
         return max(patience, _SHORTEST_WAIT_S)
 
     def _started(self, worker: Worker) -> None:
-        worker.ready = True
+        worker.ready = self._has_worked = True
         memory = worker.memory_mb()
         if memory > self._worker_memory_mb:
             raise PoolError(
@@ -295,7 +298,8 @@ class Server:
 
     def _died(self, worker: Worker, reason: str, message: str) -> None:
         """Replaces a dead worker; the episode to blame is tried again or given up."""
-        if not worker.ready:
+        failed_starts = 0 if worker.ready else worker.failed_starts + 1
+        if failed_starts and (not self._has_worked or failed_starts >= _MAX_FAILED_STARTS):
             raise PoolError(
                 f"the environment {worker.env!r} cannot be started in a worker process: {message}"
             )
@@ -305,7 +309,8 @@ class Server:
         culprit = self._episodes.get(request.episode) if request is not None else None
         if culprit is not None:
             culprit.deaths += 1
-        self._replace(worker, culprit)
+        fresh = self._replace(worker, culprit)
+        fresh.failed_starts = failed_starts
         if culprit is None:
             return
         if culprit.deaths > self._max_replays:
@@ -323,7 +328,7 @@ class Server:
             self.counters["replays"] += 1
         self._enqueue(culprit)
 
-    def _replace(self, worker: Worker, culprit: Episode | None) -> None:
+    def _replace(self, worker: Worker, culprit: Episode | None) -> Worker:
         """Puts a fresh process in a worker's place and queues again what it owed, except to the
         culprit, who comes last or not at all."""
         fresh = self._make_worker()
@@ -335,3 +340,4 @@ class Server:
                 episode.lost = episode.started
                 if episode.waiting and episode is not culprit:
                     self._enqueue(episode)
+        return fresh

@@ -22,6 +22,7 @@ import threading
 from multiprocessing.connection import Connection
 
 _STDERR_TAIL = 2000
+_END_S = 0.5
 _STARTER = (
     "import sys; sys.path[:] = {path!r}; from envs_host import processes; processes._run({fd})"
 )
@@ -67,7 +68,11 @@ class Child:
         return self._process.poll() is None
 
     def last_words(self) -> str:
-        """Kills the process if need be; says how it ended and what it last wrote to stderr."""
+        """Says how the process ended and what it last wrote to stderr; killed if it lives on."""
+        try:  # One that has closed its connection is about to end by itself, for its own reason.
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            pass
         code = self.kill()
         size = self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, size - _STDERR_TAIL))

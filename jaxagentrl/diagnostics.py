@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxagentrl import masking
-from jaxagentrl.divergences import kl
+from jaxagentrl.divergences import MAX_LOG_RATIO, kl
 from jaxagentrl.group_advantages import center, group_std
 from jaxagentrl.types import Array
 
@@ -177,7 +177,8 @@ def sampler_mismatch(
         [old_logprobs, sampler_logprobs], action_mask, differentiable=0
     )
     gap = old_logprobs - sampler_logprobs
-    ratios = jnp.where(action_mask, jnp.exp(jnp.clip(gap, -20.0, 20.0)), 0.0)
+    ratios = jnp.exp(jnp.clip(gap, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    ratios = jnp.where(action_mask, ratios, 0.0)
 
     def largest(x):
         found = jnp.max(x)

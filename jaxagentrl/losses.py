@@ -285,8 +285,7 @@ def aggregate(
     weights = aggregation_weights(
         mask, mode=mode, constant=constant, sequence_ids=sequence_ids, axis_name=axis_name
     )
-    weighted = weights * masking.zero_off(per_token, mask)
-    return masking.masked_sum(weighted, mask, axis_name=axis_name)
+    return masking.masked_sum(weights * per_token, mask, axis_name=axis_name)
 
 
 def aggregation_weights(

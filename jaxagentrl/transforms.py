@@ -305,8 +305,8 @@ def shape_with_kl(
     Returns:
         [..., L] float32.
     """
-    rewards, divergence = masking.clean([rewards, divergence], action_mask, differentiable=2)
-    return rewards - coefficient * jax.lax.stop_gradient(divergence)
+    rewards, divergence = masking.clean([rewards, divergence], action_mask, differentiable=1)
+    return rewards - coefficient * divergence
 
 
 def _on_last(spread: Array, last: Array, turn_ids: Array, action_mask: Array) -> Array:

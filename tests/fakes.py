@@ -67,6 +67,8 @@ class ScriptedEnv:
             time.sleep(float(rest))
         elif verb == "raise":
             raise ZeroDivisionError("made to fail")
+        elif verb == "need" and not pathlib.Path(rest).exists():
+            raise FileNotFoundError(rest)
         elif verb == "grow":
             self._hoard.append(b"x" * (int(rest) * 2**20))
         elif verb == "no_game_file":

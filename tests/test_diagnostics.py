@@ -134,6 +134,17 @@ def test_the_largest_ratio_is_one_of_the_action_tokens():
     assert float(got["max_ratio"]) == pytest.approx(np.exp(-1.0))
 
 
+def test_ratios_beyond_float32_stay_finite():
+    """The log ratio is cut at 20 in either direction, as in the losses."""
+    for gap, expected in ((300.0, np.exp(20.0)), (-300.0, np.exp(-20.0))):
+        old, sampler = np.full((1, 3), gap - 1.0), np.full((1, 3), -1.0)
+        got = diagnostics.sampler_mismatch(
+            old.astype(np.float32), sampler.astype(np.float32), np.ones((1, 3), bool)
+        )
+        assert float(got["max_ratio"]) == pytest.approx(expected, rel=1e-5)
+        assert float(got["max_abs"]) == 300.0
+
+
 def test_diagnostics_pass_no_gradient():
     """They may be computed inside a loss without changing what is learned."""
     old, new = np.full((1, 4), -1.0, np.float32), np.full((1, 4), -1.5, np.float32)

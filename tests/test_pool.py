@@ -197,6 +197,31 @@ def test_a_killed_idle_process_is_replaced():
         assert pool.counters == QUIET | {"crashes": 2, "replays": 8}
 
 
+def test_a_process_that_dies_while_it_starts_is_replaced_if_another_has_worked(tmp_path):
+    """A machine short of memory kills workers at any moment."""
+    marker = tmp_path / "marker"
+    marker.touch()
+    with make_pool(env_kwargs={"make": f"crash_once {marker}"}) as pool:
+        start(pool, "ab")
+        marker.unlink()
+        os.kill(pool.worker_pids[0], signal.SIGKILL)
+        answers = say(pool, dict.fromkeys("ab", "one"))
+        assert {answer.observation for answer in answers.values()} == {"a | one", "b | one"}
+        assert pool.counters["crashes"] == 2 and pool.counters["failures"] == 0
+
+
+def test_processes_that_keep_dying_while_they_start_are_an_error(tmp_path):
+    needed = tmp_path / "needed"
+    needed.touch()
+    with make_pool(env_kwargs={"make": f"need {needed}"}) as pool:
+        start(pool, "ab")
+        needed.unlink()
+        os.kill(pool.worker_pids[0], signal.SIGKILL)
+        with pytest.raises(PoolError, match="(?s)cannot be started.*needed"):
+            say(pool, dict.fromkeys("ab", "one"))
+        assert pool.counters["crashes"] == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
