@@ -197,6 +197,19 @@ def test_a_killed_idle_process_is_replaced():
         assert pool.counters == QUIET | {"crashes": 2, "replays": 8}
 
 
+def test_a_process_killed_in_mid_step_is_replaced_and_nothing_is_noticed():
+    with make_pool() as pool:
+        start(pool, "ab")
+        pool.step("a", "sleep 1")
+        pool.step("b", "one")
+        time.sleep(0.5)
+        os.kill(pool.worker_pids[0], signal.SIGKILL)
+        answers = collect(pool, 2)
+        assert answers["a"].observation == "a | sleep 1"
+        assert answers["b"].observation == "b | one"
+        assert pool.counters["crashes"] == 1 and pool.counters["failures"] == 0
+
+
 def test_a_process_that_dies_while_it_starts_is_replaced_if_another_has_worked(tmp_path):
     """A machine short of memory kills workers at any moment."""
     marker = tmp_path / "marker"
