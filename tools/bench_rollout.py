@@ -4,6 +4,7 @@
     python tools/bench_rollout.py --size 25M --turns 25 --episodes 16
     python tools/bench_rollout.py --size 25M --turns 25 --per-turn     what each turn costs, ours alone
     python tools/bench_rollout.py --size 1M --spread                   ragged against even episodes
+    python tools/bench_rollout.py --size 25M --record rollout.jsonl    for tools/plot_rollout.py
 
 In one run, with the same random weights (written as a Hugging Face folder by us, read by them), the
 same TextWorld games in the same worker processes, the same temperature and budgets:
@@ -15,12 +16,14 @@ same TextWorld games in the same worker processes, the same temperature and budg
                 `pip install google-tunix`; only with --tunix)
 
 An untrained model never ends a turn, so one id in twelve counts as an end of turn: turns are ragged,
-eight tokens on average, sixteen at most, and what is cut there is sent all the same. Every contender plays once to warm up and compile, and is
-timed on other episodes. Printed are episodes per second and our ratio to each.
+eight tokens on average, sixteen at most, and what is cut there is sent all the same. Every contender
+plays once to warm up and compile, and is timed on other episodes. Printed are episodes per second
+and our ratio to each.
 """
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import sys
 import tempfile
@@ -278,7 +281,8 @@ def make_world(args, directory: str, pool: EnvPool, tasks) -> World:
     )
 
 
-def compare(world: World, args) -> None:
+def compare(world: World, args) -> dict[str, float]:
+    """Turns per second of every contender."""
     slots = args.slots or len(world.tasks)
     contenders = {
         "ours": lambda: ours(world, slots, args.waves),
@@ -310,6 +314,7 @@ def compare(world: World, args) -> None:
             print("            " + ", ".join(
                 f"{key} {value:.2f}" for key, value in result.items() if key.endswith("share")
             ))
+    return rates
 
 
 def per_turn(world: World) -> None:
@@ -406,6 +411,7 @@ def main() -> int:
     parser.add_argument("--tunix", action="store_true")
     parser.add_argument("--per-turn", action="store_true")
     parser.add_argument("--spread", action="store_true")
+    parser.add_argument("--record", help="a file to which the comparison's numbers are appended")
     parser.add_argument("--cache-dir", default="~/.cache/jaxagentrl/textworld")
     args = parser.parse_args()
 
@@ -426,7 +432,11 @@ def main() -> int:
         elif args.spread:
             spread(world, args.slots or 32, args.waves)
         else:
-            compare(world, args)
+            rates = compare(world, args)
+            if args.record:
+                with open(args.record, "a") as file:
+                    result = dict(size=args.size, turns=args.turns, turns_per_second=rates)
+                    file.write(json.dumps(result) + "\n")
     return 0
 
 

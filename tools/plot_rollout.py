@@ -1,0 +1,60 @@
+"""Draws what `tools/bench_rollout.py --record` measured: how many times faster ours samples.
+
+    python tools/plot_rollout.py rollout.jsonl docs/rollout.png
+
+One group of bars for each size and number of turns, one bar for each contender; where a case was
+measured several times, the last one counts.
+"""
+
+import argparse
+import json
+import pathlib
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+CONTENDERS = {  # as named by the benchmark: (label, color of Okabe and Ito's palette)
+    "kept cache": ("transformers, cache kept from turn to turn", "#56B4E9"),
+    "reprefill": ("transformers, conversation prefilled again", "#0072B2"),
+    "tunix": ("Tunix's vanilla sampler", "#E69F00"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("record")
+    parser.add_argument("image")
+    args = parser.parse_args()
+
+    cases = {}
+    for line in pathlib.Path(args.record).read_text().splitlines():
+        result = json.loads(line)
+        rates = result["turns_per_second"]
+        ratios = {name: rates["ours"] / rates[name] for name in rates if name != "ours"}
+        cases[float(result["size"].rstrip("M")), result["turns"]] = result["size"], ratios
+
+    figure = Figure(figsize=(9, 4.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    width = 0.8 / len(CONTENDERS)
+    for offset, (name, (label, color)) in enumerate(CONTENDERS.items()):
+        places, heights = [], []
+        for place, key in enumerate(sorted(cases)):
+            if name in cases[key][1]:
+                places.append(place + (offset - (len(CONTENDERS) - 1) / 2) * width)
+                heights.append(cases[key][1][name])
+        bars = axes.bar(places, heights, width, label=label, color=color)
+        axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2, fontsize=9)
+    axes.axhline(1, color="#666666", linewidth=1)
+    axes.set_yscale("log")
+    axes.set_ylabel("times faster (turns per second, log scale)")
+    labels = [f"{cases[key][0]} parameters\n{key[1]} turns" for key in sorted(cases)]
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_title("Multi-turn sampling: jaxagentrl against", loc="left")
+    axes.margins(y=0.1)
+    figure.legend(loc="outside lower center", ncols=len(CONTENDERS), frameon=False)
+    figure.savefig(args.image, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()
