@@ -41,6 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
         name="alfworld",
         params=dict(family="alfworld", num_receptacles=5, num_objects=5),
         cache_dir="~/.cache/jaxagentrl/alfworld",
+        options=dict(accept_put=False),
         num_workers=2,
     )
     config.splits = dict(

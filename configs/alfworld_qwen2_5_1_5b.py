@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
         name="alfworld",
         params=dict(family="alfworld-data", split="train"),
         cache_dir="~/.cache/jaxagentrl/alfworld",
+        options=dict(accept_put=False),
         num_workers=8,
     )
     config.splits = dict(

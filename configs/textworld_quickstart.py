@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
         name="textworld",
         params=dict(family="custom", world_size=2, nb_objects=3, quest_length=4, theme="basic"),
         cache_dir="~/.cache/jaxagentrl/textworld",
+        options=dict(),
         num_workers=2,
     )
     # (first seed, number of seeds) of each split.

@@ -223,6 +223,7 @@ def make_pool(config: Mapping[str, Any], **env_options: Any) -> EnvPool:
         "intermediate_reward": config["reward"]["kind"] == "intermediate",
         "admissible_commands": config["prompt"]["show_admissible"],
     }
+    options |= config["env"]["options"]
     return EnvPool(config["env"]["name"], options | env_options, **config["pool"])
 
 

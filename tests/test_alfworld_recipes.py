@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("alfworld", reason="needs the files of alfworld")
 
+from envs_host import games
 from envs_host.specs import TASK_TYPES
-from jaxagentrl import metrics, tokenizer, train
+from jaxagentrl import metrics, prepare, tokenizer, train
 from jaxagentrl.models import decoder, pretrained
 from jaxagentrl.models.decoder import DecoderConfig
 
@@ -115,3 +116,20 @@ def test_the_quick_start(tmp_path, smoke_games):
     config["learner"] |= dict(length_buckets=(448,))
     train.run(config, str(tmp_path / "run"))
     check(tmp_path / "run")
+
+
+def test_options_of_the_environment_come_from_the_config(smoke_games):
+    spec = {"family": "alfworld", "task_type": TASK_TYPES[0], "num_receptacles": 5, "num_objects": 5}
+    task = games.generate([spec | {"seed": 1}], cache_dir=smoke_games, progress=False).tasks[0]
+    *before, last = task.walkthrough
+    put = last.replace("move", "put").replace(" to ", " in/on ")
+    for accept in (False, True):
+        config = tiny("alfworld_quickstart", None, smoke_games)
+        config["env"]["options"]["accept_put"] = accept
+        with prepare.make_pool(config) as pool:
+            pool.reset("game", task)
+            ((_, answer),) = pool.poll(60.0)
+            for command in (*before, put):
+                pool.step("game", command)
+                ((_, answer),) = pool.poll(60.0)
+        assert answer.info.won == accept
