@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.splits = dict(
         demo=(400_001, 400, {"expert": "handcoded"}),
         train=(500_001, 800),
-        test=(1, 150, {"split": "valid_unseen"}),
+        test=(1, 300, {"split": "valid_unseen"}),
         test_seen=(100_001, 150, {"split": "valid_seen"}),
     )
     config.tokenizer.update(
@@ -66,6 +66,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.learner.update(length_buckets=(128, 192, 256, 320, 384, 448), tokens_per_part=3072)
     config.sft.update(num_steps=300)
     config.sft.optimizer.update(learning_rate=2e-3)
-    config.rl.update(num_iterations=60, tasks_per_iteration=16, eval_every=10, save_every=10)
-    config.rl.optimizer.update(decay_steps=60)
+    config.rl.update(num_iterations=80, tasks_per_iteration=16, eval_every=10, save_every=10)
+    config.rl.optimizer.update(decay_steps=80)
     return config

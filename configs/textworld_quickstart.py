@@ -4,7 +4,7 @@
 
 Games: `tw-make custom --world-size 2 --nb-objects 3 --quest-length 4`, theme `basic` (names such as
 `thing6` and `Z-box`: a third of the tokens of `house` and no less skill). 300 walkthroughs are imitated
-for 200 steps, which is before the model has memorized them; 80 iterations of RL follow on 650 other
+for 170 steps, which is before the model has memorized them; 96 iterations of RL follow on 650 other
 games, 256 episodes each, with TextWorld's progress signal as the turns' reward and GiGPO's credit.
 
 Expected, on two CPU cores: 14 to 19 minutes from an empty cache (an estimate from the parts; a third of them
@@ -99,7 +99,7 @@ def get_config() -> ml_collections.ConfigDict:
         export="merged",
     )
     config.sft = dict(
-        num_steps=200,
+        num_steps=170,
         batch_size=16,
         observation_weight=0.5,
         log_every=20,
@@ -117,7 +117,7 @@ def get_config() -> ml_collections.ConfigDict:
         ),
     )
     config.rl = dict(
-        num_iterations=80,
+        num_iterations=96,
         tasks_per_iteration=32,
         group_size=8,
         num_epochs=1,
@@ -152,7 +152,7 @@ def get_config() -> ml_collections.ConfigDict:
         optimizer=dict(
             learning_rate=4e-4,
             warmup_steps=5,
-            decay_steps=80,
+            decay_steps=96,
             final_fraction=0.25,
             b1=0.9,
             b2=0.95,

@@ -72,6 +72,7 @@ def print_table(run: report_data.Run, *, console: rich.console.Console | None = 
             f"{label} {report_data.duration(seconds)}" for label, seconds in split.items())
         total = report_data.duration(sum(run.time_split.values()))
         console.print(f"Time: {total} ({parts}).", markup=False)
-    left = [name for name in ("report.html", "curves.png", "model") if (run.root / name).exists()]
+    names = ("report.html", "curves.png", "model", "adapters")
+    left = [name for name in names if (run.root / name).exists()]
     if left:
         console.print(f"In {run.root}: {', '.join(left)}.", markup=False, soft_wrap=True)
