@@ -79,7 +79,7 @@ def gigpo(
     returns, present = turn_returns(
         rewards, discounts, action_mask, turn_ids, num_turns=num_turns
     )
-    scores = masking.masked_sum(rewards, action_mask, axis=-1)
+    scores = masking.masked_sum(rewards, action_mask, axis=1)
     shape = (num_rows, num_turns)
     step_groups = jnp.where(present, jnp.broadcast_to(group_ids[:, None], shape), -1)
     credit = _episode_and_step(

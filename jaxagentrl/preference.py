@@ -47,7 +47,7 @@ def trajectory_dpo(
     chex.assert_equal_shape_prefix([logprobs, succeeded, group_ids], 1)
     chex.assert_type([succeeded, group_ids], [bool, int])
     new, old = masking.clean([logprobs, old_logprobs], action_mask, differentiable=1)
-    scores = beta * jnp.sum(new - old, axis=-1)
+    scores = beta * jnp.sum(new - old, axis=1)
     inside = masking.in_group(group_ids, num_groups=num_groups)
     others = (scores, succeeded, group_ids, inside)
     if axis_name is not None:

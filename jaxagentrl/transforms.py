@@ -147,7 +147,7 @@ def overlong_filter(action_mask: Array, truncated: Array) -> tuple[Array, Array]
         ([B, L] bool mask without the truncated rows, [] int32 number of rows that were masked).
     """
     chex.assert_type([action_mask, truncated], bool)
-    dropped = truncated & jnp.any(action_mask, axis=-1)
+    dropped = truncated & jnp.any(action_mask, axis=1)
     return action_mask & ~truncated[:, None], jnp.sum(dropped, dtype=jnp.int32)
 
 
@@ -233,7 +233,7 @@ def normalize_dense_rewards(
     chex.assert_equal_shape([max_scores, rewards[:, 0]])
     known = (max_scores > 0) & jnp.isfinite(max_scores)
     scale = jnp.where(known, 1.0 / jnp.where(known, max_scores, 1.0), 0.0)
-    unknown = jnp.any(action_mask, axis=-1) & ~known
+    unknown = jnp.any(action_mask, axis=1) & ~known
     shaped = masking.zero_off(rewards, action_mask) * scale[:, None].astype(jnp.float32)
     return shaped, jnp.sum(unknown, dtype=jnp.int32)
 
@@ -278,7 +278,7 @@ def potential_shaping(
         phi, here = inputs
         return jnp.where(here, phi, following), following
 
-    final = masking.zero_off(final_potentials, jnp.any(present, axis=-1))
+    final = masking.zero_off(final_potentials, jnp.any(present, axis=1))
     following = masking.scan_back(
         step, final + masking.zero_carry([potentials]), [potentials, present]
     )

@@ -146,7 +146,7 @@ def mt_grpo(
         )
 
     outcome = normalized(outcome_scores, group_ids, num_groups)
-    summed = outcome_scores + masking.masked_sum(turn_rewards, action_mask, axis=-1)
+    summed = outcome_scores + masking.masked_sum(turn_rewards, action_mask, axis=1)
     combined = normalized(summed, group_ids, num_groups)
     cells = turn_cells(present & ~is_last, group_ids, num_groups=num_groups)
     turn = normalized(per_turn.reshape(-1), cells, num_groups * num_turns).reshape(present.shape)
