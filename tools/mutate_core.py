@@ -44,6 +44,8 @@ TESTS = {
     "transforms": ["test_transforms"],
     "diagnostics": ["test_diagnostics"],
 }
+for files in TESTS.values():
+    files.append("test_core_defaults")
 LAST = "test_core_invariance"
 LAST_TESTS = "finite or shard_map or four_devices or padding or bfloat16"  # what others cannot see
 GOAL = 0.95
