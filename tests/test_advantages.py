@@ -147,6 +147,26 @@ def test_whiten_golden():
     np.testing.assert_allclose(kept, [0.5, 1.5, 0], atol=1e-6)
 
 
+def test_bilevel_gae_skips_what_lies_inside_a_turn():
+    """Tool output in the middle of a turn is no token of it."""
+    options = {"token_discount": 0.9, "turn_discount": 0.8, "gae_lambda": 0.7}
+    plain = fast.bilevel_gae(
+        np.array([0.5, 1.0, 2.0], np.float32),
+        np.array([1.0, 2.0, 3.0], np.float32),
+        np.array([True, True, True]),
+        np.array([False, True, True]),
+        **options,
+    )
+    parted = fast.bilevel_gae(
+        np.array([0.5, 9.0, 1.0, 2.0], np.float32),
+        np.array([1.0, 9.0, 2.0, 3.0], np.float32),
+        np.array([True, False, True, True]),
+        np.array([False, False, True, True]),
+        **options,
+    )
+    np.testing.assert_allclose(np.asarray(parted)[[0, 2, 3]], plain, atol=1e-6)
+
+
 GIGPO_REWARDS = np.array([[0, 0, 10], [0, 0, 0]], np.float32)
 GIGPO_MASK = np.array([[1, 1, 1], [1, 1, 0]], bool)
 GIGPO_TURNS = np.array([[0, 1, 2], [0, 1, -1]], np.int32)
