@@ -13,7 +13,7 @@ import their_models  # noqa: E402  (after the check that torch is there)
 import their_tokenizers  # noqa: E402
 
 from jaxagentrl import batching, chat, tokenizer  # noqa: E402
-from jaxagentrl.models import decoder  # noqa: E402
+from jaxagentrl.models import attention  # noqa: E402
 
 _FILE = pathlib.Path(__file__).resolve().parent.parent / "tools" / "check_tokens.py"
 _SPEC = importlib.util.spec_from_file_location("check_tokens", _FILE)
@@ -53,12 +53,12 @@ def test_a_good_model_passes(folder, capsys):
 
 
 def test_a_decode_path_that_differs_is_caught(folder, capsys, monkeypatch):
-    right = decoder.attend_cached
+    right = attention.attend_cached
 
     def wrong(q, k, v, mask, *, scale, softcap):
         return right(q, k, v, mask, scale=1.1 * scale, softcap=softcap)
 
-    monkeypatch.setattr(decoder, "attend_cached", wrong)
+    monkeypatch.setattr(attention, "attend_cached", wrong)
     assert check_tokens.main([str(folder), *SMALL]) == 1
     assert "FAIL log-probs: largest gap" in capsys.readouterr().out
 

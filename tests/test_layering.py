@@ -29,6 +29,7 @@ envs_host.maker
 envs_host.games
 envs_host.alfworld_data
 envs_host.collect
+envs_host.naming
 envs_host.textworld
 envs_host.alfworld
 envs_host
@@ -36,6 +37,7 @@ envs_host.pool_worker
 envs_host.pool_server
 envs_host.pool
 jaxagentrl
+jaxagentrl.pages
 jaxagentrl.types
 jaxagentrl.masking
 jaxagentrl.group_advantages
@@ -56,6 +58,7 @@ jaxagentrl.models.rope
 jaxagentrl.models.decoder_config
 jaxagentrl.models.sharding
 jaxagentrl.models.kv_cache
+jaxagentrl.models.attention
 jaxagentrl.models.decoder
 jaxagentrl.models.pretrained_families
 jaxagentrl.models.lora

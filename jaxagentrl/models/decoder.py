@@ -24,13 +24,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxagentrl.models import kv_cache, rope, sharding
+from jaxagentrl.models import attention, kv_cache, rope, sharding
 from jaxagentrl.models.decoder_config import DecoderConfig
 
 Params = dict[str, Any]
 
-# Large and negative instead of -inf: a row that attends to nothing (padding) stays finite.
-MASKED = -1e30
+_UNROLLED_LAYERS = 4
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -43,6 +42,30 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
     "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
 }
+
+
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., D] @ kernel [D, F], with the kernel's gradient as xᵀ·dy.
+
+    jax's own rule computes (dyᵀ·x)ᵀ. The same numbers, but XLA on CPU then writes a transposed copy of
+    dy, element by element, into the middle of what dy is made of: 1.3 times the time of a whole
+    update (`docs/performance.md`).
+    """
+    return x @ kernel
+
+
+def _product_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return x @ kernel, (x, kernel)
+
+
+def _product_bwd(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows = tuple(range(x.ndim - 1))
+    return dy @ kernel.T, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+
+
+product.defvjp(_product_fwd, _product_bwd)
 
 
 class RMSNorm(nnx.Module):
@@ -72,9 +95,10 @@ class Projection(nnx.Module):
         self.is_adapted = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = product(x, self.kernel[...].astype(x.dtype))
         if self.is_adapted:
-            y = y + (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+            low = product(x, self.lora_a[...].astype(x.dtype))
+            y = y + product(low, self.lora_b[...].astype(x.dtype))
         return y + self.bias[...].astype(x.dtype)[None, None] if self.has_bias else y
 
 
@@ -194,16 +218,16 @@ def hidden(
     Returns:
         [B, L, D]. Entry t predicts token t + 1.
     """
-    length = tokens.shape[1]
-    index = jnp.arange(length)
-    mask = (index[None, :] <= index[:, None])[None]
+    index = jnp.arange(tokens.shape[1])
     distance = (index[:, None] - index[None, :])[None]
+    mask = None
     if segment_ids is not None:
-        mask = mask & (segment_ids[:, None, :] == segment_ids[:, :, None])
+        mask = segment_ids[:, None, :] == segment_ids[:, :, None]
     if positions is None:
         positions = jnp.broadcast_to(index[None], tokens.shape)
     tables = rope_tables(config, positions)
     graph, layers = _layers(config, params)
+    scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
 
     def step(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, None]:
         layer_params, is_local = inputs
@@ -213,15 +237,15 @@ def hidden(
             for y in layer.attention.qkv(layer.attention_norm(x), _table_of(tables, is_local))
         )
         seen = _within_window(config, mask, distance, is_local)
-        x = layer.add_attention(
-            x,
-            attend(q, k, v, seen, scale=config.attention_scale, softcap=config.attention_softcap),
+        kernel = attention.kernel_for(
+            q.dtype, len(index), config.head_dim, config.attention_softcap
         )
+        x = layer.add_attention(x, attention.attend(q, k, v, seen, **scores, kernel=kernel))
         return sharding.constrain(layer.add_mlp(x), sharding.ROWS), None
 
     x = sharding.constrain(embed(config, params, tokens), sharding.ROWS)
     step = step if REMAT[remat] is None else jax.checkpoint(step, policy=REMAT[remat])
-    x, _ = jax.lax.scan(step, x, (layers, _local_layers(config)))
+    x, _ = jax.lax.scan(step, x, (layers, _local_layers(config)), unroll=_unroll(config))
     return final_norm(config, params, x)
 
 
@@ -260,6 +284,7 @@ def hidden_cached(
     # A padding token writes nowhere: its position is sent out of range.
     targets = jnp.where(offsets[None] < counts[:, None], positions, cache.max_length)
     graph, layers = _layers(config, params)
+    scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
 
     def step(carry, inputs):
         x, cache, index = carry
@@ -269,13 +294,7 @@ def hidden_cached(
         seen = _within_window(config, mask, distance, is_local)
         cache = kv_cache.write(cache, index, slots, targets, k, v)
         keys, values = kv_cache.read(cache, index, slots, filled, q.dtype)
-        x = layer.add_attention(
-            x,
-            attend_cached(
-                q, keys, values, seen,
-                scale=config.attention_scale, softcap=config.attention_softcap,
-            ),
-        )
+        x = layer.add_attention(x, attention.attend_cached(q, keys, values, seen, **scores))
         return (layer.add_mlp(x), cache, index + 1), None
 
     carry = (embed(config, params, tokens), cache, jnp.int32(0))
@@ -310,14 +329,9 @@ def unembedding(params: Params) -> jax.Array:
 
 
 def unembed(params: Params, x: jax.Array, *, softcap: float | None = None) -> jax.Array:
-    """[..., V] float32 logits; `softcap` is `config.logit_softcap`."""
+    """[..., V] float32 logits; `softcap` is `config.logit_softcap`, see `attention.cap`."""
     z = jnp.matmul(x, unembedding(params).astype(x.dtype), preferred_element_type=jnp.float32)
-    return cap(z, softcap)
-
-
-def cap(x: jax.Array, softcap: float | None) -> jax.Array:
-    """Squeezes into (−softcap, softcap), near the identity around 0; None leaves x as it is."""
-    return x if softcap is None else softcap * jnp.tanh(x / softcap)
+    return attention.cap(z, softcap)
 
 
 def final_norm(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -334,6 +348,16 @@ def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array,
         return table
     local = rope.tables(*rope.frequencies(config.head_dim, config.local_rope_theta), positions)
     return tuple(jnp.stack(pair) for pair in zip(table, local, strict=True))
+
+
+def _unroll(config: DecoderConfig) -> int:
+    """Layers in one body of the training pass's loop: all, where they are few.
+
+    A loop keeps what the backward pass needs in stacked arrays, which are cleared, written and read
+    again: a fifth of an update of three small layers on CPU. Deep models keep their one body, so
+    that compile time does not grow with depth.
+    """
+    return config.num_layers if config.num_layers <= _UNROLLED_LAYERS else 1
 
 
 def _local_layers(config: DecoderConfig) -> jax.Array | None:
@@ -353,72 +377,17 @@ def _table_of(
 
 
 def _within_window(
-    config: DecoderConfig, mask: jax.Array, distance: jax.Array, is_local: jax.Array | None
-) -> jax.Array:
+    config: DecoderConfig,
+    mask: jax.Array | None,
+    distance: jax.Array,
+    is_local: jax.Array | None,
+) -> jax.Array | None:
     """The mask of one layer: what is at most a window back, if the layer has a window."""
     if config.sliding_window is None:
         return mask
     near = distance < config.sliding_window
-    return mask & (near if is_local is None else near | ~is_local)
-
-
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None = None,
-) -> jax.Array:
-    """Grouped-query attention with a float32 softmax.
-
-    Args:
-        q: [B, L, H, E]. k, v: [B, S, K, E] with K dividing H. mask: [B or 1, L, S] bool.
-        scale: of the scores, normally 1/√E.
-        softcap: see `cap`; acts on the scaled scores.
-
-    Returns:
-        [B, L, H, E].
-    """
-    batch, length, heads, size = q.shape
-    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], size)
-    scores = jnp.einsum("blkge,bske->bkgls", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], cap(scores * scale, softcap), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgls,bske->blkge", weights, v).reshape(batch, length, heads, size)
-
-
-def attend_cached(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None = None,
-) -> jax.Array:
-    """`attend` on keys and values as `kv_cache` lays them out.
-
-    Args:
-        q: [R, W, H, E]. k: [R, K, E, S]. v: [R, K, S, E]. mask: [R, W, S] bool.
-        scale, softcap: as in `attend`.
-
-    Returns:
-        [R, W, H, E].
-    """
-    rows, width, heads, size = q.shape
-    num_kv_heads = k.shape[1]
-    # Queries of one key/value head side by side: one matrix product per row and head.
-    q = q.reshape(rows, width, num_kv_heads, heads // num_kv_heads, size)
-    q = q.transpose(0, 2, 3, 1, 4).reshape(rows, num_kv_heads, -1, size)
-    scores = jnp.einsum("rkqe,rkes->rkqs", q, k, preferred_element_type=jnp.float32)
-    mask = jnp.tile(mask, (1, heads // num_kv_heads, 1))[:, None]
-    scores = jnp.where(mask, cap(scores * scale, softcap), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
-    out = jnp.einsum("rkqs,rkse->rkqe", weights.astype(v.dtype), v)
-    out = out.reshape(rows, num_kv_heads, heads // num_kv_heads, width, size)
-    return out.transpose(0, 3, 1, 2, 4).reshape(rows, width, heads, size)
+    near = near if is_local is None else near | ~is_local
+    return near if mask is None else mask & near
 
 
 def _layers(config: DecoderConfig, params: Params) -> tuple[nnx.GraphDef, Params]:

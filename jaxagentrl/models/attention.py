@@ -1,0 +1,129 @@
+"""Grouped-query attention (Ainslie et al. 2023) of whole sequences, and on a KV cache.
+
+Shapes: B rows, L queries, S keys, H query heads, K key/value heads with K dividing H, E head size.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# How attention of whole sequences may be computed.
+#   products   two matrix products around a float32 softmax: everywhere, in every dtype
+#   cudnn      NVIDIA's fused kernel: the [L, S] scores never exist
+KERNELS = ("products", "cudnn")
+
+# Large and negative instead of -inf: a row that attends to nothing (padding) stays finite.
+_MASKED = -1e30
+
+_CUDNN_HEAD_DIM = 128  # the largest that cuDNN takes on every GPU from Ampere on
+
+
+def kernel_for(dtype: jnp.dtype, length: int, head_dim: int, softcap: float | None) -> str:
+    """The name in `KERNELS` that suits the backend: cuDNN's on a GPU where it takes these inputs.
+
+    Args:
+        dtype: of queries, keys and values; cuDNN takes 16 bits only.
+        length: L; cuDNN's backward pass with a mask takes even lengths only.
+        head_dim: E.
+        softcap: of the scores, see `cap`; cuDNN has none.
+    """
+    takes = (
+        dtype in (jnp.bfloat16, jnp.float16)
+        and length % 2 == 0
+        and head_dim % 8 == 0
+        and head_dim <= _CUDNN_HEAD_DIM
+        and softcap is None
+    )
+    return "cudnn" if takes and jax.default_backend() == "gpu" else "products"
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    kernel: str = "products",
+) -> jax.Array:
+    """Causal attention of whole sequences with a float32 softmax.
+
+    Args:
+        q: [B, L, H, E]. k, v: [B, L, K, E].
+        mask: [B or 1, L, L] bool, what a query may see of what is not after it; None is all of it.
+        scale: of the scores, normally 1/√E.
+        softcap: see `cap`; acts on the scaled scores. "products" only.
+        kernel: a name in `KERNELS`, see `kernel_for`.
+
+    Returns:
+        [B, L, H, E].
+    """
+    if kernel == "cudnn":
+        return _attend_fused(q, k, v, mask, scale=scale, implementation="cudnn")
+    batch, length, heads, size = q.shape
+    index = jnp.arange(length)
+    seen = (index[None, :] <= index[:, None])[None]
+    seen = seen if mask is None else seen & mask
+    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], size)
+    scores = jnp.einsum("blkge,bske->bkgls", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None, None], cap(scores * scale, softcap), _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgls,bske->blkge", weights, v).reshape(batch, length, heads, size)
+
+
+def _attend_fused(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    *,
+    scale: float,
+    implementation: str,
+) -> jax.Array:
+    """`attend` by `jax.nn.dot_product_attention`; "xla" for its reference, in tests."""
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=None if mask is None else mask[:, None],
+        scale=scale,
+        is_causal=True,
+        implementation=implementation,
+    )
+
+
+def attend_cached(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Attention of a few new tokens on keys and values as `kv_cache` lays them out.
+
+    Args:
+        q: [R, W, H, E]. k: [R, K, E, S]. v: [R, K, S, E]. mask: [R, W, S] bool.
+        scale, softcap: as in `attend`.
+
+    Returns:
+        [R, W, H, E].
+    """
+    rows, width, heads, size = q.shape
+    num_kv_heads = k.shape[1]
+    # Queries of one key/value head side by side: one matrix product per row and head.
+    q = q.reshape(rows, width, num_kv_heads, heads // num_kv_heads, size)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(rows, num_kv_heads, -1, size)
+    scores = jnp.einsum("rkqe,rkes->rkqs", q, k, preferred_element_type=jnp.float32)
+    mask = jnp.tile(mask, (1, heads // num_kv_heads, 1))[:, None]
+    scores = jnp.where(mask, cap(scores * scale, softcap), _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1)
+    out = jnp.einsum("rkqs,rkse->rkqe", weights.astype(v.dtype), v)
+    out = out.reshape(rows, num_kv_heads, heads // num_kv_heads, width, size)
+    return out.transpose(0, 3, 1, 2, 4).reshape(rows, width, heads, size)
+
+
+def cap(x: jax.Array, softcap: float | None) -> jax.Array:
+    """Squeezes into (−softcap, softcap), near the identity around 0; None leaves x as it is."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)

@@ -1,0 +1,91 @@
+"""Attention of whole sequences against a float64 loop, and what the fused kernel would be given."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxagentrl.models import attention
+
+B, L, H, K, E = 2, 10, 4, 2, 8
+SCALE = 0.3
+
+
+def tensors(dtype="float32"):
+    rng = np.random.default_rng(0)
+    shapes = (B, L, H, E), (B, L, K, E), (B, L, K, E)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def masks():
+    segments = np.array([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, 0, 1, 1]])
+    index = np.arange(L)
+    return {
+        "causal": None,
+        "packed": jnp.asarray(segments[:, None, :] == segments[:, :, None]),
+        "window": jnp.asarray((index[:, None] - index[None, :] < 3)[None]),
+    }
+
+
+def oracle(q, k, v, mask, softcap=None):
+    """Token by token, in float64, from the definition."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for b in range(B):
+        for h in range(H):
+            for t in range(L):
+                rows = mask[b % len(mask), t] if mask is not None else np.ones(L, bool)
+                seen = [s for s in range(t + 1) if rows[s]]
+                z = np.array([SCALE * q[b, t, h] @ k[b, s, h * K // H] for s in seen])
+                z = z if softcap is None else softcap * np.tanh(z / softcap)
+                p = np.exp(z - z.max())
+                out[b, t, h] = sum(w * v[b, s, h * K // H] for w, s in zip(p / p.sum(), seen))
+    return out
+
+
+@pytest.mark.parametrize("name", masks())
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_products_against_the_definition(name, softcap):
+    q, k, v = tensors()
+    mask = masks()[name]
+    out = attention.attend(q, k, v, mask, scale=SCALE, softcap=softcap)
+    wanted = oracle(q, k, v, None if mask is None else np.asarray(mask), softcap)
+    np.testing.assert_allclose(out, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", masks())
+def test_the_fused_kernel_is_asked_for_the_same(name):
+    """The call that cuDNN would answer on a GPU, answered here by its reference: same values, same
+    gradients."""
+    q, k, v = tensors()
+    mask = masks()[name]
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal((B, L, H, E)), jnp.float32)
+
+    def with_gradients(attend):
+        return jax.value_and_grad(lambda *x: jnp.sum(weights * attend(*x)), (0, 1, 2))(q, k, v)
+
+    ours = with_gradients(lambda *x: attention.attend(*x, mask, scale=SCALE))
+    theirs = with_gradients(
+        lambda *x: attention._attend_fused(*x, mask, scale=SCALE, implementation="xla")
+    )
+    for one, two in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_the_kernel_follows_the_backend_and_what_it_takes(monkeypatch):
+    fits = (jnp.dtype(jnp.bfloat16), 128, 64, None)
+    assert attention.kernel_for(*fits) == "products"  # CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attention.kernel_for(*fits) == "cudnn"
+    for index, other in enumerate((jnp.dtype(jnp.float32), 127, 256, 50.0)):
+        unfit = (*fits[:index], other, *fits[index + 1 :])
+        assert attention.kernel_for(*unfit) == "products", unfit
+
+
+def test_the_kernels_name_reaches_jax(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, **options: asked.update(options))
+    q, k, v = tensors("bfloat16")
+    attention.attend(q, k, v, masks()["packed"], scale=SCALE, kernel="cudnn")
+    assert asked["implementation"] == "cudnn" and asked["is_causal"] and asked["scale"] == SCALE
+    assert asked["mask"].shape == (B, 1, L, L)
