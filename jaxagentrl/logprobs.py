@@ -1,5 +1,7 @@
 """Token log-probs and entropies from hidden states, without ever holding the [B, L, V] logits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -25,8 +27,8 @@ def token_logprobs(
 
         log p(yₜ | y₍<ₜ₎) = zₜ[yₜ] − logsumexp(zₜ),   zₜ = cap(hₜ₋₁ W) / temperature
 
-    Positions are worked off in chunks whose logits are recomputed in the backward pass, so the peak
-    is [chunk_size, V] in both. A chunk is the same few positions of every row, so that rows may be
+    Positions are worked off in chunks whose logits are computed again in the backward pass, so the
+    peak is [chunk_size, V] in both. A chunk is the same few positions of every row, so that rows may be
     shared out over devices. The softmax is float32.
 
     Args:
@@ -43,17 +45,8 @@ def token_logprobs(
     batch, length, _ = hidden.shape
     contexts, targets = hidden[:, :-1], tokens[:, 1:]
 
-    @jax.checkpoint
     def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x, target = chunk
-        logits = jnp.matmul(x, unembedding.astype(x.dtype), preferred_element_type=jnp.float32)
-        if softcap is not None:
-            logits = softcap * jnp.tanh(logits / softcap)
-        logits = logits / temperature
-        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        mean_logit = jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
-        return chosen - log_normalizer, log_normalizer - mean_logit
+        return _score(temperature, softcap, chunk[0], unembedding.astype(hidden.dtype), chunk[1])
 
     def merged(x: jax.Array) -> jax.Array:
         """Chunks [K, B, C] side by side: [B, L], entry 0 zero."""
@@ -71,3 +64,61 @@ def token_logprobs(
         return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
     return tuple(merged(x) for x in jax.lax.map(score, (chunked(contexts), chunked(targets))))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _score(
+    temperature: float,
+    softcap: float | None,
+    x: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """log p[y] and the entropy H of each position of a chunk: x [..., D], targets [...].
+
+    The gradient is written out, in one pass over the logits and without the scatter that the
+    derivative of an indexed log-prob would be:
+
+        ∂ log p[y] / ∂zⱼ = 1[j = y] − pⱼ,   ∂H / ∂zⱼ = −pⱼ (log pⱼ + H)
+    """
+    return _score_fwd(temperature, softcap, x, unembedding, targets)[0]
+
+
+def _score_fwd(temperature, softcap, x, unembedding, targets):
+    logits, _ = _logits(temperature, softcap, x, unembedding)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    probs = jnp.exp(logits - log_normalizer[..., None])
+    entropy = log_normalizer - jnp.sum(probs * logits, axis=-1)
+    saved = (x, unembedding, targets, log_normalizer, entropy)
+    return (chosen - log_normalizer, entropy), saved
+
+
+def _score_bwd(temperature, softcap, saved, cotangents):
+    x, unembedding, targets, log_normalizer, entropy = saved
+    d_chosen, d_entropy = (cotangent[..., None] for cotangent in cotangents)
+    logits, slope = _logits(temperature, softcap, x, unembedding)
+    log_probs = logits - log_normalizer[..., None]
+    index = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    is_target = (index == targets[..., None]).astype(logits.dtype)
+    probs = jnp.exp(log_probs)
+    d_logits = d_chosen * (is_target - probs)
+    d_logits -= d_entropy * probs * (log_probs + entropy[..., None])
+    d_scores = (d_logits * slope).astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    d_unembedding = jax.lax.dot_general(x, d_scores, ((rows, rows), ((), ())))
+    return d_scores @ unembedding.T, d_unembedding, None
+
+
+_score.defvjp(_score_fwd, _score_bwd)
+
+
+def _logits(
+    temperature: float, softcap: float | None, x: jax.Array, unembedding: jax.Array
+) -> tuple[jax.Array, jax.Array | float]:
+    """Logits [..., V] in float32, and their slope with respect to the product x·W."""
+    scores = jnp.matmul(x, unembedding, preferred_element_type=jnp.float32)
+    if softcap is None:
+        return scores / temperature, 1 / temperature
+    squeezed = jnp.tanh(scores / softcap)
+    return softcap * squeezed / temperature, (1 - squeezed * squeezed) / temperature
