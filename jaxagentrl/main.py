@@ -3,6 +3,11 @@
 import os
 import sys
 
+if __name__ == "__main__":
+    from jaxagentrl import pages
+
+    pages.use_huge_ones()  # before jax is imported: it starts this process again
+
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
