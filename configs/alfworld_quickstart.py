@@ -44,6 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
         options=dict(accept_put=False),
         num_workers=2,
     )
+    config.namings = dict(demo=1, train=1)
     config.splits = dict(
         demo=(400_001, 400, {"expert": "handcoded"}),
         train=(500_001, 800),

@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
         options=dict(accept_put=False),
         num_workers=8,
     )
+    config.namings = dict(demo=1, train=1)
     config.splits = dict(
         demo=(0, 16),  # Nothing is imitated, but a walkthrough shows that the environment works.
         train=(16, 3500),

@@ -28,6 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
     )
     # (first seed, number of seeds) of each split.
     config.splits = dict(demo=(40001, 300), train=(50001, 650), test=(1, 300))
+    # Under how many names each game is played (envs_host/naming.py); held-out games as they are.
+    config.namings = dict(demo=16, train=16)
     config.pool = dict(
         num_workers=2, step_limit_s=10.0, reset_limit_s=30.0, worker_memory_mb=2000.0
     )

@@ -5,7 +5,7 @@ observation follows the code of "A Practitioner's Guide to Multi-turn Agentic Re
 Learning" (arXiv 2510.01132): the room, what the game told, what is carried.
 """
 
-from envs_host import textworld_text
+from envs_host import naming, textworld_text
 from envs_host.games import GenerationReport, generate
 from envs_host.memory import Engines, Memory, Node, verify
 from envs_host.textworld_engine import Engine, Extras, Moment, Outcome, digest, progress
@@ -48,6 +48,7 @@ class TextWorldEnv:
         self._extras = Extras(intermediate_reward, admissible_commands)
         self._memory = _MEMORY if remember else Memory(max_entries=0)
         self._task: Task | None = None
+        self._naming: naming.Naming | None = None
         self._path: list[Node] = []  # From the opening to where the episode is.
         self._engine: Engine | None = None
 
@@ -69,7 +70,7 @@ class TextWorldEnv:
         """
         self.close()
         verify(task, digest)
-        self._task = task
+        self._task, self._naming = task, naming.of(task)
         node = self._memory.root(self._key())
         if node is None:
             self._memory.misses += 1
@@ -83,7 +84,7 @@ class TextWorldEnv:
             self._memory.hits += 1
         self._path = [node]
         moment = node.outcome.moment
-        return ResetResult(moment.observation, self._info(moment, "", valid=True))
+        return ResetResult(self._show(moment.observation), self._info(moment, "", valid=True))
 
     def step(self, text: str) -> StepResult:
         """Sends one command.
@@ -101,12 +102,13 @@ class TextWorldEnv:
         if refusal is not None:
             observation = textworld_text.observation(before.room, refusal, before.inventory)
             info = self._info(before._replace(intermediate_reward=0.0), command, valid=False)
-            return StepResult(observation, 0.0, False, False, info)
-        node = self._path[-1].children.get(command)
+            return StepResult(self._show(observation), 0.0, False, False, info)
+        sent = command if self._naming is None else self._naming.read(command)
+        node = self._path[-1].children.get(sent)
         if node is None:
             self._memory.misses += 1
-            outcome = self._compute(command)
-            node = self._memory.add(self._key(), self._path[-1], command, outcome)
+            outcome = self._compute(sent)
+            node = self._memory.add(self._key(), self._path[-1], sent, outcome)
         else:
             self._memory.hits += 1
         self._path.append(node)
@@ -115,7 +117,8 @@ class TextWorldEnv:
         if terminated:
             self._release_engine()
         info = self._info(after, command, valid=after.valid_command)
-        return StepResult(after.observation, after.score - before.score, terminated, False, info)
+        reward = after.score - before.score
+        return StepResult(self._show(after.observation), reward, terminated, False, info)
 
     def close(self) -> None:
         """Ends the episode; a started game stays with the process for the next one."""
@@ -134,9 +137,12 @@ class TextWorldEnv:
             valid_command=valid,
             command=command,
             intermediate_reward=moment.intermediate_reward,
-            admissible_commands=moment.admissible_commands,
+            admissible_commands=tuple(map(self._show, moment.admissible_commands)),
             objective=self._task.objective,
         )
+
+    def _show(self, text: str) -> str:
+        return text if self._naming is None else self._naming.show(text)
 
     def _started(self) -> Engine:
         if self._engine is None:

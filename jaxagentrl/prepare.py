@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from envs_host import collect
+from envs_host import collect, naming
 from envs_host.pool import EnvPool
 from envs_host.types import Task
 from jaxagentrl import chat, demos, engine, hosts, progress, tasks, tokenizer
@@ -52,6 +52,16 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(
             "splits must be demo, train and test, and further held-out ones as test_<name>, got "
             f"{sorted(ranges)}."
+        )
+    wrong = {
+        name: count
+        for name, count in config["namings"].items()
+        if name not in ("demo", "train") or count < 1
+    }
+    if wrong or len(config["namings"]) < 2:
+        raise ValueError(
+            "namings must give demo and train a number of at least 1 each (held-out games are played "
+            f"as they are), got {dict(config['namings'])}."
         )
     for params in split_params(config["env"], config["splits"]).values():
         environment = collect.environment(params)
@@ -135,8 +145,13 @@ def _check_learner(learner: Mapping[str, Any], config: Mapping[str, Any]) -> Non
         )
 
 
-def games(env: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, list[Task]]:
-    """Generates (or finds in the cache) the games of every split; no game is in two of them."""
+def games(
+    env: Mapping[str, Any], splits: Mapping[str, Any], namings: Mapping[str, int]
+) -> dict[str, list[Task]]:
+    """Generates (or finds in the cache) the games of every split; no game is in two of them.
+
+    `namings` are under how many names each game of a split is played, see `envs_host.naming`.
+    """
     ranges, params = _ranges(splits), split_params(env, splits)
     made = {}
     for name, seeds in ranges.items():
@@ -158,7 +173,10 @@ def games(env: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, list[T
         made[name] = tasks.without(made[name], held_out)
         held_out += made[name]
     tasks.check_splits(made)
-    return made
+    return made | {
+        name: [naming.renamed(task, number) for number in range(count) for task in made[name]]
+        for name, count in namings.items()
+    }
 
 
 def split_params(env: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -186,7 +204,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
     """Prepares a run; worker processes live as long as the context."""
     mesh = sharding.make_mesh(**config["mesh"])
     hosts.connect(mesh)
-    splits = games(config["env"], config["splits"])
+    splits = games(config["env"], config["splits"], config["namings"])
     workdir.record("games", {name: _fingerprint(split) for name, split in splits.items()})
     with make_pool(config) as pool:
         with progress.bar("replaying walkthroughs", len(splits["demo"])) as advance:
@@ -271,4 +289,5 @@ def _with_lora(
 
 
 def _fingerprint(split: Sequence[Task]) -> str:
-    return hashlib.sha256("\n".join(task.digest for task in split).encode()).hexdigest()
+    digests = (f"{task.digest} {task.params.get('naming', 0)}" for task in split)
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -164,6 +164,7 @@ def test_damaged_games_are_counted_and_left_out(data, tmp_path):
 
 
 # The run's splits.
+ONCE = {"demo": 1, "train": 1}  # every game under its own names
 
 
 def test_splits_of_official_games(data, tmp_path):
@@ -171,14 +172,14 @@ def test_splits_of_official_games(data, tmp_path):
            "cache_dir": str(tmp_path), "num_workers": 1}
     splits = {"demo": (0, 3), "train": (3, 5), "test": (100, 3, {"split": "valid_unseen"}),
               "test_seen": (200, 2, {"split": "valid_seen"})}
-    made = prepare.games(env, splits)
+    made = prepare.games(env, splits, ONCE)
     assert {name: len(tasks) for name, tasks in made.items()} == {
         "demo": 3, "train": 5, "test": 3, "test_seen": 2}
     assert {task.params["split"] for task in made["test"]} == {"valid_unseen"}
     assert prepare.held_out(splits) == {"test": "eval", "test_seen": "eval_seen"}
     with pytest.raises(ValueError, match="holds 8 official games"):
-        prepare.games(env, splits | {"train": (3, 6)})
-    assert prepare.games(env, splits) == made
+        prepare.games(env, splits | {"train": (3, 6)}, ONCE)
+    assert prepare.games(env, splits, ONCE) == made
 
 
 def test_splits_of_houses(tmp_path):
@@ -186,7 +187,7 @@ def test_splits_of_houses(tmp_path):
            "cache_dir": str(tmp_path), "num_workers": 1}
     splits = {"demo": (1, 3, {"expert": "handcoded"}), "train": (1001, 3),
               "test": (2001, 2, {"split": "valid_unseen"})}
-    made = prepare.games(env, splits)
+    made = prepare.games(env, splits, ONCE)
     assert {task.params["expert"] for task in made["demo"]} == {"handcoded"}
     assert {task.params["split"] for task in made["test"]} == {"valid_unseen"}
 
