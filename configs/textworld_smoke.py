@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
     config.splits = dict(demo=(40001, 16), train=(50001, 8), test=(1, 8))
-    config.namings = dict(demo=2, train=2)
+    config.namings.demo = 2
     config.tokenizer.vocab_size = 512
     config.model.update(hidden_size=32, num_layers=2, intermediate_size=64, head_dim=8)
     config.sampling.update(num_slots=16, filled_buckets=(176,), width_buckets=(96,))

@@ -7,8 +7,8 @@ the game is real, compiled and played as it is, and its namings are games as goo
 has seen a few hundred games learns from them to copy names instead of remembering them, and a game
 costs a third of a second to make.
 
-TextWorld tries numbers below 10 first, so half of all names have one digit. They are permuted among
-themselves, and so are those with two: renamed games look like those that are held out.
+TextWorld draws digits, so half of all names have one, a quarter the same one twice. Each kind of number
+is permuted by itself: renamed games look like those that are held out, which is what makes them of use.
 """
 
 import dataclasses
@@ -21,7 +21,10 @@ from collections.abc import Mapping
 from envs_host.types import Task
 
 _THEME = "basic"
-_NUMBER = re.compile(r"(?<=[A-Za-z])(?:0|[1-9]\d?)\b")
+_NUMBER = re.compile(r"(?<=[A-Za-z])[0-9]{1,2}\b")
+_DIGITS = string.digits
+_TWINS = [2 * digit for digit in _DIGITS]
+_PAIRS = [a + b for a in _DIGITS for b in _DIGITS if a != b]
 _LETTER = re.compile(r"\b[A-Za-z](?=-(?:box|key)\b)", re.IGNORECASE)
 
 
@@ -73,7 +76,7 @@ def _make(seed: int, number: int) -> Naming:
     """A random permutation of each alphabet; a function of the game's seed and the number."""
     rng = random.Random(f"naming {seed} {number}")
     shown: dict[str, str] = {}
-    for names in (string.digits, [str(n) for n in range(10, 100)], string.ascii_uppercase):
+    for names in (_DIGITS, _TWINS, _PAIRS, string.ascii_uppercase):
         shown |= zip(names, rng.sample(names, len(names)), strict=True)
     return Naming(shown, {new: old for old, new in shown.items()})
 
