@@ -4,7 +4,7 @@
 
 Games: `tw-make custom --world-size 2 --nb-objects 3 --quest-length 4`, theme `basic` (names such as
 `thing6` and `Z-box`: a third of the tokens of `house` and no less skill). 300 walkthroughs, each under
-16 namings, are imitated for 190 steps, which is before the model is sure of what it copies; 80
+16 namings, are imitated for 190 steps, which is before the model is sure of what it copies; 64
 iterations of RL follow on 500 other games, 256 episodes each, with TextWorld's progress signal as the
 turns' reward and GiGPO's credit.
 
@@ -119,7 +119,7 @@ def get_config() -> ml_collections.ConfigDict:
         ),
     )
     config.rl = dict(
-        num_iterations=80,
+        num_iterations=64,
         tasks_per_iteration=32,
         group_size=8,
         num_epochs=1,
@@ -129,8 +129,8 @@ def get_config() -> ml_collections.ConfigDict:
         aggregation="token_mean",
         observation_weight=0.0,
         skip_zero_signal=True,
-        eval_every=10,
-        save_every=10,
+        eval_every=16,
+        save_every=8,
         advantage=dict(
             name="gigpo",
             whiten=True,
@@ -154,7 +154,7 @@ def get_config() -> ml_collections.ConfigDict:
         optimizer=dict(
             learning_rate=4e-4,
             warmup_steps=5,
-            decay_steps=80,
+            decay_steps=64,
             final_fraction=0.25,
             b1=0.9,
             b2=0.95,

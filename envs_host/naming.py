@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 from envs_host.types import Task
 
-_THEME = "basic"
+THEME = "basic"
 _NUMBER = re.compile(r"(?<=[A-Za-z])[0-9]{1,2}\b")
 _DIGITS = string.digits
 _TWINS = [2 * digit for digit in _DIGITS]
@@ -50,10 +50,10 @@ def renamed(task: Task, number: int) -> Task:
     """
     if number == 0:
         return task
-    if task.params.get("theme") != _THEME:
+    if task.params.get("theme") != THEME:
         raise ValueError(
-            f"task {task.name} cannot be renamed: only games of the theme {_THEME!r} have names that "
-            "mean nothing. Set namings to 1."
+            f"task {task.name} cannot be renamed: only games of the theme {THEME!r} have names that "
+            "mean nothing. Play it under its own."
         )
     naming = _make(task.seed, number)
     return dataclasses.replace(

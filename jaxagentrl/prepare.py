@@ -53,16 +53,7 @@ def check(config: Mapping[str, Any]) -> None:
             "splits must be demo, train and test, and further held-out ones as test_<name>, got "
             f"{sorted(ranges)}."
         )
-    wrong = {
-        name: count
-        for name, count in config["namings"].items()
-        if name not in ("demo", "train") or count < 1
-    }
-    if wrong or len(config["namings"]) < 2:
-        raise ValueError(
-            "namings must give demo and train a number of at least 1 each (held-out games are played "
-            f"as they are), got {dict(config['namings'])}."
-        )
+    _check_namings(config)
     for params in split_params(config["env"], config["splits"]).values():
         environment = collect.environment(params)
         if config["env"]["name"] != environment:
@@ -85,6 +76,21 @@ def check(config: Mapping[str, Any]) -> None:
             "seeds: lower the first or raise the second."
         )
     _check_learner(learner, config)
+
+
+def _check_namings(config: Mapping[str, Any]) -> None:
+    namings, params = config["namings"], split_params(config["env"], config["splits"])
+    if set(namings) != {"demo", "train"} or min(namings.values()) < 1:
+        raise ValueError(
+            "namings must give demo and train a number of at least 1 each (held-out games are played "
+            f"as they are), got {dict(namings)}."
+        )
+    for split, count in namings.items():
+        if count > 1 and params[split].get("theme") != naming.THEME:
+            raise ValueError(
+                f"namings.{split} is {count}, but only TextWorld games of the theme {naming.THEME!r} "
+                "have names that mean nothing: set it to 1."
+            )
 
 
 def _check_contexts(config: Mapping[str, Any]) -> None:

@@ -74,7 +74,7 @@ def test_a_renamed_game_is_the_game(tasks):
 
 def test_the_games_own_names_are_naming_0_and_names_with_a_meaning_stay(tasks):
     assert naming.renamed(tasks[0], 0) is tasks[0] and naming.of(tasks[0]) is None
-    with pytest.raises(ValueError, match="theme 'basic'.*Set namings to 1"):
+    with pytest.raises(ValueError, match="theme 'basic'.*under its own"):
         naming.renamed(tasks[2], 1)
 
 

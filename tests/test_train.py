@@ -126,6 +126,8 @@ def smoke_config() -> dict:
         ("sampling.num_slots", 7, "num_waves"),
         ("sft.batch_size", 99, "sft.batch_size"),
         ("splits.test", (40001, 8), "share the seeds"),
+        ("namings.train", 0, "namings must give"),
+        ("env.params.theme", "house", "namings.demo is 2"),
         ("env.name", "zork", "env.name"),
         ("learner.length_buckets", (64,), "length_buckets"),
     ],
