@@ -49,8 +49,8 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., D] @ kernel [D, F], with the kernel's gradient as xᵀ·dy.
 
     jax's own rule computes (dyᵀ·x)ᵀ. The same numbers, but XLA on CPU then writes a transposed copy of
-    dy, element by element, into the middle of what dy is made of: 1.3 times the time of a whole
-    update (`docs/performance.md`).
+    dy, element by element, in the midst of what dy is made of: a fifth of a whole update's time
+    (`docs/performance.md`).
     """
     return x @ kernel
 
