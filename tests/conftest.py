@@ -16,3 +16,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def smoke_games(tmp_path_factory):
     """Cache of the smoke config's games, made by whichever run comes first."""
     return tmp_path_factory.mktemp("games")
+
+
+@pytest.fixture(scope="module")
+def looped_layers():
+    """Small models pass through their layers in a loop, as deep ones do."""
+    from jaxagentrl.models import decoder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "_UNROLLED_LAYERS", 0)
+        yield

@@ -204,6 +204,33 @@ def test_token_logprobs_against_float64_softmax(params, chunk_size, temperature)
             np.testing.assert_allclose(entropies[row, t], entropy, atol=1e-5)
 
 
+def test_layers_in_a_loop_and_unrolled_are_the_same(params, monkeypatch):
+    ids = tokens(2, 9)
+
+    def gradient():
+        def loss(params):
+            return jnp.sum(jnp.sin(decoder.logits(CONFIG, params, ids)))
+
+        return jax.jit(jax.grad(loss))(params)
+
+    unrolled = gradient()
+    monkeypatch.setattr(decoder, "_UNROLLED_LAYERS", 0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), unrolled, gradient())
+
+
+def test_a_products_gradient_is_that_of_jax():
+    rng = np.random.default_rng(0)
+    x, kernel, weights = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 5, 3), (3, 4), (2, 5, 4))
+    )
+
+    def slopes(multiply):
+        return jax.grad(lambda x, k: jnp.sum(weights * multiply(x, k)), (0, 1))(x, kernel)
+
+    for one, two in zip(slopes(decoder.product), slopes(jnp.matmul), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
 def test_chunked_logprobs_have_the_same_gradient(params):
     ids = tokens(2, 9)
 

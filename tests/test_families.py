@@ -17,6 +17,9 @@ transformers = pytest.importorskip("transformers")
 import their_models  # noqa: E402  (after the check that torch is there)
 import their_tokenizers  # noqa: E402
 
+# As deep models do it.
+pytestmark = pytest.mark.usefixtures("looped_layers")
+
 LENGTH = 24
 TOKENS = np.random.default_rng(0).integers(1, 97, (2, LENGTH)).astype(np.int32)
 

@@ -15,6 +15,9 @@ from jaxagentrl.models import decoder, kv_cache, sharding
 from jaxagentrl.packing import pack
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
+# As deep models do it.
+pytestmark = pytest.mark.usefixtures("looped_layers")
+
 MODEL = decoder.DecoderConfig(
     vocab_size=61,  # a prime: no axis divides it
     hidden_size=32,

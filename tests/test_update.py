@@ -26,6 +26,9 @@ from test_sharding import (
 from jaxagentrl import learner, logprobs, optimizer, packing
 from jaxagentrl.models import decoder
 
+# As deep models do it.
+pytestmark = pytest.mark.usefixtures("looped_layers")
+
 BIG_VOCABULARY = 152_064  # Qwen2.5's
 
 
