@@ -5,7 +5,7 @@
 Games: `tw-make custom --world-size 2 --nb-objects 3 --quest-length 4`, theme `basic` (names such as
 `thing6` and `Z-box`: a third of the tokens of `house` and no less skill). 300 walkthroughs, each under
 16 namings, are imitated for 190 steps, which is before the model is sure of what it copies; 64
-iterations of RL follow on 650 other games, 256 episodes each, with TextWorld's progress signal as the
+iterations of RL follow on 500 other games, 256 episodes each, with TextWorld's progress signal as the
 turns' reward and GiGPO's credit.
 
 Expected on two CPU cores: see the table in README.md.
@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_workers=2,
     )
     # (first seed, number of seeds) of each split.
-    config.splits = dict(demo=(40001, 300), train=(50001, 650), test=(1, 300))
+    config.splits = dict(demo=(40001, 300), train=(50001, 500), test=(1, 300))
     # Under how many names each game is played (envs_host/naming.py); held-out games as they are.
     config.namings = dict(demo=16, train=1)
     config.pool = dict(
