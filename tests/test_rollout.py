@@ -203,7 +203,7 @@ def test_rule_agents_play_through_the_pool():
 
 
 def test_episodes_of_a_group_share_the_task_and_not_the_stream():
-    task = types.SimpleNamespace(name="t", digest="ab" * 32)
+    task = types.SimpleNamespace(name="t", digest="ab" * 32, params={})
     made = rollout.episodes([task], group_size=3, stream=(1, 2))
     assert len({episode.stream for episode in made}) == 3
     assert {episode.group for episode in made} == {0}
