@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxagentrl import masking
-from jaxagentrl.group_advantages import check_choice, group_std
+from jaxagentrl.group_advantages import center, check_choice, group_std
 from jaxagentrl.turn_credit import check_rows, returns_to_go, turn_returns
 from jaxagentrl.types import Array
 
@@ -230,18 +230,11 @@ def _against(
     axis_name: masking.AxisName,
 ) -> Array:
     """x against the mean (and std) of the *counted* rows of its group; 0 where fewer than two."""
-    ids = jnp.where(counted, group_ids, -1)
-    inside = masking.in_group(group_ids, num_groups=num_groups)
-    size = masking.group_count(ids, num_groups=num_groups, axis_name=axis_name)
-    lowest = masking.group_min(x, ids, num_groups=num_groups, axis_name=axis_name)
-    lowest = jnp.where(size > 0, lowest, 0.0)
-    shifted = masking.zero_off(x, inside) - masking.take_group(lowest, group_ids)
-    sums = masking.group_sum(shifted, ids, num_groups=num_groups, axis_name=axis_name)
-    mean = masking.take_group(sums / jnp.maximum(size, 1.0), group_ids)
-    compared = inside & (masking.take_group(size, group_ids) > 1)
-    centered = jnp.where(compared, shifted - mean, 0.0)
+    centered, size = center(x, group_ids, num_groups, axis_name, counted)
+    centered = masking.zero_off(centered, size > 1)
     if scale == "none":
         return centered
+    ids = jnp.where(counted, group_ids, -1)
     std = group_std(centered, ids, num_groups, ddof, axis_name)
     return centered / (masking.take_group(std, group_ids) + epsilon)
 

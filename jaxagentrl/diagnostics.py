@@ -60,11 +60,13 @@ def explained_variance_per_turn(
     values, returns = masking.clean([values, returns], action_mask, differentiable=0)
     ids = jnp.where(action_mask, turn_ids, -1).reshape(-1)
 
-    def variance(x):
+    def squares(x):
         centered, _ = center(x.reshape(-1), ids, num_turns, axis_name)
-        return jnp.square(group_std(centered, ids, num_turns, 0, axis_name))
+        return masking.group_sum(
+            jnp.square(centered), ids, num_groups=num_turns, axis_name=axis_name
+        )
 
-    total, left = variance(returns), variance(returns - values)
+    total, left = squares(returns), squares(returns - values)
     return masking.divide(total - left, total)
 
 

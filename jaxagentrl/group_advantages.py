@@ -77,7 +77,7 @@ def leave_one_out(
         [B] float32.
     """
     centered, size = center(scores, group_ids, num_groups, axis_name)
-    return centered * size / jnp.maximum(size - 1.0, 1.0)
+    return masking.divide(centered * size, size - 1.0)
 
 
 def remax(scores: Array, greedy_scores: Array) -> Array:
@@ -139,7 +139,7 @@ def opo(
     )
     weight = masking.group_sum(lengths, group_ids, num_groups=num_groups, axis_name=axis_name)
     baseline = masking.divide(weighted, weight)
-    return jnp.where(inside, centered - masking.take_group(baseline, group_ids), 0.0)
+    return centered - masking.take_group(baseline, group_ids)
 
 
 def reinforce_plus_plus_baseline(
@@ -223,23 +223,29 @@ def spread(scores: Array, action_mask: Array) -> Array:
 
 
 def center(
-    scores: Array, group_ids: Array, num_groups: int, axis_name: masking.AxisName
+    scores: Array,
+    group_ids: Array,
+    num_groups: int,
+    axis_name: masking.AxisName,
+    counted: Array | None = None,
 ) -> tuple[Array, Array]:
     """Scores less their group's mean, and the size of each row's group; both [B], 0 for padding.
 
-    Sums run over R − min R, which makes groups of equal scores come out exactly 0.
+    Sums run over R − min R, which makes groups of equal scores come out exactly 0. With `counted`
+    ([B] bool, True somewhere in every group) mean and size are those of the counted rows.
     """
     chex.assert_rank([scores, group_ids], 1)
     chex.assert_equal_shape([scores, group_ids])
     chex.assert_type([scores, group_ids], [float, int])
     inside = masking.in_group(group_ids, num_groups=num_groups)
-    size = masking.group_count(group_ids, num_groups=num_groups, axis_name=axis_name)
-    lowest = masking.group_min(scores, group_ids, num_groups=num_groups, axis_name=axis_name)
+    ids = group_ids if counted is None else jnp.where(counted, group_ids, -1)
+    size = masking.group_count(ids, num_groups=num_groups, axis_name=axis_name)
+    lowest = masking.group_min(scores, ids, num_groups=num_groups, axis_name=axis_name)
     lowest = jax.lax.stop_gradient(masking.take_group(lowest, group_ids))
     shifted = masking.zero_off(scores, inside) - lowest
-    sums = masking.group_sum(shifted, group_ids, num_groups=num_groups, axis_name=axis_name)
-    mean = masking.take_group(sums / jnp.maximum(size, 1.0), group_ids)
-    return jnp.where(inside, shifted - mean, 0.0), masking.take_group(size, group_ids)
+    sums = masking.group_sum(shifted, ids, num_groups=num_groups, axis_name=axis_name)
+    mean = masking.take_group(masking.divide(sums, size), group_ids)
+    return shifted - mean, masking.take_group(size, group_ids)
 
 
 def group_std(
@@ -254,7 +260,7 @@ def group_std(
     squares = masking.group_sum(
         jnp.square(centered), group_ids, num_groups=num_groups, axis_name=axis_name
     )
-    var = squares / jnp.maximum(size - ddof, 1.0)
+    var = masking.divide(squares, size - ddof)
     # The root of 0 has an infinite slope; equal scores must have a finite gradient.
     positive = var > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1.0)), 0.0)

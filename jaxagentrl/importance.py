@@ -59,7 +59,7 @@ def importance_ratios(
         if geometric:
             ones = jnp.ones(action_mask.shape, jnp.float32)
             count = masking.sequence_sum(ones, action_mask, turn_ids=turn_ids)
-            log_ratio = log_ratio / jnp.maximum(count, 1.0)
+            log_ratio = masking.divide(log_ratio, count)
     ratio = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     return jnp.where(action_mask, ratio, 0.0)
 

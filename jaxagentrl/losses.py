@@ -319,21 +319,20 @@ def aggregation_weights(
     chex.assert_type(mask, bool)
     ones = mask.astype(jnp.float32)
     if mode == "token_mean":
-        return ones / jnp.maximum(masking.masked_count(mask, axis_name=axis_name), 1.0)
+        return masking.divide(ones, masking.masked_count(mask, axis_name=axis_name))
     # 1/n on each of a sequence's n tokens sums to the number of sequences.
     inverse_length = _inverse_length(mask, sequence_ids)
     num_sequences = masking.masked_sum(inverse_length, mask, axis_name=axis_name)
     per_token = inverse_length if mode == "sequence_mean_token_mean" else ones
     if mode == "constant":
         per_token = per_token / constant
-    return per_token / jnp.maximum(num_sequences, 1.0)
+    return masking.divide(per_token, num_sequences)
 
 
 def _inverse_length(mask: Array, sequence_ids: Array | None) -> Array:
     """[..., L] float32, 1 / (masked tokens in the token's sequence), 0 off the mask."""
-    ones = jnp.ones(mask.shape, jnp.float32)
-    length = masking.sequence_sum(ones, mask, turn_ids=sequence_ids)
-    return jnp.where(mask, 1.0 / jnp.maximum(length, 1.0), 0.0)
+    ones = mask.astype(jnp.float32)
+    return masking.divide(ones, masking.sequence_sum(ones, mask, turn_ids=sequence_ids))
 
 
 def _ratio(logprobs: Array, old_logprobs: Array) -> Array:

@@ -83,7 +83,7 @@ def masked_mean(x: Array, mask: Array, *, axis=None, axis_name: AxisName = None)
     Array(2., dtype=float32)
     """
     count = masked_count(mask, axis=axis, axis_name=axis_name)
-    return masked_sum(x, mask, axis=axis, axis_name=axis_name) / jnp.maximum(count, 1.0)
+    return divide(masked_sum(x, mask, axis=axis, axis_name=axis_name), count)
 
 
 def masked_min(x: Array, mask: Array, *, axis_name: AxisName = None) -> Array:
@@ -111,7 +111,7 @@ def masked_mean_and_var(
     mean = masked_mean(shifted, mask, axis_name=axis_name)
     count = masked_count(mask, axis_name=axis_name)
     squares = masked_sum(jnp.square(shifted - mean), mask, axis_name=axis_name)
-    return mean + shift, squares / jnp.maximum(count - ddof, 1.0)
+    return mean + shift, divide(squares, count - ddof)
 
 
 def positions(valid_mask: Array) -> Array:
@@ -239,7 +239,8 @@ def spread_turns(per_turn: Array, turn_ids: Array, mask: Array) -> Array:
         [..., L] float32.
     """
     inside = mask & (turn_ids >= 0) & (turn_ids < per_turn.shape[-1])
-    return zero_off(take_positions(per_turn, jnp.where(inside, turn_ids, -1)), inside)
+    per_turn = jnp.asarray(per_turn).astype(jnp.float32)
+    return take_positions(per_turn, jnp.where(inside, turn_ids, -1))
 
 
 def sequence_sum(x: Array, mask: Array, *, turn_ids: Array | None = None) -> Array:

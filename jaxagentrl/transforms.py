@@ -232,9 +232,9 @@ def normalize_dense_rewards(
     chex.assert_equal_shape([rewards, action_mask])
     chex.assert_equal_shape([max_scores, rewards[:, 0]])
     known = (max_scores > 0) & jnp.isfinite(max_scores)
-    scale = jnp.where(known, 1.0 / jnp.where(known, max_scores, 1.0), 0.0)
+    scale = masking.divide(1.0, masking.zero_off(max_scores, known))
     unknown = jnp.any(action_mask, axis=1) & ~known
-    shaped = masking.zero_off(rewards, action_mask) * scale[:, None].astype(jnp.float32)
+    shaped = masking.zero_off(rewards, action_mask) * scale[:, None]
     return shaped, jnp.sum(unknown, dtype=jnp.int32)
 
 

@@ -221,6 +221,22 @@ def test_gigpo_loops_dominate_unless_first_visits_only():
     np.testing.assert_allclose(step_credit(True), [[0.5] * 3, [-0.5, 0, 0]], atol=1e-6)
 
 
+def test_gigpo_compares_no_trajectory_with_itself():
+    # Alone at its anchor, three times: with first visits only there is one row to compare with.
+    got = fast.gigpo(
+        np.array([[1, 2, 4]], np.float32),
+        np.ones((1, 3), bool),
+        np.arange(3, dtype=np.int32)[None],
+        np.zeros((1, 3), np.int32),
+        np.zeros(1, np.int32),
+        num_groups=1,
+        num_anchors=1,
+        scale="none",
+        first_visit=True,
+    )
+    np.testing.assert_array_equal(got, np.zeros((1, 3)))
+
+
 def test_mt_grpo_golden():
     # Two turns each. Intermediate [1, 0] → ±.7071; outcome [0, 1] → ∓.7071.
     mask = np.ones((2, 3), bool)

@@ -147,16 +147,20 @@ def test_ratios_beyond_float32_stay_finite():
 
 def test_diagnostics_pass_no_gradient():
     """They may be computed inside a loss without changing what is learned."""
-    old, new = np.full((1, 4), -1.0, np.float32), np.full((1, 4), -1.5, np.float32)
+    old = np.array([[-1.0, -1.2, -0.7, -0.4]], np.float32)
+    new = np.array([[-1.5, -1.1, -0.9, -0.3]], np.float32)
     signs = np.array([[1, -1, 1, -1]], np.float32)
+    turns = np.array([[0, 0, 1, 1]], np.int32)
+    clips = {"clip_low": 0.2, "clip_high": 0.2}
+    for measure in [
+        lambda x, y: diagnostics.sampler_mismatch(x, y, ALL),
+        lambda x, y: diagnostics.approximate_kl(x, y, ALL),
+        lambda x, y: diagnostics.clip_fractions(x, y, signs, ALL, **clips),
+        lambda x, y: diagnostics.explained_variance(x, y, ALL),
+        lambda x, y: diagnostics.explained_variance_per_turn(x, y, ALL, turns, num_turns=2),
+    ]:
+        def total(x, y):
+            return sum(jax.numpy.sum(value) for value in jax.tree.leaves(measure(x, y)))
 
-    def everything(x):
-        rows = (
-            *diagnostics.sampler_mismatch(x, old, ALL).values(),
-            *diagnostics.approximate_kl(old, x, ALL).values(),
-            *diagnostics.clip_fractions(x, old, signs, ALL, clip_low=0.2, clip_high=0.2).values(),
-            diagnostics.explained_variance(x, signs, ALL),
-        )
-        return sum(jax.numpy.sum(row) for row in rows)
-
-    np.testing.assert_array_equal(jax.grad(everything)(new), np.zeros((1, 4)))
+        for gradient in jax.grad(total, (0, 1))(new, old):
+            np.testing.assert_array_equal(gradient, np.zeros((1, 4)))

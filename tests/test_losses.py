@@ -314,6 +314,22 @@ def test_no_gradient_reaches_what_is_held_fixed():
             np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
+@pytest.mark.parametrize("level", ["token", "turn", "sequence"])
+def test_importance_ratios_pass_no_gradient(level):
+    case = batch(3, 2, 9)
+    mask = case["action_mask"]
+    turns = case["turn_ids"] if level == "turn" else None
+
+    def weight(old, sampled):
+        return jnp.sum(losses.importance_ratios(old, sampled, mask, level=level, turn_ids=turns))
+
+    for gradient in jax.grad(weight, (0, 1))(case["logprobs"], case["old_logprobs"]):
+        np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+    # Nor through the cap, wherever the ratios come from.
+    slope = jax.grad(lambda x: jnp.sum(losses.truncated_importance_weights(x, cap=2.0)))
+    np.testing.assert_array_equal(slope(jnp.array([0.5, 3.0])), np.zeros(2))
+
+
 def test_kl_coefficients():
     fixed = losses.fixed_kl_coefficient(jnp.array(0.1), jnp.array(5.0))
     assert fixed == pytest.approx(0.1)

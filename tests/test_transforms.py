@@ -170,6 +170,9 @@ def test_dense_rewards_are_divided_by_the_maximum_on_wins_and_losses():
     got, count = transforms.normalize_dense_rewards(REWARDS, np.array([4, 6], np.float32), MASK)
     np.testing.assert_allclose(got, [[0, 0.25, 0, 0.5], [0, 0.5, 0, 0]])
     assert int(count) == 0
+    got, count = transforms.normalize_dense_rewards(REWARDS, np.array([0.5, 1], np.float32), MASK)
+    np.testing.assert_allclose(got, [[0, 2, 0, 4], [0, 3, 0, 0]])
+    assert int(count) == 0
 
 
 @pytest.mark.parametrize("unknown", [0.0, -1.0, np.nan, np.inf])
