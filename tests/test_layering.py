@@ -58,6 +58,7 @@ jaxagentrl.models.rope
 jaxagentrl.models.decoder_config
 jaxagentrl.models.sharding
 jaxagentrl.models.kv_cache
+jaxagentrl.models.splash
 jaxagentrl.models.attention
 jaxagentrl.models.decoder
 jaxagentrl.models.pretrained_families

@@ -55,6 +55,12 @@ def lines(workdir) -> list[dict]:
     return [metrics.without_time(line) for line in metrics.read(workdir / "metrics.jsonl")]
 
 
+def assert_something_was_learned(workdir):
+    """Episodes earned credit, so that comparing metrics compares RL's optimizer step, too."""
+    norms = [line["optimizer/grad_norm"] for line in lines(workdir) if line["phase"] == "rl"]
+    assert len(norms) == 2 and min(norms) > 1e-3
+
+
 def assert_same_metrics(workdir, other):
     """Counts are equal; losses up to what the order of a float32 sum changes."""
     ours, theirs = lines(workdir), lines(other)
@@ -73,6 +79,7 @@ def alone(tmp_path_factory, smoke_games):
     """The workdir of the run on one device."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     finish(start(workdir, smoke_games))
+    assert_something_was_learned(workdir)
     return workdir
 
 

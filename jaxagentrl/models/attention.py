@@ -6,10 +6,13 @@ Shapes: B rows, L queries, S keys, H query heads, K key/value heads with K divid
 import jax
 import jax.numpy as jnp
 
+from jaxagentrl.models import splash
+
 # How attention of whole sequences may be computed.
 #   products   two matrix products around a float32 softmax: everywhere, in every dtype
 #   cudnn      NVIDIA's fused kernel: the [L, S] scores never exist
-KERNELS = ("products", "cudnn")
+#   splash     the same on TPUs, by Pallas
+KERNELS = ("products", "cudnn", "splash")
 
 # Large and negative instead of -inf: a row that attends to nothing (padding) stays finite.
 _MASKED = -1e30
@@ -17,15 +20,21 @@ _MASKED = -1e30
 _CUDNN_HEAD_DIM = 128  # the largest that cuDNN takes on every GPU from Ampere on
 
 
-def kernel_for(dtype: jnp.dtype, length: int, head_dim: int, softcap: float | None) -> str:
-    """The name in `KERNELS` that suits the backend: cuDNN's on a GPU where it takes these inputs.
+def kernel_for(
+    dtype: jnp.dtype, length: int, head_dim: int, softcap: float | None, *, one_window: bool = True
+) -> str:
+    """The name in `KERNELS` that suits the backend: a fused one where it takes these inputs.
 
     Args:
         dtype: of queries, keys and values; cuDNN takes 16 bits only.
-        length: L; cuDNN's backward pass with a mask takes even lengths only.
+        length: L; cuDNN's backward pass with a mask takes even lengths only, splash multiples of
+            128.
         head_dim: E.
         softcap: of the scores, see `cap`; cuDNN has none.
+        one_window: all layers see equally far; splash must know how far when it is compiled.
     """
+    if jax.default_backend() == "tpu" and one_window and splash.takes(length):
+        return "splash"
     takes = (
         dtype in (jnp.bfloat16, jnp.float16)
         and length % 2 == 0
@@ -45,6 +54,8 @@ def attend(
     scale: float,
     softcap: float | None = None,
     kernel: str = "products",
+    segment_ids: jax.Array | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Causal attention of whole sequences with a float32 softmax.
 
@@ -52,12 +63,16 @@ def attend(
         q: [B, L, H, E]. k, v: [B, L, K, E].
         mask: [B or 1, L, L] bool, what a query may see of what is not after it; None is all of it.
         scale: of the scores, normally 1/√E.
-        softcap: see `cap`; acts on the scaled scores. "products" only.
+        softcap: see `cap`; acts on the scaled scores. Not "cudnn".
         kernel: a name in `KERNELS`, see `kernel_for`.
+        segment_ids, window: what the mask was made of, as in `splash.attend`. "splash", which never
+            makes one, reads these and not the mask.
 
     Returns:
         [B, L, H, E].
     """
+    if kernel == "splash":
+        return splash.attend(q, k, v, segment_ids, scale=scale, softcap=softcap, window=window)
     if kernel == "cudnn":
         return _attend_fused(q, k, v, mask, scale=scale, implementation="cudnn")
     batch, length, heads, size = q.shape

@@ -228,6 +228,7 @@ def hidden(
     tables = rope_tables(config, positions)
     graph, layers = _layers(config, params)
     scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
+    made_of = {"segment_ids": segment_ids, "window": config.sliding_window}
 
     def step(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, None]:
         layer_params, is_local = inputs
@@ -238,9 +239,15 @@ def hidden(
         )
         seen = _within_window(config, mask, distance, is_local)
         kernel = attention.kernel_for(
-            q.dtype, len(index), config.head_dim, config.attention_softcap
+            q.dtype,
+            len(index),
+            config.head_dim,
+            config.attention_softcap,
+            one_window=is_local is None,
         )
-        x = layer.add_attention(x, attention.attend(q, k, v, seen, **scores, kernel=kernel))
+        x = layer.add_attention(
+            x, attention.attend(q, k, v, seen, **scores, kernel=kernel, **made_of)
+        )
         return sharding.constrain(layer.add_mlp(x), sharding.ROWS), None
 
     x = sharding.constrain(embed(config, params, tokens), sharding.ROWS)
