@@ -107,7 +107,7 @@ def masked_mean_and_var(
         ([], []) float32; (0, 0) for an empty mask, variance 0 when n ≤ ddof.
     """
     shift = jax.lax.stop_gradient(masked_min(x, mask, axis_name=axis_name))
-    shifted = jnp.where(mask, zero_off(x, mask) - shift, 0.0)
+    shifted = zero_off(x, mask) - shift
     mean = masked_mean(shifted, mask, axis_name=axis_name)
     count = masked_count(mask, axis_name=axis_name)
     squares = masked_sum(jnp.square(shifted - mean), mask, axis_name=axis_name)
@@ -313,7 +313,7 @@ def group_min(
     chex.assert_rank([x, group_ids], 1)
     inside = in_group(group_ids, num_groups=num_groups)
     slots = jnp.where(inside, group_ids, num_groups)
-    smallest = jax.ops.segment_min(zero_off(x, inside), slots, num_groups + 1)[:num_groups]
+    smallest = jax.ops.segment_min(zero_off(x, inside), slots, num_groups)
     return smallest if axis_name is None else jax.lax.pmin(smallest, axis_name)
 
 

@@ -225,8 +225,8 @@ def test_value_loss_matches_definition(seed, junk, clip):
 
 
 def test_entropy():
-    logits = jnp.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -jnp.inf, -jnp.inf], [0, 1e4, 0, 0]])
-    np.testing.assert_allclose(losses.entropy(logits), [math.log(4), math.log(2), 0], atol=1e-6)
+    logits = jnp.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, -jnp.inf], [0, 1e4, 0, 0]])
+    np.testing.assert_allclose(losses.entropy(logits), [math.log(4), math.log(3), 0], atol=1e-6)
     gradient = jax.grad(lambda x: losses.entropy(x).sum())(logits)
     assert np.all(np.isfinite(gradient))
     # Half of log p weighs each: p = (.25, .75).
@@ -305,6 +305,10 @@ def test_no_gradient_reaches_what_is_held_fixed():
         lambda old, adv: losses.cispo(new, old, adv, **clips),
         lambda old, adv: losses.policy_gradient(new, adv),
         lambda old, adv: losses.value_loss(new, old, adv, clip=0.5),
+        lambda old, adv: losses.value_loss(new, old, adv, clip=0.01),  # most of it clipped
+        lambda old, adv: losses.trajectory_dpo(
+            new, old, mask, np.array([True, False]), np.zeros(2, np.int32), num_groups=1, beta=0.1
+        ),
         lambda old, adv: losses.kl(new, old, estimator="k3"),
         lambda old, adv: losses.truncated_importance_weights(
             losses.importance_ratios(old, adv, mask)
@@ -538,8 +542,9 @@ def test_implicit_step_rewards_stand_on_turn_ends():
     new = jnp.array([[1.0, 2.0, jnp.nan, 4.0]])
     mask = np.array([[1, 1, 0, 1]], bool)
     turns, ends = np.array([[0, 0, 1, 1]], np.int32), np.array([[0, 1, 0, 1]], bool)
-    got = losses.implicit_step_rewards(new, jnp.zeros((1, 4)), mask, turns, ends, beta=0.5)
-    np.testing.assert_allclose(got, [[0, 1.5, 0, 2]])
+    old = jnp.array([[0.5, 0.5, jnp.inf, 3.0]])
+    got = losses.implicit_step_rewards(new, old, mask, turns, ends, beta=0.5)
+    np.testing.assert_allclose(got, [[0, 1.0, 0, 0.5]])
     slope = jax.grad(
         lambda x: losses.implicit_step_rewards(
             x, jnp.zeros((1, 4)), mask, turns, ends, beta=0.5

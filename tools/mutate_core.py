@@ -87,6 +87,7 @@ EQUIVALENT = {
     ("advantages", "return zero, bootstrap + zero", "Add → Sub"): "a 0 that is there for its type",
     ("buffers", "held | ~jnp.any(held), 0.0", "0.0 → 1.0"): "logits count up to a constant",
     ("group_advantages", "jnp.where(positive, var, 1.0)", "1.0 → 2.0"): "masked by the outer where",
+    ("transforms", "step, final + masking.zero_carry", "Add → Sub"): "a 0 that is there for its type",
     ("masking", "x / jnp.where(positive, y, 1.0)", "1.0 → 2.0"): "masked by the outer where",
 }
 
