@@ -253,7 +253,7 @@ def credit_by_turn(
     """
     chex.assert_equal_shape([advantages, action_mask, turn_ids])
     chex.assert_type([advantages, action_mask, turn_ids], [float, bool, int])
-    credit = masking.zero_off(advantages, action_mask).reshape(-1)
+    credit = jnp.asarray(advantages).reshape(-1)
     ids = jnp.where(action_mask, turn_ids, -1).reshape(-1)
 
     def per_turn(x):

@@ -1,5 +1,7 @@
 """Masked and grouped reductions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,14 @@ def test_mean_and_variance():
     assert masking.masked_mean_and_var(X, MASK & False, ddof=1) == (0, 0)
     one = np.array([[1, 0, 0], [0, 0, 0]], bool)
     assert masking.masked_mean_and_var(X, one, ddof=1) == (1, 0)
+
+
+def test_a_device_without_entries_knows_the_others_statistics():
+    x, mask = jnp.array([[1.0, 3.0], [9.0, 9.0]]), jnp.array([[True, True], [False, False]])
+    mean_and_var = functools.partial(masking.masked_mean_and_var, axis_name="devices")
+    mean, var = jax.vmap(mean_and_var, axis_name="devices")(x, mask)
+    np.testing.assert_array_equal(mean, [2, 2])
+    np.testing.assert_array_equal(var, [1, 1])
 
 
 def test_variance_of_equal_entries_is_exactly_zero():
