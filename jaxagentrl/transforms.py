@@ -283,7 +283,7 @@ def potential_shaping(
         step, final + masking.zero_carry([potentials]), [potentials, present]
     )
     gammas = masking.take_positions(masking.zero_off(discounts, action_mask), last)
-    change = jnp.where(present, gammas * following - potentials, 0.0)
+    change = gammas * following - potentials
     spread = masking.spread_turns(change, turn_ids, action_mask)
     return masking.zero_off(rewards, action_mask) + _on_last(spread, last, turn_ids, action_mask)
 
@@ -311,7 +311,7 @@ def shape_with_kl(
 
 def _on_last(spread: Array, last: Array, turn_ids: Array, action_mask: Array) -> Array:
     """[B, L] values spread over turns, kept on the last action token of each (`last` [B, T])."""
-    places = jnp.arange(action_mask.shape[-1], dtype=jnp.float32)[None]
+    places = jnp.arange(action_mask.shape[1], dtype=jnp.float32)[None]
     # Off the mask the spread position is 0, but so is the value.
     wanted = masking.spread_turns(last.astype(jnp.float32), turn_ids, action_mask)
     return jnp.where(wanted == places, spread, 0.0)

@@ -258,7 +258,7 @@ def returns_to_go(rewards: Array, discounts: Array, mask: Array) -> Array:
     def step(next_return, inputs):
         reward, gamma, here = inputs
         found = reward + gamma * next_return
-        return jnp.where(here, found, next_return), jnp.where(here, found, 0.0)
+        return jnp.where(here, found, next_return), found  # 0 off the mask, as reward and γ are
 
     start = masking.zero_carry([rewards, discounts])
     return masking.scan_back(step, start, [rewards, discounts, mask])
