@@ -100,7 +100,7 @@ def gae(
         r, v, d, is_action = inputs
         adv = r + d * next_value - v + d * gae_lambda * next_adv
         carry = (jnp.where(is_action, adv, next_adv), jnp.where(is_action, v, next_value))
-        return carry, adv  # 0 off the mask, where r, v and d are
+        return carry, jnp.where(is_action, adv, 0.0)
 
     return masking.scan_back(step, (zero, bootstrap), [rewards, values, discounts, action_mask])
 

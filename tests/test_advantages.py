@@ -64,6 +64,15 @@ def test_gae_golden():
     np.testing.assert_allclose(got, [1.4, 1.3, 0, 0, 1.0, 0.9, 0, 0.5], atol=1e-6)
 
 
+def test_gae_is_zero_off_the_mask_whatever_the_bootstrap():
+    # Row 1 is padding: nothing of it counts, nor the value that somebody gave for its end.
+    mask = np.array([[True, False], [False, False]])
+    zeros, ones = np.zeros((2, 2), np.float32), np.ones((2, 2), np.float32)
+    end = np.array([2.0, np.nan], np.float32)
+    got = fast.gae(ones, zeros, ones, mask, gae_lambda=1.0, bootstrap_values=end)
+    np.testing.assert_array_equal(got, [[3, 0], [0, 0]])
+
+
 def test_gae_golden_discounted():
     # From the right: .5; .3 + .9·.5 − .4 + .855·.5 = .7775; .9·.4 − .3 + .855·.7775 = .7248; …
     got = fast.gae(REWARDS, VALUES, 0.9 * ONES, MASK, gae_lambda=0.95)

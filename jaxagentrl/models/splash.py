@@ -16,6 +16,11 @@ from jax.sharding import PartitionSpec
 from jaxagentrl.models import sharding
 
 _BLOCKS = (512, 256, 128)  # in tokens; the kernel wants multiples of 128
+_BLOCK_NAMES = (
+    "block_q", "block_kv", "block_kv_compute",
+    "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute",
+    "block_q_dq", "block_kv_dq",
+)
 
 
 def takes(length: int) -> bool:
@@ -93,16 +98,10 @@ def _kernel(
     if window is not None:
         seen = masks.LocalMask(shape, window_size=(window - 1, 0), offset=0)
     block = next(size for size in _BLOCKS if length % size == 0)
-    sizes = kernels.BlockSizes(**dict.fromkeys(_block_names(), block))
+    sizes = kernels.BlockSizes(**dict.fromkeys(_BLOCK_NAMES, block))
     return kernels.make_splash_mha_single_device(
         masks.MultiHeadMask([seen] * num_heads),
         block_sizes=sizes,
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
-
-
-def _block_names() -> tuple[str, ...]:
-    forward = ("block_q", "block_kv", "block_kv_compute")
-    keys = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    return (*forward, *keys, "block_q_dq", "block_kv_dq")
