@@ -28,7 +28,13 @@ from jaxagentrl.group_advantages import (
     spread,
     whiten,
 )
-from jaxagentrl.turn_credit import istar, mt_grpo, rewards_to_go_group, turn_returns
+from jaxagentrl.turn_credit import (
+    istar,
+    mt_grpo,
+    returns_to_go,
+    rewards_to_go_group,
+    turn_returns,
+)
 from jaxagentrl.types import Array
 
 __all__ = [
@@ -233,8 +239,8 @@ def rewards_to_go(rewards: Array, discounts: Array, action_mask: Array) -> Array
     >>> rewards_to_go(jnp.array([0.0, 0.0, 1.0]), jnp.ones(3), jnp.array([True, False, True]))
     Array([1., 0., 1.], dtype=float32)
     """
-    values = jnp.zeros(jnp.shape(rewards), jnp.float32)
-    return gae(rewards, values, discounts, action_mask, gae_lambda=1.0)
+    rewards, discounts = _clean_rows([rewards, discounts], action_mask)
+    return returns_to_go(rewards, discounts, action_mask)
 
 
 def reinforce_plus_plus(

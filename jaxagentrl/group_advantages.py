@@ -130,12 +130,8 @@ def opo(
     chex.assert_type([scores, lengths, group_ids], [float, float, int])
     # Shifting all scores of a group leaves A as it is, so start from the centered ones.
     centered, _ = center(scores, group_ids, num_groups, axis_name)
-    inside = masking.in_group(group_ids, num_groups=num_groups)
     weighted = masking.group_sum(
-        centered * masking.zero_off(lengths, inside),
-        group_ids,
-        num_groups=num_groups,
-        axis_name=axis_name,
+        centered * lengths, group_ids, num_groups=num_groups, axis_name=axis_name
     )
     weight = masking.group_sum(lengths, group_ids, num_groups=num_groups, axis_name=axis_name)
     baseline = masking.divide(weighted, weight)
@@ -241,8 +237,7 @@ def center(
     ids = group_ids if counted is None else jnp.where(counted, group_ids, -1)
     size = masking.group_count(ids, num_groups=num_groups, axis_name=axis_name)
     lowest = masking.group_min(scores, ids, num_groups=num_groups, axis_name=axis_name)
-    lowest = jax.lax.stop_gradient(masking.take_group(lowest, group_ids))
-    shifted = masking.zero_off(scores, inside) - lowest
+    shifted = masking.zero_off(scores, inside) - masking.take_group(lowest, group_ids)
     sums = masking.group_sum(shifted, ids, num_groups=num_groups, axis_name=axis_name)
     mean = masking.take_group(masking.divide(sums, size), group_ids)
     return shifted - mean, masking.take_group(size, group_ids)

@@ -87,9 +87,10 @@ def masked_mean(x: Array, mask: Array, *, axis=None, axis_name: AxisName = None)
 
 
 def masked_min(x: Array, mask: Array, *, axis_name: AxisName = None) -> Array:
-    """Smallest entry on the mask, 0 when there is none."""
+    """Smallest entry on the mask, 0 when there is none; without gradient, as `pmin` has none."""
     chex.assert_equal_shape([x, mask])
-    smallest = jnp.min(jnp.where(mask, jnp.asarray(x).astype(jnp.float32), jnp.inf))
+    x = jax.lax.stop_gradient(jnp.asarray(x).astype(jnp.float32))
+    smallest = jnp.min(jnp.where(mask, x, jnp.inf))
     if axis_name is not None:
         smallest = jax.lax.pmin(smallest, axis_name)
     return jnp.where(masked_count(mask, axis_name=axis_name) > 0, smallest, 0.0)
@@ -106,7 +107,7 @@ def masked_mean_and_var(
     Returns:
         ([], []) float32; (0, 0) for an empty mask, variance 0 when n ≤ ddof.
     """
-    shift = jax.lax.stop_gradient(masked_min(x, mask, axis_name=axis_name))
+    shift = masked_min(x, mask, axis_name=axis_name)
     shifted = zero_off(x, mask) - shift
     mean = masked_mean(shifted, mask, axis_name=axis_name)
     count = masked_count(mask, axis_name=axis_name)
@@ -309,11 +310,12 @@ def group_count(group_ids: Array, *, num_groups: int, axis_name: AxisName = None
 def group_min(
     x: Array, group_ids: Array, *, num_groups: int, axis_name: AxisName = None
 ) -> Array:
-    """[num_groups] float32, smallest entry of each group; +inf for an empty one."""
+    """[num_groups] float32, each group's smallest entry, without gradient; +inf for empty ones."""
     chex.assert_rank([x, group_ids], 1)
     inside = in_group(group_ids, num_groups=num_groups)
     slots = jnp.where(inside, group_ids, num_groups)
-    smallest = jax.ops.segment_min(zero_off(x, inside), slots, num_groups)
+    x = jax.lax.stop_gradient(zero_off(x, inside))
+    smallest = jax.ops.segment_min(x, slots, num_groups)
     return smallest if axis_name is None else jax.lax.pmin(smallest, axis_name)
 
 

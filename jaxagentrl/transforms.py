@@ -201,7 +201,7 @@ def penalize_turns(
     """
     chex.assert_equal_shape([rewards, action_mask, turn_ids])
     chex.assert_type([rewards, action_mask, turn_ids, flagged], [float, bool, int, bool])
-    num_turns = flagged.shape[-1]
+    num_turns = flagged.shape[1]
     last = masking.turn_last_position(turn_ids, action_mask, num_turns=num_turns)
     hit = flagged & (last >= 0)
     penalties = masking.spread_turns(-penalty * hit.astype(jnp.float32), turn_ids, action_mask)
@@ -269,7 +269,7 @@ def potential_shaping(
     rows = [rewards, discounts, action_mask, turn_ids, potentials, final_potentials]
     chex.assert_type(rows, [float, float, bool, int, float, float])
     chex.assert_equal_shape([potentials[:, 0], final_potentials])
-    num_turns = potentials.shape[-1]
+    num_turns = potentials.shape[1]
     last = masking.turn_last_position(turn_ids, action_mask, num_turns=num_turns)
     present = last >= 0
     potentials = masking.zero_off(potentials, present)
@@ -282,7 +282,7 @@ def potential_shaping(
     following = masking.scan_back(
         step, final + masking.zero_carry([potentials]), [potentials, present]
     )
-    gammas = masking.take_positions(masking.zero_off(discounts, action_mask), last)
+    gammas = masking.take_positions(discounts, last)
     change = gammas * following - potentials
     spread = masking.spread_turns(change, turn_ids, action_mask)
     return masking.zero_off(rewards, action_mask) + _on_last(spread, last, turn_ids, action_mask)

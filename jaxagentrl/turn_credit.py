@@ -247,21 +247,23 @@ def turn_returns(
     turn_rewards = masking.turn_sum(rewards, turn_ids, action_mask, num_turns=num_turns)
     if horizon == "turn":
         return turn_rewards, present
-    gammas = masking.take_positions(masking.zero_off(discounts, action_mask), last)
+    gammas = masking.take_positions(discounts, last)
     return returns_to_go(turn_rewards, gammas, present), present
 
 
 def returns_to_go(rewards: Array, discounts: Array, mask: Array) -> Array:
-    """Gₖ = rₖ + γₖ Gₖ₊₁ over masked entries of the last axis; [..., T] float32, 0 off the mask."""
-    rewards, discounts = masking.zero_off(rewards, mask), masking.zero_off(discounts, mask)
+    """Gₖ = rₖ + γₖ Gₖ₊₁ over masked entries of the last axis; [..., T] float32, 0 off the mask.
+
+    Off the mask the rows must be finite: a gradient would multiply what is there by 0.
+    """
 
     def step(next_return, inputs):
         reward, gamma, here = inputs
-        found = reward + gamma * next_return
-        return jnp.where(here, found, next_return), found  # 0 off the mask, as reward and γ are
+        found = jnp.where(here, reward + gamma * next_return, next_return)
+        return found, found
 
     start = masking.zero_carry([rewards, discounts])
-    return masking.scan_back(step, start, [rewards, discounts, mask])
+    return masking.zero_off(masking.scan_back(step, start, [rewards, discounts, mask]), mask)
 
 
 def turn_cells(present: Array, group_ids: Array, *, num_groups: int) -> Array:

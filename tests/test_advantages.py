@@ -277,6 +277,15 @@ def test_opo_golden():
     np.testing.assert_allclose(got, [0.25, -0.75], atol=1e-6)
 
 
+def test_opo_does_not_read_the_lengths_of_padding_rows():
+    rows = jnp.array([3.0, 1.0, np.nan]), np.array([0, 0, 1], np.int32)
+    got, slope = jax.value_and_grad(
+        lambda scores: advantages.opo(scores, *rows, num_groups=1)[0]
+    )(np.array([1, 0, np.nan], np.float32))
+    assert float(got) == 0.25
+    np.testing.assert_allclose(slope, [0.25, -0.25, 0], atol=1e-6)
+
+
 def test_remax_golden():
     got = fast.remax(np.array([1, 0.5], np.float32), np.array([0.25, 1], np.float32))
     np.testing.assert_allclose(got, [0.75, -0.5])

@@ -58,6 +58,10 @@ def test_a_full_batch_replaces_everything():
     np.testing.assert_array_equal(buffer.rows["n"], [3, 4, 2])
 
 
+def test_a_buffer_of_one_row_holds_the_newest():
+    assert held(buffers.add(buffers.add(empty(1), rows(0, 1)), rows(1, 1))) == [1]
+
+
 def test_invalid_rows_take_no_space():
     valid = jnp.array([True, False, True, False])
     buffer = buffers.add(empty(4), rows(0, 4), valid=valid)

@@ -60,6 +60,9 @@ def estimators(case, axis_name=None):
         "gigpo_variants": anchored(scale="none", episode_mean_over="steps", first_visit=True),
         "mt_grpo": advantages.mt_grpo(r, scores, mask, turns, ids, **group),
         "istar": advantages.istar(scores, r, mask, turns, ids, **group),
+        "istar_loo": advantages.istar(
+            scores, r, mask, turns, ids, baseline="leave_one_out", **group
+        ),
         "whiten": advantages.whiten(v, mask, axis_name=axis_name),
         "spread": advantages.spread(scores, mask),
     }
@@ -216,26 +219,33 @@ def test_pmap_with_global_statistics():
 
 def test_leading_axes_are_batch():
     """Token functions take any leading axes: none, one or two."""
-    names = ("rewards", "values", "discounts", "action_mask", "turn_ends")
-    rows = [case()[k] for k in names]
+    names = (
+        "rewards values discounts action_mask turn_ends turn_ids logprobs old_logprobs advantages "
+        "ref_logprobs scores"
+    ).split()
     options = {"token_discount": 0.99, "turn_discount": 0.9, "gae_lambda": 0.8}
-    logprobs = [case()[k] for k in ("logprobs", "old_logprobs", "advantages", "action_mask")]
 
-    def run(rows, logprobs):
-        r, v, d, m, e = rows
-        return (
-            advantages.gae(r, v, d, m, gae_lambda=0.8),
-            advantages.turn_gae(r, v, d, m, e, gae_lambda=0.8),
-            advantages.bilevel_gae(r, v, m, e, **options),
-            losses.sequence_surrogate(*logprobs, **CLIPS),
-        )
+    def run(case):
+        r, v, d, m, e = (case[k] for k in names[:5])
+        return per_token_losses(case) | {
+            "gae": advantages.gae(r, v, d, m, gae_lambda=0.8),
+            "turn_gae": advantages.turn_gae(r, v, d, m, e, gae_lambda=0.8),
+            "bilevel_gae": advantages.bilevel_gae(r, v, m, e, **options),
+            "rewards_to_go": advantages.rewards_to_go(r, d, m),
+            "spread": advantages.spread(case["scores"], m),
+            "turn_returns": advantages.turn_returns(r, d, m, case["turn_ids"], num_turns=4),
+            "kl_shaped": transforms.shape_with_kl(r, v, m, coefficient=0.1),
+            "overlong": transforms.overlong_penalty(jnp.sum(m, -1), max_length=6, margin=3),
+        }
 
     run = jax.jit(run)
-    wanted = run(rows, logprobs)
-    deep = run(*jax.tree.map(lambda x: x.reshape(2, 4, 9), (rows, logprobs)))
-    assert_same(jax.tree.map(lambda x: x.reshape(8, 9), deep), wanted)
-    single = run(*jax.tree.map(lambda x: x[3], (rows, logprobs)))
-    assert_same(single, jax.tree.map(lambda x: x[3], wanted))
+    rows = {k: case()[k] for k in names}
+    wanted = run(rows)
+    deep = run(jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), rows))
+    assert_same(jax.tree.map(lambda x: x.reshape(8, *x.shape[2:]), deep), wanted)
+    for row in (2, 3):
+        single = run(jax.tree.map(lambda x, row=row: x[row], rows))
+        assert_same(single, jax.tree.map(lambda x, row=row: x[row], wanted))
 
 
 # --- loss and gradient do not depend on how the batch lies --------------------------------------

@@ -32,6 +32,10 @@ def test_explained_variance_per_turn():
     got = diagnostics.explained_variance_per_turn(values, returns, mask, turns, num_turns=4)
     # Turn 0: errors 0, 0, 1 as above; turn 1: a constant; turn 2: nothing varies; turn 3: absent.
     np.testing.assert_allclose(got, [2 / 3, 0, 0, 0], atol=1e-6)
+    # A turn's observation has its id, too, and no part in its variance.
+    turns[0, 4] = 0
+    again = diagnostics.explained_variance_per_turn(values, returns, mask, turns, num_turns=4)
+    np.testing.assert_allclose(again, got, atol=1e-6)
 
 
 def test_clip_fractions():

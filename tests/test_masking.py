@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxagentrl import masking
+from jaxagentrl.advantages import group_normalized, whiten
 from core_cases import quick_compilation  # noqa: F401
 
 X = jnp.array([[1.0, 2.0, jnp.nan], [4.0, jnp.inf, 3.0]])
@@ -25,6 +26,7 @@ def test_sums_counts_and_means():
     np.testing.assert_array_equal(masking.masked_mean(X, MASK & False, axis=-1), [0, 0])
     assert masking.masked_min(X, MASK) == 1.0
     assert masking.masked_min(X, MASK & False) == 0.0
+    assert masking.masked_min(X, X == 4.0) == 4.0
     np.testing.assert_array_equal(masking.zero_off(X, MASK), [[1, 2, 0], [4, 0, 3]])
 
 
@@ -65,6 +67,26 @@ def test_gradients_stop_at_the_mask():
     np.testing.assert_allclose(gradient, [[-0.75, -0.25, 0], [0.75, 0, 0.25]], atol=1e-6)
     gradient = jax.grad(lambda x: masking.masked_mean(x, MASK))(X)
     np.testing.assert_allclose(gradient, 0.25 * MASK)
+
+
+def test_statistics_over_devices_have_gradients():
+    """Minima over devices have none, and need none: shifting everything changes nothing."""
+    ids = np.zeros((2, 3), np.int32)
+    weights = jnp.array([[1.0, -2.0, 0.5], [3.0, 1.0, 0.0]])
+    full, axis = jnp.where(MASK, X, 5.0), {"axis_name": "devices"}
+
+    def statistics(x, mask, ids, weights, axis_name=None):
+        axis = {"axis_name": axis_name}
+        grouped = group_normalized(x.reshape(-1), ids.reshape(-1), num_groups=1, **axis)
+        return masking.masked_sum(weights * whiten(x, mask, **axis), mask, **axis) + (
+            masking.masked_sum(weights.reshape(-1) * grouped, grouped < jnp.inf, **axis))
+
+    def over_devices(x):
+        mapped = jax.vmap(functools.partial(statistics, **axis), axis_name="devices")
+        return mapped(x, MASK, ids, weights)[0]
+
+    wanted = jax.grad(statistics)(full, MASK, ids, weights)
+    np.testing.assert_allclose(jax.grad(over_devices)(full), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_clean():
