@@ -200,7 +200,7 @@ def turn_sum(x: Array, turn_ids: Array, mask: Array, *, num_turns: int) -> Array
         [..., T] float32.
     """
     chex.assert_equal_shape([x, turn_ids, mask])
-    return _scatter_turns(zero_off(x, mask), turn_ids, mask, num_turns, "add")
+    return _scatter_turns(jnp.asarray(x).astype(jnp.float32), turn_ids, mask, num_turns, "add")
 
 
 def turn_last_position(turn_ids: Array, mask: Array, *, num_turns: int) -> Array:
@@ -330,7 +330,7 @@ def take_group(per_group: Array, group_ids: Array) -> Array:
         [N] float.
     """
     inside = in_group(group_ids, num_groups=per_group.shape[0])
-    return jnp.where(inside, per_group[jnp.where(inside, group_ids, 0)], 0.0)
+    return jnp.where(inside, jnp.asarray(per_group)[group_ids], 0.0)
 
 
 def in_group(group_ids: Array, *, num_groups: int) -> Array:

@@ -470,6 +470,22 @@ def test_gigpo_steps_is_gigpo_on_rows_of_turns(seed, choices):
     np.testing.assert_allclose(got, expected, **CLOSE)
 
 
+def test_gigpo_steps_passes_over_a_missing_step():
+    """A row that was dropped discounts nothing."""
+    rewards = np.array([0, 1, 0, 0.5], np.float32)
+    trajectory, anchor = np.array([0, 0, 1, 1], np.int32), np.array([0, 1, 0, 1], np.int32)
+
+    def credit(steps):
+        return fast.gigpo_steps(
+            rewards, trajectory, np.array(steps, np.int32), anchor, np.zeros(4, np.int32),
+            num_groups=1, num_anchors=2, num_trajectories=2, num_steps=3, turn_discount=0.5,
+            scale="none",
+        )
+
+    # Episodes 1 and 0.5: ±0.25. First turns 0.5 and 0.25: ±0.125. Last turns 1 and 0.5: ±0.25.
+    np.testing.assert_allclose(credit([0, 2, 0, 1]), [0.375, 0.5, -0.375, -0.5], atol=1e-6)
+
+
 @pytest.mark.parametrize("score", [0.1, 0.7, -1e4 / 3, 3e6])
 def test_equal_scores_are_exactly_zero_whatever_the_size(score):
     sizes = (2, 3, 5, 6, 7, 11)
