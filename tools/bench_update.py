@@ -25,6 +25,8 @@ import time
 
 import numpy as np
 
+from jaxagentrl import pages
+
 # hidden size, layers, heads, key/value heads, feed-forward, vocabulary
 SIZES = {
     "1M": (128, 4, 4, 2, 384, 2048),
@@ -202,6 +204,7 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
+    pages.use_huge_ones()  # for both sides, as the main job has them
     import jax
 
     from jaxagentrl.models import decoder, pretrained

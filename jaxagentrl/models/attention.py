@@ -75,15 +75,11 @@ def attend(
         return splash.attend(q, k, v, segment_ids, scale=scale, softcap=softcap, window=window)
     if kernel == "cudnn":
         return _attend_fused(q, k, v, mask, scale=scale, implementation="cudnn")
-    batch, length, heads, size = q.shape
-    index = jnp.arange(length)
+    index = jnp.arange(q.shape[1])
     seen = (index[None, :] <= index[:, None])[None]
     seen = seen if mask is None else seen & mask
-    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], size)
-    scores = jnp.einsum("blkge,bske->bkgls", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None, None], cap(scores * scale, softcap), _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgls,bske->blkge", weights, v).reshape(batch, length, heads, size)
+    keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    return attend_cached(q, keys, values, seen, scale=scale, softcap=softcap)
 
 
 def _attend_fused(
@@ -119,7 +115,7 @@ def attend_cached(
     """Attention of a few new tokens on keys and values as `kv_cache` lays them out.
 
     Args:
-        q: [R, W, H, E]. k: [R, K, E, S]. v: [R, K, S, E]. mask: [R, W, S] bool.
+        q: [R, W, H, E]. k: [R, K, E, S]. v: [R, K, S, E]. mask: [R or 1, W, S] bool.
         scale, softcap: as in `attend`.
 
     Returns:

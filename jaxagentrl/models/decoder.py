@@ -29,7 +29,7 @@ from jaxagentrl.models.decoder_config import DecoderConfig
 
 Params = dict[str, Any]
 
-_UNROLLED_LAYERS = 4
+_UNROLLED_LAYERS = 16
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -358,13 +358,15 @@ def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array,
 
 
 def _unroll(config: DecoderConfig) -> int:
-    """Layers in one body of the training pass's loop: all, where they are few.
+    """Layers in one body of the training pass's loop: all, on CPU and where they are few.
 
     A loop keeps what the backward pass needs in stacked arrays, which are cleared, written and read
-    again: a fifth of an update of three small layers on CPU. Deep models keep their one body, so
-    that compile time does not grow with depth.
+    again: on CPU a fifth of an update of three small layers, a twentieth of one of ten larger ones.
+    Deep models, and those on accelerators, keep their one body, so that compile time does not grow
+    with depth.
     """
-    return config.num_layers if config.num_layers <= _UNROLLED_LAYERS else 1
+    few = config.num_layers <= _UNROLLED_LAYERS and jax.default_backend() == "cpu"
+    return config.num_layers if few else 1
 
 
 def _local_layers(config: DecoderConfig) -> jax.Array | None:
