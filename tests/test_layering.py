@@ -68,6 +68,7 @@ jaxagentrl.models.tensor_files
 jaxagentrl.models.pretrained
 jaxagentrl.hosts
 jaxagentrl.sampling
+jaxagentrl.tiling
 jaxagentrl.turns
 jaxagentrl.engine
 jaxagentrl.packing

@@ -35,7 +35,7 @@ import numpy as np
 from envs_host import textworld
 from envs_host.pool import EnvPool
 from envs_host.types import Info, ResetResult, StepResult
-from jaxagentrl import chat, demos, engine, rollout, tokenizer
+from jaxagentrl import chat, demos, engine, pages, rollout, tokenizer
 from jaxagentrl.models import decoder, pretrained
 
 SIZES = {
@@ -82,6 +82,7 @@ class World:
 
 def make_engine(world: World, num_slots: int, num_waves: int, stop_ids=None) -> engine.Engine:
     length = world.max_length
+    step = 128 if length <= 512 else 256
     return engine.Engine(
         world.config,
         num_slots=num_slots,
@@ -89,8 +90,9 @@ def make_engine(world: World, num_slots: int, num_waves: int, stop_ids=None) -> 
         max_length=length,
         max_turn_tokens=BUDGET,
         stop_ids=world.stop_ids if stop_ids is None else stop_ids,
-        filled_buckets=sorted({*range(128, length, 128), length}),
-        width_buckets=(32, 96),
+        filled_buckets=sorted({*range(step, length, step), length}),
+        width_buckets=(32, 48, 64),
+        row_divisors=(1, 2, 8),
     )
 
 
@@ -415,7 +417,8 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=32)
     parser.add_argument("--slots", type=int, help="default: one for each episode")
-    parser.add_argument("--waves", type=int, default=2)
+    # More pay where environments take time: here they take a fiftieth of it.
+    parser.add_argument("--waves", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--tunix", action="store_true")
     parser.add_argument("--per-turn", action="store_true")
@@ -423,6 +426,7 @@ def main() -> int:
     parser.add_argument("--record", help="a file to which the comparison's numbers are appended")
     parser.add_argument("--cache-dir", default="~/.cache/jaxagentrl/textworld")
     args = parser.parse_args()
+    pages.use_huge_ones()  # for all sides, as the main job has them
 
     if args.spread:
         args.turns = 20  # room for the longest
