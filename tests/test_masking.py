@@ -73,16 +73,18 @@ def test_statistics_over_devices_have_gradients():
     """Minima over devices have none, and need none: shifting everything changes nothing."""
     ids = np.zeros((2, 3), np.int32)
     weights = jnp.array([[1.0, -2.0, 0.5], [3.0, 1.0, 0.0]])
-    full, axis = jnp.where(MASK, X, 5.0), {"axis_name": "devices"}
+    full = jnp.where(MASK, X, 5.0)
 
     def statistics(x, mask, ids, weights, axis_name=None):
         axis = {"axis_name": axis_name}
         grouped = group_normalized(x.reshape(-1), ids.reshape(-1), num_groups=1, **axis)
-        return masking.masked_sum(weights * whiten(x, mask, **axis), mask, **axis) + (
-            masking.masked_sum(weights.reshape(-1) * grouped, grouped < jnp.inf, **axis))
+        whitened = masking.zero_off(whiten(x, mask, **axis), mask)
+        total = weights * (whitened + grouped.reshape(x.shape))
+        return masking.masked_sum(total, jnp.ones(x.shape, bool), **axis)
 
     def over_devices(x):
-        mapped = jax.vmap(functools.partial(statistics, **axis), axis_name="devices")
+        one_device = functools.partial(statistics, axis_name="devices")
+        mapped = jax.vmap(one_device, axis_name="devices")
         return mapped(x, MASK, ids, weights)[0]
 
     wanted = jax.grad(statistics)(full, MASK, ids, weights)

@@ -417,7 +417,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=32)
     parser.add_argument("--slots", type=int, help="default: one for each episode")
-    # More pay where environments take time: here they take a fiftieth of it.
+    # More pay where environments take time: at 25 M parameters they take a fiftieth of it.
     parser.add_argument("--waves", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--tunix", action="store_true")

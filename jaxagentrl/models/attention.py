@@ -112,7 +112,10 @@ def attend_cached(
     scale: float,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Attention of a few new tokens on keys and values as `kv_cache` lays them out.
+    """Attention of new tokens on keys and values as `kv_cache` lays them out.
+
+    Few tokens on a cache, or a whole sequence on itself: one layout, since XLA on CPU transposes the
+    scores of any other in the backward pass.
 
     Args:
         q: [R, W, H, E]. k: [R, K, E, S]. v: [R, K, S, E]. mask: [R or 1, W, S] bool.
