@@ -52,13 +52,13 @@ def test_a_good_model_passes(folder, capsys):
     assert "worst token" in lines[-1] and "sampler -" in lines[-1]
 
 
-def test_a_decode_path_that_differs_is_caught(folder, capsys, monkeypatch):
-    right = attention.attend_cached
+def test_a_scoring_path_that_differs_from_decoding_is_caught(folder, capsys, monkeypatch):
+    right = attention.attend
 
-    def wrong(q, k, v, mask, *, scale, softcap):
-        return right(q, k, v, mask, scale=1.1 * scale, softcap=softcap)
+    def wrong(q, k, v, mask, *, scale, **rest):
+        return right(q, k, v, mask, scale=1.1 * scale, **rest)
 
-    monkeypatch.setattr(attention, "attend_cached", wrong)
+    monkeypatch.setattr(attention, "attend", wrong)
     assert check_tokens.main([str(folder), *SMALL]) == 1
     assert "FAIL log-probs: largest gap" in capsys.readouterr().out
 
