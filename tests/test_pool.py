@@ -326,7 +326,9 @@ def test_workers_import_no_jax_and_print_nothing(capfd):
 
 
 SCRIPT = """
-import sys, fakes
+import signal, sys, fakes
+# A shell's background job ignores it, and what it starts inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from envs_host.pool import EnvPool
 with EnvPool("fakes:ScriptedEnv", {}, num_workers=2, step_limit_s=600, reset_limit_s=600,
              worker_memory_mb=1000) as pool:
