@@ -125,7 +125,7 @@ def _draw_rollouts(axes: Axes, run: Run) -> None:
     axes.set_ylim(min(0.0, low), max(1.0, high))
     axes.set_xlabel("iteration")
     axes.grid(alpha=0.2)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="best")
 
 
 def _column(lines: list[metrics.Line], key: str) -> np.ndarray:
