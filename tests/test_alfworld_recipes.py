@@ -111,8 +111,8 @@ def test_the_quick_start(tmp_path, smoke_games):
     config["model"] |= dict(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
                             intermediate_size=32)
     config["sft"]["num_steps"] = 2
-    config["sampling"] |= dict(num_slots=4, filled_buckets=(448,), width_buckets=(96,),
-                               row_divisors=(1,))
+    config["sampling"] |= dict(num_slots=4, max_length=448, filled_buckets=(448,),
+                               width_buckets=(96,), row_divisors=(1,))
     config["learner"] |= dict(length_buckets=(448,))
     train.run(config, str(tmp_path / "run"))
     check(tmp_path / "run")
