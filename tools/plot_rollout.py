@@ -2,8 +2,8 @@
 
     python tools/plot_rollout.py rollout.jsonl docs/rollout.png
 
-One group of bars for each size and number of turns, one bar for each contender; where a case was
-measured several times, the last one counts.
+One group of bars for each size and number of turns, one bar for each contender that was measured;
+where a case was measured several times, the last one counts.
 """
 
 import argparse
@@ -36,23 +36,25 @@ def main() -> None:
     figure = Figure(figsize=(9, 4.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    width = 0.8 / len(CONTENDERS)
-    for offset, (name, (label, color)) in enumerate(CONTENDERS.items()):
+    measured = [name for name in CONTENDERS if any(name in ratios for _, ratios in cases.values())]
+    width = 0.8 / len(measured)
+    for offset, name in enumerate(measured):
+        label, color = CONTENDERS[name]
         places, heights = [], []
         for place, key in enumerate(sorted(cases)):
             if name in cases[key][1]:
-                places.append(place + (offset - (len(CONTENDERS) - 1) / 2) * width)
+                places.append(place + (offset - (len(measured) - 1) / 2) * width)
                 heights.append(cases[key][1][name])
         bars = axes.bar(places, heights, width, label=label, color=color)
         axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2, fontsize=9)
     axes.axhline(1, color="#666666", linewidth=1)
-    axes.set_yscale("log")
-    axes.set_ylabel("times faster (turns per second, log scale)")
+    axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("times faster (turns per second)")
     labels = [f"{cases[key][0]} parameters\n{key[1]} turns" for key in sorted(cases)]
     axes.set_xticks(range(len(labels)), labels)
-    axes.set_title("Multi-turn sampling: jaxagentrl against", loc="left")
-    axes.margins(y=0.1)
-    figure.legend(loc="outside lower center", ncols=len(CONTENDERS), frameon=False)
+    axes.set_title("Multi-turn sampling: how many times faster jaxagentrl is than", loc="left")
+    figure.legend(loc="outside lower center", ncols=len(measured), frameon=False)
     figure.savefig(args.image, metadata={"Software": None})
 
 
