@@ -3,15 +3,15 @@
     pip install -e '.[alfworld]'
     python -m jaxagentrl.main --config=configs/alfworld_quickstart.py --workdir=runs/alfworld
 
-Houses: generated, one room of ALFWorld's floor plans with 15 of its receptacles and 12 objects, all
+Houses: generated, one room of ALFWorld's floor plans with up to 15 of its receptacles and 12 objects, all
 containers closed, one of the six task types. Training rooms and test rooms differ as in the
 original (`valid_unseen`); `test_seen` are new houses in the training rooms. 800 searches of the
 hand-coded expert are imitated, then RL follows on other houses, with the change of the distance to
-the goal as the turns' reward and GiGPO's credit. Official rooms have 13 to 29 receptacles, and more
-objects in them: this is near the benchmark, but it is not the benchmark.
+the goal as the turns' reward and GiGPO's credit. Official rooms have more of both: this is not
+the benchmark.
 
-It is the hardest setting that was found to learn within half an hour on two CPU cores: whole rooms
-did not, and with fewer receptacles more is won (README.md has the numbers).
+Of the sizes that were tried it is the largest that gains ten points within half an hour on two CPU
+cores: whole rooms were too slow, and in smaller ones more is won (README.md has the numbers).
 """
 
 import pathlib
