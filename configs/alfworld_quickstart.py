@@ -3,11 +3,11 @@
     pip install -e '.[alfworld]'
     python -m jaxagentrl.main --config=configs/alfworld_quickstart.py --workdir=runs/alfworld
 
-Houses: generated, one room of ALFWorld's floor plans with up to 15 of its receptacles and 12 objects, all
-containers closed, one of the six task types. Training rooms and test rooms differ as in the
-original (`valid_unseen`); `test_seen` are new houses in the training rooms. 800 searches of the
-hand-coded expert are imitated, then RL follows on other houses, with the change of the distance to
-the goal as the turns' reward and GiGPO's credit. Official rooms have more of both: this is not
+Houses: generated, one room of ALFWorld's floor plans with up to 15 of its receptacles and 12
+objects, all containers closed, one of the six task types. Training rooms and test rooms differ as
+in the original (`valid_unseen`); `test_seen` are new houses in the training rooms. 800 searches of
+the hand-coded expert are imitated, then RL follows on other houses, with the change of the distance
+to the goal as the turns' reward and GiGPO's credit. Official rooms have more of both: this is not
 the benchmark.
 
 Of the sizes that were tried it is the largest that gains ten points within half an hour on two CPU
