@@ -130,12 +130,12 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
                 active.astype(jnp.int32),
                 filled=filled,
             )
-            z = decoder.unembed(params, x[:, 0], softcap=config.logit_softcap)
-            logprobs = jax.nn.log_softmax(z / scale)
+            z = decoder.unembed(params, x[:, 0], softcap=config.logit_softcap) / scale
             if restricted:
-                logprobs = restrict(logprobs, controls.top_k, controls.top_p, controls.min_p)
-            token = sample(logprobs, jax.vmap(jax.random.fold_in)(keys, lengths), greedy)
-            chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+                z = jax.nn.log_softmax(z)
+                z = restrict(z, controls.top_k, controls.top_p, controls.min_p)
+            token = sample(z, jax.vmap(jax.random.fold_in)(keys, lengths), greedy)
+            chosen, entropies = describe(z, token)
             # Idle rows write at index T, which is dropped.
             where = (jnp.arange(num_slots), jnp.where(active, carry["counts"], max_turn_tokens))
             counts = carry["counts"] + active
@@ -151,7 +151,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
                 "out": (
                     out[0].at[where].set(token, mode="drop"),
                     out[1].at[where].set(chosen, mode="drop"),
-                    out[2].at[where].set(entropy(logprobs), mode="drop"),
+                    out[2].at[where].set(entropies, mode="drop"),
                 ),
             }
 
@@ -200,18 +200,28 @@ def restrict(
     return jax.nn.log_softmax(jnp.where(logprobs >= threshold, logprobs, -jnp.inf))
 
 
-def entropy(logprobs: jax.Array) -> jax.Array:
-    """[S] entropies in nats of log-probs [S, V]; a log-prob of −inf counts nothing."""
-    return -jnp.sum(jnp.where(logprobs > -jnp.inf, jnp.exp(logprobs) * logprobs, 0.0), axis=-1)
+def describe(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[S] log-probs of `tokens` and [S] entropies in nats under logits [S, V]; −inf is impossible.
+
+    Both sums in one reading of the logits, which on a GPU take as long to read as many layers' weights:
+    H = log Σ eᶻ − Σ eᶻ z / Σ eᶻ, z measured from its maximum.
+    """
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    centered = logits - highest
+    masses = jnp.exp(centered)
+    total = jnp.sum(masses, axis=-1)
+    mean = jnp.sum(jnp.where(masses > 0, masses * centered, 0.0), axis=-1) / total
+    chosen = jnp.take_along_axis(centered, tokens[:, None], axis=1)[:, 0]
+    return chosen - jnp.log(total), jnp.log(total) - mean
 
 
-def sample(logprobs: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.Array:
-    """[S] int32 tokens from log-probs [S, V] by the Gumbel-max trick, one key per row.
+def sample(logits: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.Array:
+    """[S] int32 tokens from logits [S, V] by the Gumbel-max trick, one key per row.
 
     Gumbel-max and not the inverse of the cumulative sum: a float32 cumulative sum over a large
     vocabulary can pick tokens of probability zero.
     """
-    size = logprobs.shape[-1]
+    size = logits.shape[-1]
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(keys)
     noise = jnp.where(greedy[:, None], 0.0, noise)
-    return jnp.argmax(logprobs + noise, axis=-1).astype(jnp.int32)
+    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)

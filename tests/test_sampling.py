@@ -75,7 +75,8 @@ def test_the_mode_always_stays_and_ties_stay_together():
     )
     one_token = restrict([[100.0, 0.0, 0.0]], top_p=0.5, min_p=0.5)
     np.testing.assert_array_equal(np.exp(one_token), [[1, 0, 0]])
-    assert float(sampling.entropy(one_token)[0]) == 0.0
+    logprobs, entropies = sampling.describe(one_token, np.array([0]))
+    assert float(logprobs[0]) == float(entropies[0]) == 0.0
 
 
 def test_the_engine_reports_the_distribution_it_samples_from():
