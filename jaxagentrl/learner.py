@@ -89,6 +89,7 @@ def forward(
     compute_dtype: str = "float32",
     positions: Array | None = None,
     segment_ids: Array | None = None,
+    max_segments: int | None = None,
 ) -> Scores:
     """Scores [B, L] tokens with the policy and, if there is one, the critic.
 
@@ -96,7 +97,7 @@ def forward(
         remat: what the backward pass recomputes, a name of `decoder.REMAT`.
         compute_dtype: of activations and of the weights they meet; "bfloat16" halves both. Norms,
             softmax and log-probs are float32 all the same, and so are gradients and parameters.
-        positions, segment_ids: [B, L] of packed rows, see `packing`.
+        positions, segment_ids, max_segments: of packed rows, see `packing`.
     """
 
     def hidden(weights: Params) -> Array:
@@ -106,6 +107,7 @@ def forward(
             tokens,
             positions=positions,
             segment_ids=segment_ids,
+            max_segments=max_segments,
             remat=remat,
         )
 
@@ -209,13 +211,14 @@ def take_places(tree: Any, places: Array) -> Any:
     )
 
 
-def _layout(packed: Packed, index: Array) -> tuple[Array, dict[str, Array]]:
+def _layout(packed: Packed, index: Array) -> tuple[Array, dict[str, Any]]:
     """Flat indices, and positions and segments, of one micro-batch."""
     places, positions, segment_ids = (
         sharding.constrain(jax.lax.dynamic_index_in_dim(x, index, keepdims=False), sharding.ROWS)
         for x in (packed.places, packed.positions, packed.segment_ids)
     )
-    return places, {"positions": positions, "segment_ids": segment_ids}
+    layout = {"positions": positions, "segment_ids": segment_ids}
+    return places, layout | {"max_segments": packed.max_segments}
 
 
 def make_sft_loss(
@@ -227,7 +230,7 @@ def make_sft_loss(
     )
 
     def loss_fn(
-        params: Params, batch: TrajectoryBatch, targets: Targets, **layout: Array
+        params: Params, batch: TrajectoryBatch, targets: Targets, **layout: Any
     ) -> tuple[Array, Metrics]:
         scores = forward_part(params, batch.tokens, **layout)
         action = -jnp.sum(targets.weights * scores.logprobs)
@@ -268,7 +271,7 @@ def make_rl_loss(
     )
 
     def loss_fn(
-        params: Params, batch: TrajectoryBatch, targets: Targets, **layout: Array
+        params: Params, batch: TrajectoryBatch, targets: Targets, **layout: Any
     ) -> tuple[Array, Metrics]:
         scores = forward_part(params, batch.tokens, **layout)
         mask, weights = batch.action_mask, targets.weights
@@ -429,7 +432,7 @@ def _gradient(
     frozen: Params | None,
     part: TrajectoryBatch,
     targets: Targets,
-    layout: dict[str, Array],
+    layout: dict[str, Any],
 ) -> tuple[Params, Metrics]:
     def loss(params: Params) -> tuple[Array, Metrics]:
         whole = params if frozen is None else frozen | params

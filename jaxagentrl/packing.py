@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from jaxagentrl.models import cudnn_packed
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Packed:
     positions: jax.Array | np.ndarray  # [M, R, L] from 0 in every trajectory; 0 on padding
     segment_ids: jax.Array | np.ndarray  # [M, R, L] number within the row; −1 on padding
     count: jax.Array | np.ndarray  # [] micro-batches that hold anything
+    # Bound on the trajectories of a row, for kernels that want one; None where none does. Static.
+    max_segments: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -98,5 +102,9 @@ def pack(
             start += size
     parts = (capacity, per_part, length)
     return Packed(
-        places.reshape(parts), positions.reshape(parts), segment_ids.reshape(parts), np.int32(count)
+        places.reshape(parts),
+        positions.reshape(parts),
+        segment_ids.reshape(parts),
+        np.int32(count),
+        cudnn_packed.segment_bound(max(map(len, bins), default=1)),
     )

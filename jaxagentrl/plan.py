@@ -19,7 +19,7 @@ import optax
 import psutil
 
 from jaxagentrl import batching, imitate, learner, sampling
-from jaxagentrl.models import decoder, kv_cache, sharding
+from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
 from jaxagentrl.packing import Packed
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
@@ -102,6 +102,7 @@ def make(
     work: learner.Work,
     width: int,
     sampling_options: Mapping[str, Any],
+    compute_dtype: str = "float32",
     limit: int | None = None,
 ) -> Plan:
     """Compiles and executes the largest update and adds everything up.
@@ -112,6 +113,7 @@ def make(
         num_rows, width: shape of the run's batches.
         work: the largest micro-batch, see `largest_work`.
         sampling_options: `config.sampling`.
+        compute_dtype: `config.learner.compute_dtype`, which sampling shares.
         limit: bytes that a device has; None asks the device.
     """
     state = TrainState(
@@ -130,7 +132,7 @@ def make(
     updating = _update_bytes(update, state, trainable, batch, targets, work, frozen)
     limit = device_limit() if limit is None else limit
     always["cache"], at_sampling = _sampling_bytes(
-        model, state.params, frozen, mesh, sampling_options, limit=limit
+        model, state.params, frozen, mesh, sampling_options, compute_dtype, limit=limit
     )
     return Plan(always, updating, at_sampling, limit)
 
@@ -234,6 +236,7 @@ def _sampling_bytes(
     frozen: learner.Params | None,
     mesh: jax.sharding.Mesh | None,
     options: Mapping[str, Any],
+    compute_dtype: str,
     *,
     limit: int,
 ) -> tuple[int, dict[str, int]]:
@@ -250,7 +253,9 @@ def _sampling_bytes(
             options["cache_dtype"],
         )
     )
-    policy = jax.eval_shape(learner.policy_of, (frozen or {}) | trainable)
+    given = jax.eval_shape(learner.policy_of, (frozen or {}) | trainable)
+    with sharding.use(mesh):
+        policy = jax.eval_shape(lambda x: decoding_layout.for_decoding(x, compute_dtype), given)
     if local is not None:
         cache = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
@@ -260,7 +265,8 @@ def _sampling_bytes(
         )
         policy = sharding.abstract(policy, local)
     cache_bytes = per_device(cache) * options["num_waves"]
-    copy = 0 if mesh is None else per_device(policy)
+    is_copied = mesh is not None or policy != given
+    copy = per_device(policy) if is_copied else 0
     needed = {"decoding copy": copy}
     if cache_bytes + per_device(policy) > _SMALL_SHARE * limit:
         with sharding.use(local):

@@ -35,7 +35,7 @@ from jaxagentrl import (
     tasks,
     workdir,
 )
-from jaxagentrl.models import lora, pretrained, sharding
+from jaxagentrl.models import decoding_layout, lora, pretrained, sharding
 from jaxagentrl.types import TrainState
 
 # Words of the random streams, so that no two uses of one seed coincide.
@@ -69,7 +69,7 @@ def run(config: Mapping[str, Any], directory: str) -> None:
         programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
         _plan(config, setup, programs, chain)
         state, host = _restore(folder, config, setup)
-        with _decoding(setup, state.params) as policy:
+        with _decoding(config, setup, state.params) as policy:
             setup.engine.warm_up(policy, restricted=rules.is_restricted(config["rollout"]))
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
             session = Session(config, folder, setup, writer)
@@ -168,6 +168,7 @@ def _plan(
         work=plan.largest_work(num_rows, longest_context=longest_context, **shapes),
         width=max(config["learner"]["length_buckets"]),
         sampling_options=config["sampling"],
+        compute_dtype=config["learner"]["compute_dtype"],
         limit=None if limit is None else int(limit * 1e9),
     )
     progress.notice(made.text())
@@ -315,7 +316,7 @@ def _play(
     """Plays episodes with the policy; each process its share."""
     config, setup = session.config, session.setup
     prompt = config["prompt"]
-    with _decoding(setup, params) as policy:
+    with _decoding(config, setup, params) as policy:
         played = rollout.collect(
             hosts.share(episodes),
             rules=rollout.Rules(
@@ -338,9 +339,15 @@ def _play(
 
 
 @contextlib.contextmanager
-def _decoding(setup: prepare.Setup, params: learner.Params) -> Iterator[learner.Params]:
-    """The decoder's parameters, adapters included, where and as the engine takes them."""
+def _decoding(
+    config: Mapping[str, Any], setup: prepare.Setup, params: learner.Params
+) -> Iterator[learner.Params]:
+    """The decoder's parameters, adapters included, where and as the engine takes them.
+
+    In the dtype that the learner computes in: sampler and learner are to be one policy.
+    """
     policy = learner.policy_of((setup.frozen or {}) | params)
+    policy = decoding_layout.for_decoding(policy, config["learner"]["compute_dtype"])
     policy = sharding.for_decoding(policy, setup.mesh)
     with sharding.use(setup.decoding_mesh):
         yield policy

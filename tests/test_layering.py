@@ -59,8 +59,12 @@ jaxagentrl.models.decoder_config
 jaxagentrl.models.sharding
 jaxagentrl.models.kv_cache
 jaxagentrl.models.splash
+jaxagentrl.models.trial
+jaxagentrl.models.cudnn_packed
 jaxagentrl.models.attention
+jaxagentrl.models.decode_kernel
 jaxagentrl.models.decoder
+jaxagentrl.models.decoding_layout
 jaxagentrl.models.pretrained_families
 jaxagentrl.models.lora
 jaxagentrl.models.pretrained_config

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
+import jax.numpy as jnp
 import pytest
 
 from jaxagentrl import metrics, train
@@ -164,3 +166,12 @@ def test_a_workdir_of_another_config_is_refused_and_untouched(finished, cache):
     assert done.returncode != 0 and "another config" in done.stderr and "seed" in done.stderr
     assert "Traceback" not in done.stderr
     assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_the_sampler_decodes_in_the_dtype_that_the_learner_computes_in():
+    setup = types.SimpleNamespace(frozen=None, mesh=None, decoding_mesh=None)
+    params = {"policy": {"embed": {"embedding": jnp.ones((4, 2))}, "layers": {}}}
+    for dtype in ("float32", "bfloat16"):
+        config = {"learner": {"compute_dtype": dtype}}
+        with train._decoding(config, setup, params) as policy:
+            assert policy["embed"]["embedding"].dtype == dtype

@@ -6,11 +6,11 @@ Shapes: B rows, L queries, S keys, H query heads, K key/value heads with K divid
 import jax
 import jax.numpy as jnp
 
-from jaxagentrl.models import splash
+from jaxagentrl.models import cudnn_packed, sharding, splash
 
 # How attention of whole sequences may be computed.
 #   products   two matrix products around a float32 softmax: everywhere, in every dtype
-#   cudnn      NVIDIA's fused kernel: the [L, S] scores never exist
+#   cudnn      NVIDIA's fused kernels: the [L, S] scores never exist
 #   splash     the same on TPUs, by Pallas
 KERNELS = ("products", "cudnn", "splash")
 
@@ -56,6 +56,7 @@ def attend(
     kernel: str = "products",
     segment_ids: jax.Array | None = None,
     window: int | None = None,
+    max_segments: int | None = None,
 ) -> jax.Array:
     """Causal attention of whole sequences with a float32 softmax.
 
@@ -67,6 +68,8 @@ def attend(
         kernel: a name in `KERNELS`, see `kernel_for`.
         segment_ids, window: what the mask was made of, as in `splash.attend`. "splash", which never
             makes one, reads these and not the mask.
+        max_segments: of `cudnn_packed.segment_bound`, with which "cudnn" may read segment ids and
+            not the mask.
 
     Returns:
         [B, L, H, E].
@@ -74,6 +77,10 @@ def attend(
     if kernel == "splash":
         return splash.attend(q, k, v, segment_ids, scale=scale, softcap=softcap, window=window)
     if kernel == "cudnn":
+        # The packed kernel has seen neither windows nor meshes.
+        can_pack = max_segments is not None and window is None and not sharding.active()
+        if can_pack and cudnn_packed.takes(q.shape[2], *k.shape[2:], q.dtype.name):
+            return cudnn_packed.attend(q, k, v, segment_ids, max_segments, scale=scale)
         return _attend_fused(q, k, v, mask, scale=scale, implementation="cudnn")
     index = jnp.arange(q.shape[1])
     seen = (index[None, :] <= index[:, None])[None]

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxagentrl.models import attention, kv_cache, rope, sharding
+from jaxagentrl.models import attention, decode_kernel, kv_cache, rope, sharding
 from jaxagentrl.models.decoder_config import DecoderConfig
 
 Params = dict[str, Any]
@@ -103,12 +103,20 @@ class Projection(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    """With `is_joined`, q, k and v are one projection, see `decoding_layout`."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, is_joined: bool = False):
         width, heads = config.hidden_size, config.num_heads * config.head_dim
         kv_heads, scale = config.num_kv_heads * config.head_dim, config.hidden_size**-0.5
-        self.q = Projection(width, heads, config.attention_bias, scale, rngs)
-        self.k = Projection(width, kv_heads, config.attention_bias, scale, rngs)
-        self.v = Projection(width, kv_heads, config.attention_bias, scale, rngs)
+
+        def projection(size: int) -> Projection:
+            return Projection(width, size, config.attention_bias, scale, rngs)
+
+        self.is_joined, self.ends = is_joined, (heads, heads + kv_heads)
+        if is_joined:
+            self.joined = projection(heads + 2 * kv_heads)
+        else:
+            self.q, self.k, self.v = (projection(size) for size in (heads, kv_heads, kv_heads))
         out_scale = heads**-0.5 * (2 * config.num_layers) ** -0.5
         self.o = Projection(heads, width, False, out_scale, rngs)
         self.head_dim = config.head_dim
@@ -119,10 +127,11 @@ class Attention(nnx.Module):
 
     def qkv(self, x: jax.Array, table: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         """Rotated queries [B, L, H, E], rotated keys and values [B, L, K, E]."""
-        def heads(y: jax.Array) -> jax.Array:
-            return y.reshape(*y.shape[:-1], -1, self.head_dim)
-
-        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+        if self.is_joined:
+            parts = jnp.split(self.joined(x), self.ends, axis=-1)
+        else:
+            parts = self.q(x), self.k(x), self.v(x)
+        q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in parts)
         if self.has_norms:
             q, k = self.q_norm(q), self.k_norm(k)
         return rope.rotate(q, table), rope.rotate(k, table), v
@@ -132,24 +141,34 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    """With `is_joined`, gate and up are one projection, see `decoding_layout`."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, is_joined: bool = False):
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate = Projection(width, inner, False, width**-0.5, rngs)
-        self.up = Projection(width, inner, False, width**-0.5, rngs)
+        self.is_joined = is_joined
+        if is_joined:
+            self.joined = Projection(width, 2 * inner, False, width**-0.5, rngs)
+        else:
+            self.gate = Projection(width, inner, False, width**-0.5, rngs)
+            self.up = Projection(width, inner, False, width**-0.5, rngs)
         down_scale = inner**-0.5 * (2 * config.num_layers) ** -0.5
         self.down = Projection(inner, width, False, down_scale, rngs)
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+        if self.is_joined:
+            gate, up = jnp.split(self.joined(x), 2, axis=-1)
+        else:
+            gate, up = self.gate(x), self.up(x)
+        return self.down(ACTIVATIONS[self.activation](gate) * up)
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, is_joined: bool = False):
         self.attention_norm = RMSNorm(config, config.hidden_size)
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config, rngs, is_joined)
         self.mlp_norm = RMSNorm(config, config.hidden_size)
-        self.mlp = FeedForward(config, rngs)
+        self.mlp = FeedForward(config, rngs, is_joined)
         self.has_post_norms = config.post_norms
         if self.has_post_norms:
             self.post_attention_norm = RMSNorm(config, config.hidden_size)
@@ -205,6 +224,7 @@ def hidden(
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    max_segments: int | None = None,
     remat: str = "none",
 ) -> jax.Array:
     """Final hidden states of whole sequences, causal attention.
@@ -213,6 +233,7 @@ def hidden(
         tokens: [B, L] int32. Padding on the right needs no mask: nothing before it attends to it.
         positions: [B, L] int32, default 0..L-1.
         segment_ids: [B, L] int32, attention stays within equal ids (packed rows).
+        max_segments: of `Packed`; None where no kernel asks for it.
         remat: what the backward pass recomputes, a name of `REMAT`.
 
     Returns:
@@ -228,7 +249,11 @@ def hidden(
     tables = rope_tables(config, positions)
     graph, layers = _layers(config, params)
     scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
-    made_of = {"segment_ids": segment_ids, "window": config.sliding_window}
+    made_of = {
+        "segment_ids": segment_ids,
+        "max_segments": max_segments,
+        "window": config.sliding_window,
+    }
 
     def step(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, None]:
         layer_params, is_local = inputs
@@ -292,21 +317,36 @@ def hidden_cached(
     targets = jnp.where(offsets[None] < counts[:, None], positions, cache.max_length)
     graph, layers = _layers(config, params)
     scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
+    x = embed(config, params, tokens)
+    is_fused = width == 1 and slots is None and _has_decode_kernel(config, cache, x.dtype)
 
     def step(carry, inputs):
         x, cache, index = carry
         layer_params, is_local = inputs
         layer = _merge(graph, layer_params)
         q, k, v = layer.attention.qkv(layer.attention_norm(x), _table_of(tables, is_local))
-        seen = _within_window(config, mask, distance, is_local)
-        cache = kv_cache.write(cache, index, slots, targets, k, v)
-        keys, values = kv_cache.read(cache, index, slots, filled, q.dtype)
-        x = layer.add_attention(x, attention.attend_cached(q, keys, values, seen, **scores))
-        return (layer.add_mlp(x), cache, index + 1), None
+        if is_fused:
+            window = _window_of(config, is_local, filled)
+            new = (q[:, 0], k[:, 0], v[:, 0])
+            attended, cache = decode_kernel.attend(
+                *new, cache, index, lengths, counts > 0, filled=filled, window=window, **scores
+            )
+            attended = attended[:, None]
+        else:
+            cache = kv_cache.write(cache, index, slots, targets, k, v)
+            seen = _within_window(config, mask, distance, is_local)
+            keys, values = kv_cache.read(cache, index, slots, filled, q.dtype)
+            attended = attention.attend_cached(q, keys, values, seen, **scores)
+        return (layer.add_mlp(layer.add_attention(x, attended)), cache, index + 1), None
 
-    carry = (embed(config, params, tokens), cache, jnp.int32(0))
-    (x, cache, _), _ = jax.lax.scan(step, carry, (layers, _local_layers(config)))
-    return final_norm(config, params, x), cache
+    carry = (x, cache, jnp.int32(0))
+    inputs = (layers, _local_layers(config))
+    if isinstance(layers, tuple):
+        for index in range(config.num_layers):
+            carry, _ = step(carry, (layers[index], None if inputs[1] is None else inputs[1][index]))
+    else:
+        carry, _ = jax.lax.scan(step, carry, inputs)
+    return final_norm(config, params, carry[0]), carry[1]
 
 
 def logits(
@@ -358,15 +398,17 @@ def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array,
 
 
 def _unroll(config: DecoderConfig) -> int:
-    """Layers in one body of the training pass's loop: all, on CPU and where they are few.
+    """Layers in one body of the training pass's loop: all, where they are few or devices are one GPU.
 
     A loop keeps what the backward pass needs in stacked arrays, which are cleared, written and read
-    again: on CPU a fifth of an update of three small layers, a twentieth of one of ten larger ones.
-    Deep models, and those on accelerators, keep their one body, so that compile time does not grow
-    with depth.
+    again: on CPU a fifth of an update of three small layers, a twentieth of one of ten larger ones,
+    on an H200 a quarter of one of 24, and a third of its memory (`docs/performance.md`). The price is
+    a compile time that grows with depth. Deep models on CPU and on TPU, and those on a mesh, whose
+    layers would all be gathered at once, keep their one body.
     """
-    few = config.num_layers <= _UNROLLED_LAYERS and jax.default_backend() == "cpu"
-    return config.num_layers if few else 1
+    backend = jax.default_backend()
+    few = backend == "cpu" and config.num_layers <= _UNROLLED_LAYERS
+    return config.num_layers if few or (backend == "gpu" and not sharding.active()) else 1
 
 
 def _local_layers(config: DecoderConfig) -> jax.Array | None:
@@ -399,16 +441,37 @@ def _within_window(
     return near if mask is None else mask & near
 
 
+def _window_of(
+    config: DecoderConfig, is_local: jax.Array | None, filled: int
+) -> jax.Array | None:
+    """How many positions one layer sees, as data; None where no layer has a window."""
+    if config.sliding_window is None:
+        return None
+    window = jnp.int32(config.sliding_window)
+    return window if is_local is None else jnp.where(is_local, window, jnp.int32(filled))
+
+
+def _has_decode_kernel(config: DecoderConfig, cache: kv_cache.KVCache, dtype: jnp.dtype) -> bool:
+    """Whether decode steps attend by the kernel for GPUs, which knows nothing of meshes."""
+    if jax.default_backend() != "gpu" or sharding.active():
+        return False
+    return decode_kernel.takes(cache, config.num_heads, dtype)
+
+
 def _layers(config: DecoderConfig, params: Params) -> tuple[nnx.GraphDef, Params]:
-    layer = nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0)))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"]):
+    """The modules of a layer as these parameters have them, and the layers' parameters."""
+    layers = params["layers"]
+    example = layers[0] if isinstance(layers, tuple) else layers
+    is_joined = "joined" in example["mlp"]
+    layer = nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0), is_joined))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(example):
         if path[-1].key in ("lora_a", "lora_b"):
             projection = layer
             for entry in path[:-1]:
                 projection = getattr(projection, entry.key)
             projection.is_adapted = True
             setattr(projection, path[-1].key, nnx.Param(leaf))
-    return nnx.split(layer)[0], params["layers"]
+    return nnx.split(layer)[0], layers
 
 
 def _merge(graph: nnx.GraphDef, params: Params) -> Any:
