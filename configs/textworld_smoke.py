@@ -16,10 +16,13 @@ def get_config() -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
     config.splits = dict(demo=(40001, 16), train=(50001, 8), test=(1, 8))
-    config.namings.demo = 2
+    config.namings.update(demo=2, train=1)
     config.tokenizer.vocab_size = 512
     config.model.update(hidden_size=32, num_layers=2, intermediate_size=64, head_dim=8)
-    config.sampling.update(num_slots=16, filled_buckets=(176,), width_buckets=(96,))
+    config.sampling.update(
+        num_slots=16, max_length=176, filled_buckets=(176,), width_buckets=(96,)
+    )
+    config.rollout.update(max_turns=8)
     config.learner.update(length_buckets=(176,))
     config.sft.update(num_steps=12, batch_size=8, log_every=2, save_every=4)
     config.sft.optimizer.update(warmup_steps=2, decay_steps=12)
