@@ -67,7 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.learner.update(
         length_buckets=(192, 256, 384, 512, 768, 1024), tokens_per_part=3072, row_multiple=1
     )
-    config.sft.update(num_steps=400)
+    config.sft.update(num_steps=400, target_loss=None, log_every=20, save_every=100)
     config.sft.optimizer.update(learning_rate=2e-3)
     config.rl.update(num_iterations=40, tasks_per_iteration=16, eval_every=10, save_every=10)
     config.rl.advantage.update(negative_weight=0.5)

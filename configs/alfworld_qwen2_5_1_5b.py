@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     # An episode's turns lie one after the other: 50 of them, each with its own prompt.
     config.learner.update(length_buckets=(2560, 128_000), tokens_per_part=40_960)
-    config.sft.update(num_steps=0, observation_weight=0.0)
+    config.sft.update(num_steps=0, target_loss=None, observation_weight=0.0)
     config.rl.update(
         num_iterations=150,
         tasks_per_iteration=16,

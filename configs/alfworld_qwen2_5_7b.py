@@ -52,7 +52,9 @@ def get_config() -> ml_collections.ConfigDict:
         kind="single", intermediate_scale=None, invalid_penalty=0.0, no_end_of_turn_penalty=0.0
     )
     config.learner.update(length_buckets=(1024, 2048, 4096), tokens_per_part=32_768)
-    config.sft.update(num_steps=18, batch_size=16, observation_weight=0.0)
+    config.sft.update(
+        num_steps=18, target_loss=None, batch_size=16, observation_weight=0.0
+    )
     config.sft.optimizer.update(
         learning_rate=1e-5, warmup_steps=2, b2=0.999, weight_decay=0.01
     )

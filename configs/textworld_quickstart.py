@@ -4,8 +4,8 @@
 
 Games: `tw-make custom --world-size 2 --nb-objects 3 --quest-length 4`, theme `basic` (names such as
 `thing6` and `Z-box`: a third of the tokens of `house` and no less skill). 300 walkthroughs, each under
-16 namings, are imitated for 160 steps, which is before the model is sure of what it copies; 96
-iterations of RL follow on 400 other games under four namings, 256 episodes each, with TextWorld's
+16 namings, are imitated until the loss on actions is 0.3, which is before the model is sure of what it
+copies; 80 iterations of RL follow on 350 other games under four namings, 256 episodes each, with TextWorld's
 progress signal as the turns' reward and GiGPO's credit. Twelve turns are three times what a walkthrough
 takes: a slip can be made good.
 
@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_workers=2,
     )
     # (first seed, number of seeds) of each split.
-    config.splits = dict(demo=(40001, 300), train=(50001, 400), test=(1, 300))
+    config.splits = dict(demo=(40001, 300), train=(50001, 350), test=(1, 300))
     # Under how many names each game is played (envs_host/naming.py); held-out games as they are.
     config.namings = dict(demo=16, train=4)
     config.pool = dict(
@@ -102,10 +102,12 @@ def get_config() -> ml_collections.ConfigDict:
         export="merged",
     )
     config.sft = dict(
-        num_steps=160,
+        num_steps=240,
+        # Imitation ends where a line of the log (a mean over log_every steps) is at this loss.
+        target_loss=0.3,
         batch_size=16,
         observation_weight=0.5,
-        log_every=20,
+        log_every=10,
         save_every=50,
         optimizer=dict(
             learning_rate=2e-3,
@@ -120,7 +122,7 @@ def get_config() -> ml_collections.ConfigDict:
         ),
     )
     config.rl = dict(
-        num_iterations=96,
+        num_iterations=80,
         tasks_per_iteration=32,
         group_size=8,
         num_epochs=1,
@@ -130,7 +132,7 @@ def get_config() -> ml_collections.ConfigDict:
         aggregation="token_mean",
         observation_weight=0.0,
         skip_zero_signal=True,
-        eval_every=24,
+        eval_every=20,
         save_every=8,
         advantage=dict(
             name="gigpo",
@@ -155,7 +157,7 @@ def get_config() -> ml_collections.ConfigDict:
         optimizer=dict(
             learning_rate=8e-4,
             warmup_steps=5,
-            decay_steps=96,
+            decay_steps=80,
             final_fraction=0.25,
             b1=0.9,
             b2=0.95,

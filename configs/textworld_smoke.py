@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.rollout.update(max_turns=8)
     config.learner.update(length_buckets=(176,))
-    config.sft.update(num_steps=12, batch_size=8, log_every=2, save_every=4)
+    config.sft.update(num_steps=12, batch_size=8, target_loss=None, log_every=2, save_every=4)
     config.sft.optimizer.update(warmup_steps=2, decay_steps=12)
     config.rl.update(
         num_iterations=4,

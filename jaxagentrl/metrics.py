@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -202,6 +202,11 @@ def success_metrics(prefix: str, successes: int, n: int) -> dict[str, float]:
         f"{prefix}/successes": successes,
         f"{prefix}/episodes": n,
     }
+
+
+def mean(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of every value over steps that measured the same; at least one."""
+    return {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
 
 
 def add_sums(

@@ -75,6 +75,17 @@ def check(config: Mapping[str, Any]) -> None:
             f"sft.batch_size is {sft['batch_size']} but splits.demo has {len(ranges['demo'])} "
             "seeds: lower the first or raise the second."
         )
+    if sft["save_every"] % sft["log_every"]:
+        raise ValueError(
+            f"sft.save_every is {sft['save_every']}, which is no multiple of sft.log_every = "
+            f"{sft['log_every']}: a line of the log is a mean over the steps since the line before, and "
+            "a run that continues from a checkpoint must begin at one."
+        )
+    target = sft["target_loss"]
+    if target is not None and not target > 0.0:
+        raise ValueError(
+            f"sft.target_loss must be above 0 (imitation ends at that loss), or None, got {target}."
+        )
     _check_learner(learner, config)
 
 

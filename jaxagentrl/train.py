@@ -79,7 +79,8 @@ def run(config: Mapping[str, Any], directory: str) -> None:
                 writer.write("baseline", 0, values)
                 host = _save(session, state, stage="sft", step=0)
             if host["stage"] == "sft":
-                state = _imitate(session, state, host["step"])
+                if not host.get("is_over"):  # Checkpoints of before there was a target have none.
+                    state = _imitate(session, state, host["step"])
                 writer.write("eval", 0, _timed({}, _evaluate, session, state.params, "sft"))
                 state = _start_rl(state, config, setup)
                 host = _save(session, state, stage="rl", step=0)
@@ -103,8 +104,10 @@ def _open(root: pathlib.Path, config: Mapping[str, Any]) -> workdir.Workdir:
 
 
 def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState:
-    """Imitation from `first_step` on."""
+    """Imitation from `first_step` on, to its last step or to where the demonstrations' loss, as logged,
+    is at its target."""
     sft, setup = session.config["sft"], session.setup
+    target = sft["target_loss"]
     if sft["num_steps"] == 0:
         return state
     trajectories = demos.encode(
@@ -128,20 +131,24 @@ def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState
         frozen=setup.frozen,
         **shapes,
     )
-    since = time.monotonic()
+    since, recent = time.monotonic(), []
     with progress.bar("imitation", sft["num_steps"]) as advance:
         advance(first_step)
         for step, state, measured in steps:
-            note = None
-            if step % sft["log_every"] == 0 or step == sft["num_steps"]:
-                values = jax.device_get(measured)
+            recent.append(measured)
+            note, is_over = None, step == sft["num_steps"]
+            if step % sft["log_every"] == 0 or is_over:
+                values = metrics.mean(jax.device_get(recent))
                 seconds = {"time/sft_s": time.monotonic() - since}
-                since = time.monotonic()
+                since, recent = time.monotonic(), []
                 session.writer.write("sft", step, values | seconds)
                 note = f"loss {values['loss/action']:.3f}"
+                is_over |= target is not None and values["loss/action"] <= target
             advance(note=note)
-            if step % sft["save_every"] == 0 or step == sft["num_steps"]:
-                _save(session, state, stage="sft", step=step)
+            if step % sft["save_every"] == 0 or is_over:
+                _save(session, state, stage="sft", step=step, is_over=is_over)
+            if is_over:
+                break
     return state
 
 
@@ -389,12 +396,19 @@ def _reference(session: Session, state: TrainState) -> learner.Params:
 
 
 def _save(
-    session: Session, state: TrainState, *, stage: str, step: int, sampler: Any = None
+    session: Session,
+    state: TrainState,
+    *,
+    stage: str,
+    step: int,
+    sampler: Any = None,
+    is_over: bool = False,
 ) -> dict[str, Any]:
     session.writer.flush()
     host = {
         "stage": stage,
         "step": step,
+        "is_over": is_over,
         "lines": session.writer.num_lines,
         "sampler": sampler or {},
     }
@@ -415,7 +429,7 @@ def _restore(
         if restored is not None:
             progress.notice(f"continuing after {stage} step {restored[1]['step']}")
             return restored
-    return state, {"stage": "start", "step": 0, "lines": 0, "sampler": {}}
+    return state, {"stage": "start", "step": 0, "is_over": False, "lines": 0, "sampler": {}}
 
 
 def _export(session: Session, state: TrainState) -> None:

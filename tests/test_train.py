@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,22 @@ def test_kill_9_and_go_on_equals_an_uninterrupted_run(finished, cache, tmp_path,
     assert comparable(workdir) == comparable(finished)
 
 
+def test_imitation_ends_at_its_target_and_is_not_taken_up_again(finished, cache, tmp_path):
+    logged = [line for line in comparable(finished) if line["phase"] == "sft"]
+    # Between the losses of the second line and the first: 4 of 12 steps.
+    target = (logged[0]["loss/action"] + logged[1]["loss/action"]) / 2
+    assert logged[1]["loss/action"] < target < logged[0]["loss/action"]
+    arguments = (tmp_path / "new", cache, f"--config.sft.target_loss={target}",
+                 "--config.rl.num_iterations=1")
+    run(*arguments)
+    lines = comparable(tmp_path / "new")
+    assert [line for line in lines if line["phase"] == "sft"] == logged[:2]
+    # As if killed between imitation's last checkpoint and the first of RL.
+    shutil.rmtree(tmp_path / "new" / "checkpoints" / "rl")
+    assert "continuing after sft step 4" in run(*arguments).stderr
+    assert comparable(tmp_path / "new") == lines
+
+
 def smoke_config() -> dict:
     return runpy.run_path(str(ROOT / "configs" / "textworld_smoke.py"))["get_config"]().to_dict()
 
@@ -127,6 +144,8 @@ def smoke_config() -> dict:
         ("sampling.max_length", 100, "filled_buckets"),
         ("sampling.num_slots", 7, "num_waves"),
         ("sft.batch_size", 99, "sft.batch_size"),
+        ("sft.save_every", 3, "no multiple of sft.log_every = 2"),
+        ("sft.target_loss", -1.0, "sft.target_loss must be above 0"),
         ("splits.test", (40001, 8), "share the seeds"),
         ("namings.train", 0, "namings must give"),
         ("env.params.theme", "house", "namings.demo is 2"),
