@@ -5,9 +5,9 @@
 Games: `tw-make custom --world-size 2 --nb-objects 3 --quest-length 4`, theme `basic` (names such as
 `thing6` and `Z-box`: a third of the tokens of `house` and no less skill). 300 walkthroughs, each under
 16 namings, are imitated until the loss on actions is 0.3, which is before the model is sure of what it
-copies; 80 iterations of RL follow on 350 other games under four namings, 256 episodes each, with TextWorld's
-progress signal as the turns' reward and GiGPO's credit. Twelve turns are three times what a walkthrough
-takes: a slip can be made good.
+copies; 80 iterations of RL follow on 300 other games under four namings, 192 episodes each, with
+TextWorld's progress signal as the turns' reward and GiGPO's credit. Twelve turns are three times what
+a walkthrough takes: a slip can be made good.
 
 Expected on two CPU cores: see the table in README.md.
 """
@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_workers=2,
     )
     # (first seed, number of seeds) of each split.
-    config.splits = dict(demo=(40001, 300), train=(50001, 350), test=(1, 300))
+    config.splits = dict(demo=(40001, 300), train=(50001, 300), test=(1, 300))
     # Under how many names each game is played (envs_host/naming.py); held-out games as they are.
     config.namings = dict(demo=16, train=4)
     config.pool = dict(
@@ -54,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
         intermediate_size=384,
     )
     config.sampling = dict(
-        num_slots=256,
+        num_slots=192,
         num_waves=2,
         max_length=240,
         max_turn_tokens=12,
@@ -123,7 +123,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.rl = dict(
         num_iterations=80,
-        tasks_per_iteration=32,
+        tasks_per_iteration=24,
         group_size=8,
         num_epochs=1,
         num_minibatches=1,
