@@ -15,6 +15,11 @@ Expected on two CPU cores: see the table in README.md.
 import ml_collections
 
 
+def optional(value: float) -> ml_collections.FieldReference:
+    """A number that configs built on this one may set to None, and the command line to a number again."""
+    return ml_collections.FieldReference(value, field_type=float)
+
+
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
@@ -82,7 +87,7 @@ def get_config() -> ml_collections.ConfigDict:
         kind="intermediate",
         invalid_penalty=0.0,
         no_end_of_turn_penalty=0.0,
-        intermediate_scale=0.25,
+        intermediate_scale=optional(0.25),
     )
     config.learner = dict(
         length_buckets=(80, 96, 112, 128, 144, 176, 240),
@@ -104,7 +109,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.sft = dict(
         num_steps=240,
         # Imitation ends where a line of the log (a mean over log_every steps) is at this loss.
-        target_loss=0.3,
+        target_loss=optional(0.3),
         batch_size=16,
         observation_weight=0.5,
         log_every=10,

@@ -219,10 +219,11 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path):
 
     def peak_of(action):
         """The smallest of several: XLA lets go of an array some moments after its last use, so
-        that two may overlap by chance; code that holds two does so every time."""
+        that two may overlap by chance, on a busy machine often; code that holds two does so every
+        time."""
         action()   # compiles, which takes memory of its own
         peaks = []
-        for _ in range(5):
+        while len(peaks) < 30 and min(peaks, default=whole) >= largest + margin:
             tracemalloc.start()
             action()
             peaks.append(tracemalloc.get_traced_memory()[1])
