@@ -72,4 +72,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.rl.update(num_iterations=40, tasks_per_iteration=16, eval_every=10, save_every=10)
     config.rl.advantage.update(negative_weight=0.5)
     config.rl.optimizer.update(learning_rate=4e-4, decay_steps=40)
+    config.eval.update(temperature=0.0, other_temperatures=())
     return config

@@ -75,5 +75,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.rl.optimizer.update(
         learning_rate=1e-6, warmup_steps=0, decay_steps=None, b2=0.999, weight_decay=0.01
     )
-    config.eval.update(temperature=0.4)
+    config.eval.update(temperature=0.4, other_temperatures=())
     return config

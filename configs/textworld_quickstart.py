@@ -16,7 +16,7 @@ import ml_collections
 
 
 def optional(value: float) -> ml_collections.FieldReference:
-    """A number that configs built on this one may set to None, and the command line to a number again."""
+    """A number that a config built on this one may set to None, and the command line to a number."""
     return ml_collections.FieldReference(value, field_type=float)
 
 
@@ -171,5 +171,6 @@ def get_config() -> ml_collections.ConfigDict:
             moment_dtype="float32",
         ),
     )
-    config.eval = dict(temperature=0.0)
+    # As arXiv 2510.01132 validates; at the stages' ends also greedily and as RL samples.
+    config.eval = dict(temperature=0.4, other_temperatures=(0.0, 1.0))
     return config

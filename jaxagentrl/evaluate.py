@@ -35,6 +35,14 @@ def summary(prefix: str, rollout: Rollout) -> dict[str, float]:
     return {key: float(value) for key, value in values.items()}
 
 
+def temperature_suffix(temperature: float) -> str:
+    """Of a metric's prefix, where the temperature is not the run's own: "eval" -> "eval.t0.7".
+
+    No split's prefix can be equal to it: keys of a config have no dots.
+    """
+    return f".t{temperature:g}"
+
+
 def breakdown(prefix: str, rollout: Rollout) -> dict[str, float]:
     """Success by split and task type, for tasks that have them (ALFWorld): rate, n and interval.
 

@@ -86,6 +86,12 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"sft.target_loss must be above 0 (imitation ends at that loss), or None, got {target}."
         )
+    temperatures = (config["eval"]["temperature"], *config["eval"]["other_temperatures"])
+    if min(temperatures) < 0.0 or len(set(temperatures)) != len(temperatures):
+        raise ValueError(
+            f"eval.temperature and eval.other_temperatures are {temperatures}, expected different "
+            "numbers from 0 (greedy) on: drop the double or negative one."
+        )
     _check_learner(learner, config)
 
 

@@ -1,14 +1,15 @@
 """What a finished (or running) workdir says about its run, read from metrics.jsonl and config.json.
 
 The keys looked for: `eval/*` of the held-out evaluations wherever they stand (phase "baseline" is
-the untrained model, "eval" the model after imitation, "rl" during RL), `random/*` and
-`walkthrough/*` of phase "baseline", `loss/action` of phase "sft", `rollout/*` of phase "rl".
+the untrained model, "eval" the model after imitation, "rl" during RL), `eval.t<temperature>/*` beside
+them, `random/*` and `walkthrough/*` of phase "baseline", `loss/action` of phase "sft", `rollout/*` of phase "rl".
 """
 
 import dataclasses
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from jaxagentrl import metrics
@@ -21,6 +22,8 @@ _TIMES = (
     ("updates", "time/update_s"),
     ("evaluation", "time/evaluate_s"),
 )
+
+_OTHER_TEMPERATURE = re.compile(r"(eval\.t([\d.e-]+))/episodes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Run:
         lines: all lines of metrics.jsonl, `seconds(line)` for their time.
         agents: random and walkthrough agent, as far as they were measured.
         evaluations: of the model, in time order.
+        other_temperatures: evaluations at the stages' ends at temperatures beside eval.temperature.
     """
 
     root: pathlib.Path
@@ -65,6 +69,7 @@ class Run:
     lines: list[metrics.Line]
     agents: dict[str, Evaluation]
     evaluations: list[Evaluation]
+    other_temperatures: dict[float, list[Evaluation]]
 
     def phase(self, name: str) -> list[metrics.Line]:
         return [line for line in self.lines if line["phase"] == name]
@@ -113,7 +118,7 @@ def read(root: str | os.PathLike) -> Run:
     lines = metrics.read(path)
     config = root / "config.json"
     content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    run = Run(root, content, lines, {}, [])
+    run = Run(root, content, lines, {}, [], {})
     for line in lines:
         if line["phase"] == "baseline":
             for name in ("random", "walkthrough"):
@@ -122,6 +127,13 @@ def read(root: str | os.PathLike) -> Run:
         if "eval/episodes" in line:
             stage, name = _stage(line)
             run.evaluations.append(_evaluation(run, line, "eval", name, stage))
+            for key in line:
+                if found := _OTHER_TEMPERATURE.fullmatch(key):
+                    prefix, temperature = found[1], float(found[2])
+                    told = f"{name}, {at_temperature(temperature)}"
+                    run.other_temperatures.setdefault(temperature, []).append(
+                        _evaluation(run, line, prefix, told, stage)
+                    )
     return run
 
 
@@ -139,6 +151,23 @@ def verdict(run: Run) -> str | None:
         f"({100 * before.success:.1f} % to {100 * after.success:.1f} %); the 95 % intervals "
         f"{intervals}."
     )
+
+
+def verdict_at_other_temperatures(run: Run) -> str | None:
+    """What `verdict` compares, at the other temperatures; None when there are none."""
+    parts = []
+    for temperature, evaluations in run.other_temperatures.items():
+        last = {evaluation.stage: evaluation for evaluation in evaluations}
+        if "sft" in last and "rl" in last:
+            parts.append(
+                f"{at_temperature(temperature)} from {percent(last['sft'])} to {percent(last['rl'])}"
+            )
+    return f"With other sampling: {'; '.join(parts)}." if parts else None
+
+
+def at_temperature(temperature: float) -> str:
+    """ "greedy", "temperature 0.7" """
+    return f"temperature {temperature:g}" if temperature else "greedy"
 
 
 def duration(seconds: float) -> str:

@@ -38,13 +38,13 @@ def page(run: Run, curves_png: bytes) -> str:
     """The whole page as text. Everything that came from a game or a model is escaped."""
     name = run.root.resolve().name
     image = base64.b64encode(curves_png).decode("ascii")
-    verdict = report_data.verdict(run)
+    verdicts = (report_data.verdict(run), report_data.verdict_at_other_temperatures(run))
     parts = [
         "<!doctype html>\n<html lang=en><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(name)}: jaxagentrl run</title><style>{_STYLE}</style>",
         f"<h1>{html.escape(name)}</h1>",
-        f"<p>{html.escape(verdict)}</p>" if verdict else "",
+        *(f"<p>{html.escape(verdict)}</p>" for verdict in verdicts if verdict),
         f'<img alt="success, imitation loss and RL return" src="data:image/png;base64,{image}">',
         "<h2>Held-out evaluation</h2>", _evaluation_table(run),
         "<h2>How episodes ended</h2>", _stop_table(run),
@@ -58,7 +58,8 @@ def page(run: Run, curves_png: bytes) -> str:
 
 def _evaluation_table(run: Run) -> str:
     rows = []
-    for evaluation in [*run.agents.values(), *run.evaluations]:
+    others = [e for evaluations in run.other_temperatures.values() for e in evaluations]
+    for evaluation in [*run.agents.values(), *run.evaluations, *others]:
         values = evaluation.values
         rows.append((
             evaluation.name, f"{values['successes']:.0f} / {evaluation.episodes}",

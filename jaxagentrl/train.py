@@ -283,26 +283,44 @@ def _evaluate(
 ) -> dict[str, float]:
     """Success on the held-out tasks, always with the same random streams.
 
-    Further held-out splits ("test_<x>") are played where the record is kept: at the stages' ends.
+    Where the record is kept, at the stages' ends, further held-out splits ("test_<x>") are played, and
+    everything at further temperatures.
     """
-    config, values = session.config, {}
-    for split, prefix in prepare.held_out(config["splits"]).items():
+    options, values = session.config["eval"], {}
+    temperatures = {"": options["temperature"]}
+    if keep:
+        temperatures |= {evaluate.temperature_suffix(t): t for t in options["other_temperatures"]}
+    for split, prefix in prepare.held_out(session.config["splits"]).items():
         if split != "test" and not keep:
             continue
-        test = session.setup.splits[split]
-        with progress.bar(f"evaluating ({name}, {split})", len(test)) as advance:
-            played = _play(
-                session,
-                params,
-                rollout.episodes(test, group_size=1, stream=(config["seed"], STREAM_EVALUATE, 0)),
-                advance=advance,
-                temperature=config["eval"]["temperature"],
+        for suffix, temperature in temperatures.items():
+            values |= _evaluate_at(
+                session, params, split, prefix + suffix, temperature, name if keep else None
             )
-        if keep:
-            records = [t.to_json() for t in played.trajectories]
-            _keep(session, f"{prefix}_{name}", records)
-        values |= evaluate.summary(prefix, played) | evaluate.breakdown(prefix, played)
     return values
+
+
+def _evaluate_at(
+    session: Session,
+    params: learner.Params,
+    split: str,
+    prefix: str,
+    temperature: float,
+    name: str | None,
+) -> dict[str, float]:
+    """A held-out split at a temperature; its episodes are written down under `name`, if it has one."""
+    test, stream = session.setup.splits[split], (session.config["seed"], STREAM_EVALUATE, 0)
+    with progress.bar(f"evaluating ({split}, T {temperature:g})", len(test)) as advance:
+        played = _play(
+            session,
+            params,
+            rollout.episodes(test, group_size=1, stream=stream),
+            advance=advance,
+            temperature=temperature,
+        )
+    if name is not None:
+        _keep(session, f"{prefix}_{name}", [t.to_json() for t in played.trajectories])
+    return evaluate.summary(prefix, played) | evaluate.breakdown(prefix, played)
 
 
 def _keep(session: Session, name: str, records: list[dict[str, Any]]) -> None:

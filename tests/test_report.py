@@ -119,6 +119,27 @@ def test_verdict_says_whether_intervals_overlap(root):
     assert "overlap: this may be chance" in report_data.verdict(report_data.read(root))
 
 
+def test_other_temperatures_stand_beside_the_verdict(tmp_path):
+    make_run(tmp_path)
+    assert report_data.verdict_at_other_temperatures(report_data.read(tmp_path)) is None
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    for line, successes in ((lines[31], (84, 40)), (lines[-1], (120, 110))):
+        assert "eval/episodes" in line
+        for suffix, won in zip((".t0", ".t0.7"), successes, strict=True):
+            line.update(metrics.success_metrics("eval" + suffix, won, 200))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = report_data.read(tmp_path)
+    assert report_data.verdict_at_other_temperatures(run) == (
+        "With other sampling: greedy from 42.0 % [35.4, 48.9] to 60.0 % [53.1, 66.5]; "
+        "temperature 0.7 from 20.0 % [15.0, 26.1] to 55.0 % [48.1, 61.7].")
+    assert [e.name for e in run.other_temperatures[0.7]] == [
+        "after imitation, temperature 0.7", "after RL (80 iterations), temperature 0.7"]
+    assert run.last("rl").success == 0.63   # the run's own temperature's, as before
+    told = " ".join(table_text(tmp_path).split())
+    assert "temperature 0.7 from 20.0 % [15.0, 26.1] to 55.0 %" in told
+    assert "after imitation, greedy" in report_page.page(run, b"")
+
+
 def test_table_in_the_terminal(root):
     text = table_text(root)
     row = next(line for line in text.splitlines() if line.strip().startswith("after RL"))

@@ -75,6 +75,11 @@ def test_a_run_leaves_what_the_design_promises(finished):
     assert max(gaps) <= 1e-4  # promise 2, on every run
     episodes = [json.loads(row) for row in (finished / "trajectories" / "eval_rl.jsonl").open()]
     assert len(episodes) == 8 and episodes[0]["turns"][0]["action_ids"]
+    # The stages' ends, and no other line, are played at every temperature.
+    for key in ("eval.t0/episodes", "eval.t1/episodes"):
+        assert [line["step"] for line in lines if line["phase"] == "rl" and key in line] == [4]
+        assert [line["phase"] for line in lines if key in line] == ["baseline", "eval", "rl"]
+    assert (finished / "trajectories" / "eval.t1_rl.jsonl").exists()
 
 
 def test_the_model_loads_in_transformers(finished):
@@ -146,6 +151,8 @@ def smoke_config() -> dict:
         ("sft.batch_size", 99, "sft.batch_size"),
         ("sft.save_every", 3, "no multiple of sft.log_every = 2"),
         ("sft.target_loss", -1.0, "sft.target_loss must be above 0"),
+        ("eval.other_temperatures", (0.4, 1.0), "drop the double"),
+        ("eval.other_temperatures", (-1.0,), "negative one"),
         ("splits.test", (40001, 8), "share the seeds"),
         ("namings.train", 0, "namings must give"),
         ("env.params.theme", "house", "namings.demo is 2"),
