@@ -71,6 +71,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.sft.optimizer.update(learning_rate=2e-3)
     config.rl.update(num_iterations=40, tasks_per_iteration=16, eval_every=10, save_every=10)
     config.rl.advantage.update(negative_weight=0.5)
-    config.rl.optimizer.update(learning_rate=4e-4, decay_steps=40)
+    config.rl.optimizer.update(
+        learning_rate=4e-4, warmup_steps=5, decay_steps=40, final_fraction=0.25
+    )
     config.eval.update(temperature=0.0, other_temperatures=())
     return config
