@@ -5,7 +5,7 @@
 Games: `tw-make custom --world-size 2 --nb-objects 3 --quest-length 4`, theme `basic` (names such as
 `thing6` and `Z-box`: a third of the tokens of `house` and no less skill). 300 walkthroughs, each under
 16 namings, are imitated until the loss on actions is 0.3, which is before the model is sure of what it
-copies; 96 iterations of RL follow on 400 other games under four namings, 256 episodes each, with
+copies; 128 iterations of RL follow on 400 other games under four namings, 256 episodes each, with
 TextWorld's progress signal as the turns' reward and GiGPO's credit. Twelve turns are three times what
 a walkthrough takes: a slip can be made good. At a learning rate of 8e-4 instead of 5e-4, or without a
 longer warm-up, the same seed ends anywhere between 50 and 63 % (docs/performance.md).
@@ -128,7 +128,7 @@ def get_config() -> ml_collections.ConfigDict:
         ),
     )
     config.rl = dict(
-        num_iterations=96,
+        num_iterations=128,
         tasks_per_iteration=32,
         group_size=8,
         num_epochs=1,
@@ -163,7 +163,7 @@ def get_config() -> ml_collections.ConfigDict:
         optimizer=dict(
             learning_rate=5e-4,
             warmup_steps=12,
-            decay_steps=96,
+            decay_steps=128,
             final_fraction=0.1,
             b1=0.9,
             b2=0.95,
