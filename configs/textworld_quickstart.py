@@ -7,8 +7,8 @@ Games: `tw-make custom --world-size 2 --nb-objects 3 --quest-length 4`, theme `b
 16 namings, are imitated until the loss on actions is 0.3, which is before the model is sure of what it
 copies; 128 iterations of RL follow on 400 other games under four namings, 256 episodes each, with
 TextWorld's progress signal as the turns' reward and GiGPO's credit. Twelve turns are three times what
-a walkthrough takes: a slip can be made good. At a learning rate of 8e-4 instead of 5e-4, or without a
-longer warm-up, the same seed ends anywhere between 50 and 63 % (docs/performance.md).
+a walkthrough takes: a slip can be made good. At a learning rate of 8e-4 with five steps of warm-up,
+runs of the same seed ended anywhere between 50 and 63 % (docs/performance.md).
 
 Expected on two CPU cores: see the table in README.md.
 """
