@@ -1,8 +1,9 @@
 """What a finished (or running) workdir says about its run, read from metrics.jsonl and config.json.
 
 The keys looked for: `eval/*` of the held-out evaluations wherever they stand (phase "baseline" is
-the untrained model, "eval" the model after imitation, "rl" during RL), `eval.t<temperature>/*` beside
-them, `random/*` and `walkthrough/*` of phase "baseline", `loss/action` of phase "sft", `rollout/*` of phase "rl".
+the untrained model, "eval" the model after imitation, "rl" during RL), `eval.t<temperature>/*`
+beside them, `random/*` and `walkthrough/*` of phase "baseline", `loss/action` of phase "sft",
+`rollout/*` of phase "rl".
 """
 
 import dataclasses
