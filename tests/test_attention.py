@@ -11,9 +11,9 @@ B, L, H, K, E = 2, 10, 4, 2, 8
 SCALE = 0.3
 
 
-def tensors(dtype="float32"):
+def tensors(dtype="float32", length=L):
     rng = np.random.default_rng(0)
-    shapes = (B, L, H, E), (B, L, K, E), (B, L, K, E)
+    shapes = (B, length, H, E), (B, length, K, E), (B, length, K, E)
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
@@ -51,6 +51,55 @@ def test_products_against_the_definition(name, softcap):
     out = attention.attend(q, k, v, mask, scale=SCALE, softcap=softcap)
     wanted = oracle(q, k, v, None if mask is None else np.asarray(mask), softcap)
     np.testing.assert_allclose(out, wanted, atol=1e-6)
+
+
+def plain(q, k, v, mask, softcap):
+    """The definition in whole arrays, for jax's own derivative: no blocks, no rule of ours."""
+    length = q.shape[1]
+    keys, values = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
+    z = attention.cap(SCALE * jnp.einsum("bthe,bshe->bhts", q, keys), softcap)
+    seen = jnp.tril(jnp.ones((1, length, length), bool)) & mask
+    weights = jax.nn.softmax(jnp.where(seen[:, None], z, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshe->bthe", weights, values)
+
+
+@pytest.mark.parametrize(
+    ("length", "softcap"), [(64, None), (65, None), (150, 0.5), (300, None)]
+)  # 1, 2, 3 and 4 blocks of queries
+def test_blocks_of_queries_change_neither_values_nor_gradients(length, softcap):
+    inputs = tensors(length=length)
+    rng = np.random.default_rng(1)
+    segments = np.sort(rng.integers(0, 4, (B, length)), axis=1)  # they straddle blocks
+    mask = jnp.asarray(segments[:, None, :] == segments[:, :, None])
+    weights = jnp.asarray(rng.standard_normal((B, length, H, E)), jnp.float32)
+
+    def with_gradients(attend):
+        return jax.value_and_grad(lambda *x: jnp.sum(weights * attend(*x)), (0, 1, 2))(*inputs)
+
+    ours = with_gradients(lambda *x: attention.attend(*x, mask, scale=SCALE, softcap=softcap))
+    wanted = with_gradients(lambda *x: plain(*x, mask, softcap))
+    for one, two in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-5)
+
+
+def test_no_scores_of_later_blocks_are_computed():
+    """Of four blocks 5/8 of the scores are left, so of the arithmetic too."""
+
+    def flops(attend, length):
+        q, k, v = tensors(length=length)
+        return jax.jit(attend).lower(q, k, v).compile().cost_analysis()["flops"]
+
+    blocked = flops(lambda *x: attention.attend(*x, None, scale=SCALE), 1024)
+    whole = flops(lambda *x: plain(*x, jnp.ones((1, 1024, 1024), bool), None), 1024)
+    assert blocked < 0.7 * whole
+
+
+def test_sixteen_bits_are_rounded_once():
+    """Sums and the division are float32; what is rounded is what products read, and the result."""
+    q, k, v = tensors("bfloat16")
+    out = attention.attend(q, k, v, None, scale=SCALE)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float64), oracle(q, k, v, None), atol=0.02)
 
 
 @pytest.mark.parametrize("name", masks())
