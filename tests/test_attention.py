@@ -101,6 +101,13 @@ def test_sixteen_bits_are_rounded_once():
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float64), oracle(q, k, v, None), atol=0.02)
 
+    # Equal scores and whole numbers leave one inexact step, the rounding of the mean.
+    whole = jnp.asarray(np.random.default_rng(2).integers(-200, 200, v.shape), jnp.bfloat16)
+    out = attention.attend(jnp.zeros_like(q), k, whole, None, scale=SCALE)
+    means = np.cumsum(np.asarray(whole, np.float64), axis=1) / np.arange(1, L + 1)[:, None, None]
+    wanted = jnp.asarray(np.repeat(means, H // K, axis=2), jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(wanted, np.float32))
+
 
 @pytest.mark.parametrize("name", masks())
 def test_the_fused_kernel_is_asked_for_the_same(name):
