@@ -142,7 +142,8 @@ def attend_cached(
     scores of any other in the backward pass.
 
     Args:
-        q: [R, W, H, E]. k: [R, K, E, S]. v: [R, K, S, E]. mask: [R or 1, W, S] bool.
+        q: [R, W, H, E]. k: [R, K, E, S], or in C blocks [R, K, C, E, S / C]. v: [R, K, S, E].
+            mask: [R or 1, W, S] bool.
         scale, softcap: as in `attend`.
 
     Returns:
@@ -153,12 +154,24 @@ def attend_cached(
     # Queries of one key/value head side by side: one matrix product per row and head.
     q = q.reshape(rows, width, num_kv_heads, heads // num_kv_heads, size)
     q = q.transpose(0, 2, 3, 1, 4).reshape(rows, num_kv_heads, -1, size)
-    scores = jnp.einsum("rkqe,rkes->rkqs", q, k, preferred_element_type=jnp.float32)
+    scores = _products(q, k)
     mask = jnp.tile(mask, (1, heads // num_kv_heads, 1))[:, None]
     scores = jnp.where(mask, cap(scores * scale, softcap), _MASKED)
     out = _weighted_sum(scores, v)
     out = out.reshape(rows, num_kv_heads, heads // num_kv_heads, width, size)
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, width, heads, size)
+
+
+def _products(q: jax.Array, k: jax.Array) -> jax.Array:
+    """[R, K, Q, S] float32 of [R, K, Q, E] and keys as `attend_cached` takes them."""
+    if k.ndim == 4:
+        return jnp.einsum("rkqe,rkes->rkqs", q, k, preferred_element_type=jnp.float32)
+    # q repeated and the order of the result are spelt out: of an einsum that has them to itself XLA on
+    # CPU makes a transposed copy of the keys, or a product in four times the time.
+    q = jnp.broadcast_to(q[:, :, None], (*k.shape[:3], *q.shape[2:]))
+    scores = jnp.einsum("rkcqe,rkcep->rkcqp", q, k, preferred_element_type=jnp.float32)
+    scores = scores.swapaxes(2, 3)
+    return scores.reshape(*scores.shape[:3], -1)
 
 
 @jax.custom_vjp

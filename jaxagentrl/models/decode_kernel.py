@@ -46,7 +46,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     cache: kv_cache.KVCache,
-    layer: jax.Array,
+    layer: jax.Array | int,
     lengths: jax.Array,
     is_real: jax.Array,
     *,
@@ -122,7 +122,8 @@ def attend(
         interpret=interpret,
         name="decode_attention",
     )(
-        layer.reshape(1), first, lengths, places, q.reshape(rows, num_kv_heads, group, size), k, v,
+        jnp.asarray(layer, jnp.int32).reshape(1), first, lengths, places,
+        q.reshape(rows, num_kv_heads, group, size), k, v,
         cache.keys, cache.values,
     )
     if parts > 1:

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxagentrl.models import attention, decode_kernel, kv_cache, rope, sharding
@@ -291,6 +292,7 @@ def hidden_cached(
     counts: jax.Array,
     *,
     filled: int,
+    is_hidden_needed: bool = True,
 ) -> tuple[jax.Array, kv_cache.KVCache]:
     """Appends tokens to cache rows and returns their hidden states.
 
@@ -302,6 +304,8 @@ def hidden_cached(
         lengths: [R] int32, tokens already in the cache.
         counts: [R] int32, how many of the W tokens are real.
         filled: static bound on lengths + counts; attention reads this much of the cache and no more.
+        is_hidden_needed: False where the caller only wants the cache. The last layer is then a program of
+            its own, of which the compiler keeps the keys and values.
 
     Returns:
         [R, W, D] hidden states and the cache with the new keys and values.
@@ -309,7 +313,11 @@ def hidden_cached(
     width = tokens.shape[1]
     offsets = jnp.arange(width)
     positions = lengths[:, None] + offsets[None]
-    tables = rope_tables(config, positions)
+    # Looked up: of cosines, XLA on CPU would compute each one again for every entry that it turns.
+    tables = tuple(
+        jnp.take(table[..., 0, :, :], positions, axis=-2, mode="clip")
+        for table in rope_tables(config, np.arange(filled)[None])
+    )
     index = jnp.arange(filled)[None, None, :]
     mask = index <= positions[:, :, None]
     distance = positions[:, :, None] - index
@@ -317,13 +325,18 @@ def hidden_cached(
     targets = jnp.where(offsets[None] < counts[:, None], positions, cache.max_length)
     graph, layers = _layers(config, params)
     scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
+    local_layers = _local_layers(config)
     x = embed(config, params, tokens)
     is_fused = width == 1 and slots is None and _has_decode_kernel(config, cache, x.dtype)
 
-    def step(carry, inputs):
-        x, cache, index = carry
-        layer_params, is_local = inputs
+    def step(carry, index):
+        x, cache = carry
+        if isinstance(layers, tuple):
+            layer_params = layers[index]
+        else:
+            layer_params = jax.tree.map(lambda leaf: _at(leaf, index), layers)
         layer = _merge(graph, layer_params)
+        is_local = None if local_layers is None else _at(local_layers, index)
         q, k, v = layer.attention.qkv(layer.attention_norm(x), _table_of(tables, is_local))
         if is_fused:
             window = _window_of(config, is_local, filled)
@@ -337,15 +350,18 @@ def hidden_cached(
             seen = _within_window(config, mask, distance, is_local)
             keys, values = kv_cache.read(cache, index, slots, filled, q.dtype)
             attended = attention.attend_cached(q, keys, values, seen, **scores)
-        return (layer.add_mlp(layer.add_attention(x, attended)), cache, index + 1), None
+        return (layer.add_mlp(layer.add_attention(x, attended)), cache), None
 
-    carry = (x, cache, jnp.int32(0))
-    inputs = (layers, _local_layers(config))
+    carry, first_apart = (x, cache), config.num_layers
     if isinstance(layers, tuple):
-        for index in range(config.num_layers):
-            carry, _ = step(carry, (layers[index], None if inputs[1] is None else inputs[1][index]))
-    else:
-        carry, _ = jax.lax.scan(step, carry, inputs)
+        first_apart = 0
+    elif not is_hidden_needed:
+        first_apart -= 1
+    if first_apart:
+        # By index: a slice of the stacked weights would be a copy of them.
+        carry, _ = jax.lax.scan(step, carry, jnp.arange(first_apart))
+    for index in range(first_apart, config.num_layers):
+        carry, _ = step(carry, index)
     return final_norm(config, params, carry[0]), carry[1]
 
 
@@ -414,6 +430,10 @@ def _unroll(config: DecoderConfig) -> int:
 def _local_layers(config: DecoderConfig) -> jax.Array | None:
     """[N] bool, which layers have the window; None where all layers are alike."""
     return None if config.window_layers is None else jnp.array(config.window_layers)
+
+
+def _at(stacked: jax.Array, index: jax.Array | int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False)
 
 
 def _table_of(

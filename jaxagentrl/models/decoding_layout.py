@@ -42,12 +42,14 @@ def joined(params: Params) -> Params:
 
 
 def unstacked(params: Params) -> Params:
-    """The same weights with a tuple of layers instead of stacked ones.
+    """The same weights with a tuple of layers instead of stacked ones; as they are if they are so.
 
-    A slice of stacked weights is an array of its own, which a GPU writes and reads again in every
+    A slice of stacked weights is an array of its own, which is written and read again in every
     decode step.
     """
     layers = params["layers"]
+    if isinstance(layers, tuple):
+        return params
     depth = jax.tree.leaves(layers)[0].shape[0]
     apart = tuple(jax.tree.map(lambda x: x[index], layers) for index in range(depth))
     return params | {"layers": apart}
