@@ -3,7 +3,7 @@
     python tools/bench_rollout.py --size 25M --turns 5
     python tools/bench_rollout.py --size 25M --turns 25 --episodes 16
     python tools/bench_rollout.py --size 25M --turns 25 --per-turn     what each turn costs, ours alone
-    python tools/bench_rollout.py --size 1M --spread                   ragged against even episodes
+    python tools/bench_rollout.py --size 1M --spread                   short and long episodes mixed or apart
     python tools/bench_rollout.py --size 25M --record rollout.jsonl    for tools/plot_rollout.py
 
 In one run, with the same random weights (written as a Hugging Face folder by us, read by them), the
@@ -372,43 +372,51 @@ class Countdown:
 
 
 def spread(world: World, num_slots: int, num_waves: int) -> None:
-    """Turns per second of episodes of 1 to 20 turns against episodes of equal length.
+    """Turns per second of episodes of 1 to 20 turns, mixed, and of the same episodes length by length.
 
-    Against as many turns in all, and against as many tokens to look back on in all: a turn of a long
-    episode attends to more, so the second says what raggedness itself costs.
+    The same turns with the same beginnings and histories: what differs is that slots fall free at
+    different times, and that short and long rows share a call.
     """
-    rng = np.random.default_rng(0)
-    ragged = rng.choice([1, 2, 3, 5, 10, 20], 16 * num_slots)
-    cases = {
-        "ragged": ragged,
-        "even, as many turns": np.full(len(ragged), round(ragged.mean())),
-        "even, as much context": np.full(len(ragged), round((ragged**2).mean() / ragged.mean())),
+    lengths = [1, 2, 3, 5, 10, 20]
+    each = 3 * num_slots
+    tasks = {
+        # Every episode its own digest, so its own random stream.
+        n: [
+            dataclasses.replace(world.tasks[0], seed=n, digest=f"{each * i + j:064x}"[::-1])
+            for j in range(each)
+        ]
+        for i, n in enumerate(lengths)
     }
+    mixed = [task for n in lengths for task in tasks[n]]
+    np.random.default_rng(0).shuffle(mixed)
     sampler = make_engine(world, num_slots, num_waves)
     sampler.warm_up(world.params)
-    rates = {}
-    for name, lengths in cases.items():
-        tasks = [
-            # Its own digest, so its own random stream.
-            dataclasses.replace(world.tasks[0], seed=int(n), digest=f"{i:064x}"[::-1])
-            for i, n in enumerate(lengths)
-        ]
+
+    def play(some) -> tuple[float, int, float]:
+        """Best seconds of three, turns, and the share of slots that were taken."""
+        to_play = rollout.episodes(some, group_size=1, stream=(0,))
         options = dict(pool=Countdown(), engine=sampler, params=world.params)
-        to_play = rollout.episodes(tasks, group_size=1, stream=(0,))
-        best = None
-        for _ in range(3):
-            played = rollout.collect(
+        plays = [
+            rollout.collect(
                 to_play, rules=make_rules(20), chat_format=world.chat_format, **options
             )
-            best = min(best or np.inf, played.ledger["seconds"])
-        rates[name] = sum(t.num_turns for t in played.trajectories) / best
-        print(
-            f"{name:22} {len(tasks)} episodes of {lengths.min()} to {lengths.max()} turns in "
-            f"{num_slots} slots: {rates[name]:8.1f} turns/s, "
-            f"occupancy {played.ledger['slot_occupancy']:.2f}, "
-            f"ragged at {rates['ragged'] / rates[name]:.2f} x this",
-            flush=True,
-        )
+            for _ in range(3)
+        ]
+        best = min(plays, key=lambda played: played.ledger["seconds"])
+        turns = sum(trajectory.num_turns for trajectory in best.trajectories)
+        return best.ledger["seconds"], turns, best.ledger["slot_occupancy"]
+
+    apart = 0.0
+    for n in lengths:
+        seconds, turns, _ = play(tasks[n])
+        apart += seconds
+        print(f"{each} episodes of {n:2} turns in {num_slots} slots: {turns / seconds:8.1f} turns/s")
+    seconds, turns, occupancy = play(mixed)
+    print(
+        f"these one after the other: {turns / apart:8.1f} turns/s\n"
+        f"all of them mixed:         {turns / seconds:8.1f} turns/s, {apart / seconds:.2f} x, "
+        f"slots taken {100 * occupancy:.0f}% of the time"
+    )
 
 
 def main() -> int:

@@ -1,0 +1,136 @@
+"""Decode steps on CPU, which read mirrors of the cache, against steps that read the cache itself."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_decoder import CONFIG, tokens, variant
+
+from jaxagentrl import sampling
+from jaxagentrl.models import decoder, decoding_layout, kv_cache
+
+SLOTS, TURN = 5, 12
+
+
+def controls() -> sampling.Controls:
+    return sampling.Controls(
+        budgets=jnp.array([12, 3, 0, 12, 7], jnp.int32),  # one row is idle
+        temperatures=jnp.array([1.0, 0.0, 1.0, 0.5, 1.0]),
+        top_k=jnp.zeros(SLOTS, jnp.int32),
+        top_p=jnp.ones(SLOTS),
+        min_p=jnp.zeros(SLOTS),
+        stop_ids=jnp.tile(jnp.arange(0, 61, 15), (SLOTS, 1)),
+        streams=jnp.arange(2 * SLOTS, dtype=jnp.uint32).reshape(SLOTS, 2),
+    )
+
+
+def sampled(config, params, lengths, *, capacity: int, filled: int):
+    """One decode call after `lengths` tokens of each slot: what it sampled, and the cache."""
+    cache = kv_cache.init(config.num_layers, SLOTS, capacity, 2, 8, "float32")
+    widest = max(lengths)
+    ids = tokens(SLOTS, widest + 1)
+    lengths = jnp.array(lengths, jnp.int32)
+    extend = sampling.make_extend(config)
+    nothing = jnp.zeros(SLOTS, jnp.int32)
+    cache, _ = extend(
+        params, cache, ids[:, :widest], jnp.arange(SLOTS), nothing, lengths, filled=capacity
+    )
+    decode = sampling.make_decode(config, max_turn_tokens=TURN)
+    call = functools.partial(decode, filled=filled, restricted=False)
+    return call(params, cache, ids[:, -1], lengths, controls(), jnp.int32(0))
+
+
+@pytest.mark.parametrize("name", ["plain", "query and key norms", "two rotations", "soft caps"])
+@pytest.mark.parametrize(
+    "lengths, capacity, filled",
+    [
+        ((60, 63, 64, 52, 1), 150, 100),  # across the blocks' edge, filled not in whole blocks
+        ((60, 63, 64, 68, 1), 80, 80),  # the last block is longer than the cache
+        ((130, 3, 9, 140, 120), 160, 160),
+    ],
+)
+def test_mirrors_change_neither_samples_nor_the_cache(monkeypatch, name, lengths, capacity, filled):
+    config, params = variant(name)
+    run = functools.partial(sampled, config, params, lengths, capacity=capacity, filled=filled)
+    ours, cache = run()
+    monkeypatch.setattr(sampling, "_reads_mirrors", lambda params, cache: False)
+    plain, plain_cache = run()
+    assert int(ours.steps) == int(plain.steps) > 3
+    np.testing.assert_array_equal(ours.counts, plain.counts)
+    for row, count in enumerate(np.asarray(plain.counts)):
+        np.testing.assert_array_equal(ours.tokens[row, :count], plain.tokens[row, :count])
+        np.testing.assert_allclose(ours.logprobs[row, :count], plain.logprobs[row, :count], atol=2e-5)
+    assert cache.mirrors is None
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cache, plain_cache)
+
+
+def test_mirrors_are_of_one_device_on_cpu_and_of_what_needs_no_conversion(monkeypatch):
+    params = decoder.init(CONFIG, jax.random.key(0))
+
+    def reads(dtype):
+        return sampling._reads_mirrors(params, kv_cache.init(2, 2, 16, 2, 8, dtype))
+
+    assert reads("float32")
+    assert not reads("bfloat16") and not reads("int8")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert not reads("float32")
+
+
+def test_no_step_cuts_the_cache_or_the_weights(monkeypatch):
+    """What XLA would write a copy of in every step is cut before the loop of steps."""
+
+    def largest_cut():
+        config, params = variant("plain")
+        cache = kv_cache.init(2, SLOTS, 150, 2, 8, "float32")
+        decode = sampling.make_decode(config, max_turn_tokens=TURN)
+        given = (params, cache, jnp.zeros(SLOTS, jnp.int32), jnp.ones(SLOTS, jnp.int32))
+        traced = jax.make_jaxpr(functools.partial(decode, filled=100, restricted=False))(
+            *given, controls(), jnp.int32(0)
+        )
+        loop = next(eqn for eqn in equations(traced.jaxpr) if eqn.primitive.name == "while")
+        cuts = ("slice", "dynamic_slice", "gather")
+        body = loop.params["body_jaxpr"].jaxpr
+        return max(
+            eqn.outvars[0].aval.size for eqn in equations(body) if eqn.primitive.name in cuts
+        )
+
+    ours = largest_cut()
+    monkeypatch.setattr(sampling, "_reads_mirrors", lambda params, cache: False)
+    cached = SLOTS * 100 * 2 * 8  # the filled keys of one layer
+    assert ours < cached // 4 < cached <= largest_cut()
+
+
+def equations(jaxpr):
+    """All equations, of inner programs too; a loop before what is in it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_an_extend_does_no_more_in_its_last_layer_than_keys_and_values():
+    """Of one layer that leaves two products: a seventh of its arithmetic here."""
+    rows, width = 4, 32
+    config, params = variant("plain")
+    config = decoder.DecoderConfig(**(vars(config) | {"num_layers": 1}))
+    params = params | {"layers": jax.tree.map(lambda x: x[:1], params["layers"])}
+    cache = kv_cache.init(1, rows, 64, 2, 8, "float32")
+    ids, zeros = tokens(rows, width), jnp.zeros(rows, jnp.int32)
+    counts = jnp.full(rows, width)
+    extend = sampling.make_extend(config).lower(
+        params, cache, ids, jnp.arange(rows), zeros, counts, filled=64
+    )
+    flops = extend.compile().cost_analysis()["flops"]
+    products = 2 * rows * width * config.hidden_size * 2 * 2 * 8
+    assert products <= flops < 1.5 * products
+
+
+def test_weights_apart_stay_apart():
+    params = decoding_layout.unstacked(decoder.init(CONFIG, jax.random.key(0)))
+    assert decoding_layout.unstacked(params) is params
