@@ -19,12 +19,6 @@ from jaxagentrl import sampling, tiling, turns
 from jaxagentrl.models import decoder, kv_cache
 from jaxagentrl.turns import Counters, TurnRequest, TurnSample
 
-# A call of `extend` reads all weights once. In places (tokens computed, padding or not), that is the
-# ratio of arithmetic to memory bandwidth: about 180 GFLOP/s to 20 GB/s in float32 on two cores, 1,000
-# TFLOP/s to 3.4 TB/s in bfloat16 on an H100.
-_CALL_COST = {"cpu": 16, "accelerator": 256}
-
-
 @dataclasses.dataclass
 class _Waiting:
     """A turn on its way: prompt ids that the cache does not hold yet, and what was sampled so far."""
@@ -45,8 +39,7 @@ class _Launched:
     """What the device is doing for a wave."""
 
     markers: list[jax.Array]  # ready when extend and fork are
-    sampled: sampling.Sampled
-    slots: list[int]  # that decode
+    calls: list[tuple[dict[int, int], sampling.Sampled]]  # row → slot of each decode call
 
 
 def check(
@@ -106,7 +99,8 @@ class Engine:
         stop_ids: ids that end a turn, the end-of-turn token among them.
         filled_buckets: cache lengths that attention may read, ascending, the last is max_length.
         width_buckets: widths of one extend; longer texts go in several.
-        row_divisors: row counts of one extend, as divisors of a wave's slots (1 is the whole wave).
+        row_divisors: row counts of one extend, and on CPU of one decode call, as divisors of a wave's
+            slots (1 is the whole wave).
         cache_dtype: dtype of keys and values: "float32", "bfloat16", or "int8" with a scale per
             head and position.
         linger_share: a decode call ends once at most this share of its rows is still in its turn;
@@ -150,8 +144,9 @@ class Engine:
         self._filled_buckets = sorted(filled_buckets)
         self._width_buckets = sorted(min(width, max_length) for width in width_buckets)
         self._row_buckets = sorted({math.ceil(self.slots_per_wave / d) for d in row_divisors})
-        self._stop_ids = np.tile(np.array(sorted(self.stop_ids), np.int32), (self.slots_per_wave, 1))
+        self._stop_ids = np.array(sorted(self.stop_ids), np.int32)
         self._linger_share = linger_share
+        self._row_positions = tiling.row_positions(config)
         self._notice = notice
         self._seen: set[tuple] = set()
         self._extend = sampling.make_extend(config)
@@ -243,8 +238,11 @@ class Engine:
             markers += self._append(params, wave)
             markers += self._copy_leaders(wave)
             slots = sorted(slot for slot, item in waiting.items() if len(item.ids) == 1)
-        sampled = self._start_decode(params, wave, slots)
-        self._launched[wave] = _Launched(markers, sampled, slots)
+        calls = [
+            (rows, self._start_decode(params, wave, rows, num_rows, filled))
+            for num_rows, filled, rows in self._tile_decode(wave, slots)
+        ]
+        self._launched[wave] = _Launched(markers, calls)
 
     def receive(self, wave: int) -> Mapping[int, TurnSample]:
         """Waits for the wave's launch; returns slot → sample for every turn that ended."""
@@ -254,23 +252,33 @@ class Engine:
         clock = [time.monotonic()]
         jax.block_until_ready(launched.markers)
         clock.append(time.monotonic())
-        jax.block_until_ready(launched.sampled)
+        results = [sampled for _, sampled in launched.calls]
+        jax.block_until_ready(results)
         clock.append(time.monotonic())
-        sampled = jax.device_get(launched.sampled)
+        results = jax.device_get(results)
         clock.append(time.monotonic())
         self.counters.seconds_extend += clock[1] - clock[0]
         self.counters.seconds_decode += clock[2] - clock[1]
         self.counters.seconds_transfer += clock[3] - clock[2]
-        self.counters.decode_steps += int(sampled.steps)
-        self.counters.decode_places += int(sampled.steps) * self.slots_per_wave
         ended = {}
-        for slot in launched.slots:
-            item, count = self._waiting[wave][slot], int(sampled.counts[slot])
+        for (rows, _), sampled in zip(launched.calls, results, strict=True):
+            ended |= self._take(wave, rows, sampled)
+        return ended
+
+    def _take(
+        self, wave: int, rows: Mapping[int, int], sampled: sampling.Sampled
+    ) -> dict[int, TurnSample]:
+        """Takes in what a decode call sampled for its rows; returns the turns that ended."""
+        self.counters.decode_steps += int(sampled.steps)
+        self.counters.decode_places += int(sampled.steps) * len(sampled.counts)
+        ended = {}
+        for row, slot in rows.items():
+            item, count = self._waiting[wave][slot], int(sampled.counts[row])
             arrays = (sampled.tokens, sampled.logprobs, sampled.entropies)
-            item.pieces.append(TurnSample(*(array[slot, :count].copy() for array in arrays)))
+            item.pieces.append(TurnSample(*(array[row, :count].copy() for array in arrays)))
             self._lengths[wave, slot] += count
             self.counters.tokens_decoded += count
-            if sampled.unfinished[slot]:
+            if sampled.unfinished[row]:
                 if count:
                     item.ids = item.pieces[-1].ids[-1:]
                 continue
@@ -296,8 +304,10 @@ class Engine:
                         self._run_extend(params, 0, tokens, nobody, zeros, zeros, filled)
             for filled in self._filled_buckets:
                 self._run_fork(0, zeros, nobody, filled)
-        for filled in self._filled_buckets:
-            self._run_decode(params, 0, {}, filled, restricted)
+        decode_rows = self._row_buckets if sampling.decodes_some_rows() else [self.slots_per_wave]
+        for rows in decode_rows:
+            for filled in self._filled_buckets:
+                self._run_decode(params, 0, {}, rows, filled, restricted)
         jax.block_until_ready(self._caches[0])
 
     def _check_settled(self, wave: int) -> None:
@@ -350,7 +360,7 @@ class Engine:
             [len(rows[slot]) for slot in slots],
             row_buckets=self._row_buckets,
             width_buckets=self._width_buckets,
-            call_cost=_CALL_COST["cpu" if jax.default_backend() == "cpu" else "accelerator"],
+            call_cost=tiling.extend_call_cost(),
         )
         return [
             self._extend_rows(params, wave, shape, {slots[i]: rows[slots[i]] for i in part})
@@ -381,14 +391,33 @@ class Engine:
         self.counters.tokens_padded += num_rows * width - int(counts.sum())
         return marker
 
+    def _tile_decode(
+        self, wave: int, slots: Sequence[int]
+    ) -> list[tuple[int, int, dict[int, int]]]:
+        """Splits the slots that decode into calls: (rows, filled, row → slot) of each."""
+        needed = [
+            int(self._lengths[wave, slot]) + self._waiting[wave][slot].budget for slot in slots
+        ]
+        if not sampling.decodes_some_rows():
+            return [(self.slots_per_wave, self._filled(max(needed)), {s: s for s in slots})]
+        base = self._row_positions
+        calls = tiling.tile(
+            [base + length for length in needed],
+            row_buckets=self._row_buckets,
+            width_buckets=[base + filled for filled in self._filled_buckets],
+            call_cost=tiling.DECODE_CALL_ROWS * base,
+        )
+        return [
+            (num_rows, width - base, {row: slots[i] for row, i in enumerate(sorted(part))})
+            for num_rows, width, part in calls
+        ]
+
     def _start_decode(
-        self, params: decoder.Params, wave: int, slots: Sequence[int]
+        self, params: decoder.Params, wave: int, rows: Mapping[int, int], num_rows: int, filled: int
     ) -> sampling.Sampled:
-        items = {slot: self._waiting[wave][slot] for slot in slots}
-        longest = max(int(self._lengths[wave, slot]) + items[slot].budget for slot in slots)
-        requests = (item.request for item in items.values())
+        requests = (self._waiting[wave][slot].request for slot in rows.values())
         restricted = any(r.top_k > 0 or r.top_p < 1 or r.min_p > 0 for r in requests)
-        return self._run_decode(params, wave, items, self._filled(longest), restricted)
+        return self._run_decode(params, wave, rows, num_rows, filled, restricted)
 
     def _run_extend(self, params, wave, tokens, slots, lengths, counts, filled) -> jax.Array:
         with self._first_call("extend", *tokens.shape, filled):
@@ -408,39 +437,40 @@ class Engine:
         self,
         params: decoder.Params,
         wave: int,
-        items: Mapping[int, _Waiting],
+        rows: Mapping[int, int],
+        num_rows: int,
         filled: int,
         restricted: bool,
     ) -> sampling.Sampled:
-        size = self.slots_per_wave
-        pending = np.zeros(size, np.int32)
+        slots, pending, lengths = np.full((3, num_rows), [[self.slots_per_wave], [0], [0]], np.int32)
         controls = sampling.Controls(
-            budgets=np.zeros(size, np.int32),
-            temperatures=np.ones(size, np.float32),
-            top_k=np.zeros(size, np.int32),
-            top_p=np.ones(size, np.float32),
-            min_p=np.zeros(size, np.float32),
-            stop_ids=self._stop_ids,
-            streams=np.zeros((size, 2), np.uint32),
+            budgets=np.zeros(num_rows, np.int32),
+            temperatures=np.ones(num_rows, np.float32),
+            top_k=np.zeros(num_rows, np.int32),
+            top_p=np.ones(num_rows, np.float32),
+            min_p=np.zeros(num_rows, np.float32),
+            stop_ids=np.tile(self._stop_ids, (num_rows, 1)),
+            streams=np.zeros((num_rows, 2), np.uint32),
         )
-        for slot, item in items.items():
-            pending[slot] = item.ids[0]
-            controls.budgets[slot] = item.budget
-            controls.temperatures[slot] = item.request.temperature
-            controls.top_k[slot] = item.request.top_k
-            controls.top_p[slot] = item.request.top_p
-            controls.min_p[slot] = item.request.min_p
-            controls.streams[slot] = turns.stream_words(item.request.stream)
-        linger = np.int32(self._linger_share * len(items))
-        with self._first_call("decode", size, filled, *(["restricted"] if restricted else [])):
+        for row, slot in rows.items():
+            item = self._waiting[wave][slot]
+            slots[row], pending[row], lengths[row] = slot, item.ids[0], self._lengths[wave, slot]
+            controls.budgets[row] = item.budget
+            controls.temperatures[row] = item.request.temperature
+            controls.top_k[row] = item.request.top_k
+            controls.top_p[row] = item.request.top_p
+            controls.min_p[row] = item.request.min_p
+            controls.streams[row] = turns.stream_words(item.request.stream)
+        words = ["restricted"] if restricted else []
+        with self._first_call("decode", num_rows, filled, *words):
             sampled, self._caches[wave] = self._decode(
                 params,
                 self._caches[wave],
+                slots if sampling.decodes_some_rows() else None,
                 pending,
-                # A copy: the device may read it after the host has moved on.
-                self._lengths[wave].copy(),
+                lengths,
                 controls,
-                linger,
+                np.int32(self._linger_share * len(rows)),
                 filled=filled,
                 restricted=restricted,
             )

@@ -283,7 +283,7 @@ def _sampling_bytes(
 
 
 def _decode_inputs(slots: int) -> tuple[Any, ...]:
-    """Shapes of pending, lengths, controls and linger of the decode program."""
+    """Shapes of slots, pending, lengths, controls and linger of the decode program."""
 
     def shape(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
@@ -298,7 +298,8 @@ def _decode_inputs(slots: int) -> tuple[Any, ...]:
         stop_ids=shape(jnp.int32, slots, 1),
         streams=shape(jnp.uint32, slots, 2),
     )
-    return whole, whole, controls, shape(jnp.int32)
+    told = whole if sampling.decodes_some_rows() else None
+    return told, whole, whole, controls, shape(jnp.int32)
 
 
 def _nothing(rows: int, width: int) -> tuple[TrajectoryBatch, learner.Targets]:

@@ -19,25 +19,25 @@ from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
 
 
 class Controls(NamedTuple):
-    """What each slot's turn may be like. Data, so that no value of it compiles anything."""
+    """What each row's turn may be like. Data, so that no value of it compiles anything."""
 
-    budgets: jax.Array  # [S] int32, tokens the row may sample, at most T; 0 makes the row idle
-    temperatures: jax.Array  # [S] float32; 0 is greedy
-    top_k: jax.Array  # [S] int32, keep the k most probable tokens; 0 keeps all
-    top_p: jax.Array  # [S] float32, keep the smallest set of at least this mass; 1 keeps all
-    min_p: jax.Array  # [S] float32, keep what has at least this share of the mode; 0 keeps all
-    stop_ids: jax.Array  # [S, K] int32, tokens that end a turn; −1 is none
-    streams: jax.Array  # [S, 2] uint32, the key of the turn
+    budgets: jax.Array  # [R] int32, tokens the row may sample, at most T; 0 makes the row idle
+    temperatures: jax.Array  # [R] float32; 0 is greedy
+    top_k: jax.Array  # [R] int32, keep the k most probable tokens; 0 keeps all
+    top_p: jax.Array  # [R] float32, keep the smallest set of at least this mass; 1 keeps all
+    min_p: jax.Array  # [R] float32, keep what has at least this share of the mode; 0 keeps all
+    stop_ids: jax.Array  # [R, K] int32, tokens that end a turn; −1 is none
+    streams: jax.Array  # [R, 2] uint32, the key of the turn
 
 
 class Sampled(NamedTuple):
-    """What one decode call produced, per slot."""
+    """What one decode call produced, per row."""
 
-    tokens: jax.Array  # [S, T] int32, junk beyond `counts`
-    logprobs: jax.Array  # [S, T] float32, of the distribution that was sampled from
-    entropies: jax.Array  # [S, T] float32, nats, of that distribution
-    counts: jax.Array  # [S] int32, tokens sampled, the stop token included
-    unfinished: jax.Array  # [S] bool, the call ended before the row's turn did
+    tokens: jax.Array  # [R, T] int32, junk beyond `counts`
+    logprobs: jax.Array  # [R, T] float32, of the distribution that was sampled from
+    entropies: jax.Array  # [R, T] float32, nats, of that distribution
+    counts: jax.Array  # [R] int32, tokens sampled, the stop token included
+    unfinished: jax.Array  # [R] bool, the call ended before the row's turn did
     steps: jax.Array  # [] int32, forward passes
 
 
@@ -99,8 +99,10 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
 
     Arguments of the program:
         params, cache: the cache is donated.
-        pending: [S] int32, the last token of each row, not yet in the cache.
-        lengths: [S] int32, tokens in the cache.
+        slots: [R] int32, the cache row of each row, out of range for one that is idle; None when R is
+            all slots in order, which is what the kernel for GPUs takes and meshes shard.
+        pending: [R] int32, the last token of each row, not yet in the cache.
+        lengths: [R] int32, tokens in the cache.
         controls: see `Controls`. Every token's key is folded from its row's stream and its
             position, so a trajectory does not depend on slot, wave or finishing order.
         linger: [] int32: the call ends once at most this many rows are still in their turn. They
@@ -118,15 +120,15 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
     """
 
     @functools.partial(jax.jit, static_argnames=("filled", "restricted"), donate_argnames="cache")
-    def decode(params, cache, pending, lengths, controls, linger, *, filled, restricted):
+    def decode(params, cache, slots, pending, lengths, controls, linger, *, filled, restricted):
         keys = jax.random.wrap_key_data(controls.streams)
-        num_slots = pending.shape[0]
+        num_rows = pending.shape[0]
         greedy = controls.temperatures <= 0
         scale = jnp.where(greedy, 1.0, controls.temperatures)[:, None]
 
-        if _reads_mirrors(params, cache):
+        if slots is not None and _can_be_mirrored(cache, params):
             params = decoding_layout.unstacked(params)
-            cache, filled = kv_cache.mirrored(cache, filled)
+            cache, filled = kv_cache.mirrored(cache, slots, filled)
 
         def is_running(carry):
             return jnp.sum(carry["active"]) > linger
@@ -138,7 +140,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
                 params,
                 carry["pending"][:, None],
                 carry["cache"],
-                None,
+                slots,
                 lengths,
                 active.astype(jnp.int32),
                 filled=filled,
@@ -150,7 +152,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
             token = sample(z, jax.vmap(jax.random.fold_in)(keys, lengths), greedy)
             chosen, entropies = describe(z, token)
             # Idle rows write at index T, which is dropped.
-            where = (jnp.arange(num_slots), jnp.where(active, carry["counts"], max_turn_tokens))
+            where = (jnp.arange(num_rows), jnp.where(active, carry["counts"], max_turn_tokens))
             counts = carry["counts"] + active
             stopped = jnp.any(token[:, None] == controls.stop_ids, axis=1)
             out = carry["out"]
@@ -168,7 +170,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
                 ),
             }
 
-        shape = (num_slots, max_turn_tokens)
+        shape = (num_rows, max_turn_tokens)
         final = jax.lax.while_loop(
             is_running,
             step,
@@ -188,14 +190,21 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
     return decode
 
 
-def _reads_mirrors(params: decoder.Params, cache: kv_cache.KVCache) -> bool:
-    """Whether decode steps have layers and filled positions taken apart at the start of their call.
+def decodes_some_rows() -> bool:
+    """Whether a decode call is told its rows, so that it may have fewer than there are slots.
 
-    On CPU, where each slice of what is stacked or longer is a copy, in every step. Not on a mesh of
-    fake devices, which is to run what accelerators run.
+    On CPU, where a step's time is nearly that of its rows. Not on a mesh of fake devices, which is to
+    run what accelerators run.
     """
-    if jax.default_backend() != "cpu" or sharding.active():
-        return False
+    return jax.default_backend() == "cpu" and not sharding.active()
+
+
+def _can_be_mirrored(cache: kv_cache.KVCache, params: decoder.Params) -> bool:
+    """Whether the cache is held as it is computed with.
+
+    Then decode steps have layers and filled positions taken apart at the start of their call: on CPU
+    each slice of what is stacked or longer is a copy, in every step.
+    """
     return cache.key_scales is None and cache.keys.dtype == params["embed"]["embedding"].dtype
 
 

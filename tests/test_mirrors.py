@@ -26,8 +26,12 @@ def controls() -> sampling.Controls:
     )
 
 
-def sampled(config, params, lengths, *, capacity: int, filled: int):
-    """One decode call after `lengths` tokens of each slot: what it sampled, and the cache."""
+def sampled(config, params, lengths, *, capacity: int, filled: int, order=None):
+    """One decode call after `lengths` tokens of each slot: what it sampled, and the cache.
+
+    `order` is the slot of each row, None all slots in order without saying so: on CPU what reads
+    the cache itself.
+    """
     cache = kv_cache.init(config.num_layers, SLOTS, capacity, 2, 8, "float32")
     widest = max(lengths)
     ids = tokens(SLOTS, widest + 1)
@@ -38,56 +42,77 @@ def sampled(config, params, lengths, *, capacity: int, filled: int):
         params, cache, ids[:, :widest], jnp.arange(SLOTS), nothing, lengths, filled=capacity
     )
     decode = sampling.make_decode(config, max_turn_tokens=TURN)
-    call = functools.partial(decode, filled=filled, restricted=False)
-    return call(params, cache, ids[:, -1], lengths, controls(), jnp.int32(0))
+    rows = jnp.arange(SLOTS) if order is None else jnp.array(order)
+    pending, held, settings = jax.tree.map(
+        lambda x: jnp.take(x, rows, axis=0, mode="clip"), (ids[:, -1], lengths, controls())
+    )
+    settings = settings._replace(budgets=jnp.where(rows < SLOTS, settings.budgets, 0))
+    slots = None if order is None else rows
+    given = (slots, pending, held, settings, jnp.int32(0))
+    return decode(params, cache, *given, filled=filled, restricted=False)
 
 
-@pytest.mark.parametrize("name", ["plain", "query and key norms", "two rotations", "soft caps"])
 @pytest.mark.parametrize(
-    "lengths, capacity, filled",
+    "name, lengths, capacity, filled",
     [
-        ((60, 63, 64, 52, 1), 150, 100),  # across the blocks' edge, filled not in whole blocks
-        ((60, 63, 64, 68, 1), 80, 80),  # the last block is longer than the cache
-        ((130, 3, 9, 140, 120), 160, 160),
+        # Across the blocks' edge, filled not in whole blocks.
+        ("plain", (60, 63, 64, 52, 1), 150, 100),
+        # The last block is longer than the cache.
+        ("query and key norms", (60, 63, 64, 68, 1), 80, 80),
+        ("two rotations", (130, 3, 9, 140, 120), 160, 160),
+        ("soft caps", (30, 3, 9, 40, 20), 64, 64),
     ],
 )
-def test_mirrors_change_neither_samples_nor_the_cache(monkeypatch, name, lengths, capacity, filled):
+def test_mirrors_change_neither_samples_nor_the_cache(name, lengths, capacity, filled):
     config, params = variant(name)
     run = functools.partial(sampled, config, params, lengths, capacity=capacity, filled=filled)
-    ours, cache = run()
-    monkeypatch.setattr(sampling, "_reads_mirrors", lambda params, cache: False)
     plain, plain_cache = run()
+    order = [3, 0, 4, 1]  # without slot 2, which is idle
+    ours, cache = run(order=order)
     assert int(ours.steps) == int(plain.steps) > 3
-    np.testing.assert_array_equal(ours.counts, plain.counts)
-    for row, count in enumerate(np.asarray(plain.counts)):
-        np.testing.assert_array_equal(ours.tokens[row, :count], plain.tokens[row, :count])
-        np.testing.assert_allclose(ours.logprobs[row, :count], plain.logprobs[row, :count], atol=2e-5)
+    for row, slot in enumerate(order):
+        count = int(plain.counts[slot])
+        assert ours.counts[row] == count
+        np.testing.assert_array_equal(ours.tokens[row, :count], plain.tokens[slot, :count])
+        np.testing.assert_allclose(
+            ours.logprobs[row, :count], plain.logprobs[slot, :count], atol=2e-5
+        )
     assert cache.mirrors is None
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cache, plain_cache)
 
 
-def test_mirrors_are_of_one_device_on_cpu_and_of_what_needs_no_conversion(monkeypatch):
+def test_rows_that_are_padding_change_nothing():
+    config, params = variant("plain")
+    run = functools.partial(
+        sampled, config, params, (60, 63, 64, 52, 1), capacity=150, filled=100
+    )
+    wanted, wanted_cache = run(order=[3, 1])
+    ours, cache = run(order=[3, 1, SLOTS, SLOTS])
+    for name in ("tokens", "counts", "logprobs"):
+        np.testing.assert_allclose(getattr(ours, name)[:2], getattr(wanted, name), atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cache, wanted_cache)
+
+
+def test_mirrors_are_of_what_needs_no_conversion():
     params = decoder.init(CONFIG, jax.random.key(0))
 
-    def reads(dtype):
-        return sampling._reads_mirrors(params, kv_cache.init(2, 2, 16, 2, 8, dtype))
+    def can(dtype):
+        return sampling._can_be_mirrored(kv_cache.init(2, 2, 16, 2, 8, dtype), params)
 
-    assert reads("float32")
-    assert not reads("bfloat16") and not reads("int8")
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert not reads("float32")
+    assert can("float32")
+    assert not can("bfloat16") and not can("int8")
 
 
-def test_no_step_cuts_the_cache_or_the_weights(monkeypatch):
+def test_no_step_cuts_the_cache_or_the_weights():
     """What XLA would write a copy of in every step is cut before the loop of steps."""
 
-    def largest_cut():
+    def largest_cut(slots):
         config, params = variant("plain")
         cache = kv_cache.init(2, SLOTS, 150, 2, 8, "float32")
         decode = sampling.make_decode(config, max_turn_tokens=TURN)
-        given = (params, cache, jnp.zeros(SLOTS, jnp.int32), jnp.ones(SLOTS, jnp.int32))
+        zeros = jnp.zeros(SLOTS, jnp.int32)
         traced = jax.make_jaxpr(functools.partial(decode, filled=100, restricted=False))(
-            *given, controls(), jnp.int32(0)
+            params, cache, slots, zeros, zeros, controls(), jnp.int32(0)
         )
         loop = next(eqn for eqn in equations(traced.jaxpr) if eqn.primitive.name == "while")
         cuts = ("slice", "dynamic_slice", "gather")
@@ -96,10 +121,8 @@ def test_no_step_cuts_the_cache_or_the_weights(monkeypatch):
             eqn.outvars[0].aval.size for eqn in equations(body) if eqn.primitive.name in cuts
         )
 
-    ours = largest_cut()
-    monkeypatch.setattr(sampling, "_reads_mirrors", lambda params, cache: False)
     cached = SLOTS * 100 * 2 * 8  # the filled keys of one layer
-    assert ours < cached // 4 < cached <= largest_cut()
+    assert largest_cut(jnp.arange(SLOTS)) < cached // 4 < cached <= largest_cut(None)
 
 
 def equations(jaxpr):

@@ -31,10 +31,10 @@ _BLOCK = 64  # positions of a mirror's block of keys; 32 is as fast, 16 and 128 
 
 
 class Mirror(NamedTuple):
-    """The filled positions of one layer, C blocks of 64."""
+    """The filled positions of one layer, C blocks of 64, for the R rows of a call."""
 
-    keys: jax.Array  # [S, K, C, E, 64]
-    values: jax.Array  # [S, K, C · 64, E]
+    keys: jax.Array  # [R, K, C, E, 64]
+    values: jax.Array  # [R, K, C · 64, E]
 
 
 @jax.tree_util.register_dataclass
@@ -65,8 +65,9 @@ def init(
     return _placed(cache)
 
 
-def mirrored(cache: KVCache, filled: int) -> tuple[KVCache, int]:
-    """The cache with mirrors of its first `filled` positions, and how many those are in whole blocks.
+def mirrored(cache: KVCache, slots: jax.Array, filled: int) -> tuple[KVCache, int]:
+    """The cache with mirrors of the first `filled` positions of `slots` [R], and how many positions
+    those are in whole blocks.
 
     For a cache without scales, in the dtype of the computation.
     """
@@ -74,6 +75,7 @@ def mirrored(cache: KVCache, filled: int) -> tuple[KVCache, int]:
 
     def take(array: jax.Array, axis: int) -> jax.Array:
         array = jax.lax.slice_in_dim(array, 0, min(size, cache.max_length), axis=axis)
+        array = jnp.take(array, slots, axis=0, mode="clip")
         missing = [(0, 0)] * array.ndim
         missing[axis] = (0, max(size - cache.max_length, 0))
         return jnp.pad(array, missing)
@@ -97,8 +99,8 @@ def write(
 ) -> KVCache:
     """Writes [R, W, K, E] keys and values of one layer at (slots [R], positions [R, W]).
 
-    `slots` None means all slots in order. A slot or position out of range is dropped. The layer of a
-    cache with mirrors is an int, its slots are all.
+    `slots` None means all slots in order. A slot or position out of range is dropped. A cache with
+    mirrors takes its layer as an int, and the slots that they are of.
     """
     if slots is None:
         slots = jnp.arange(positions.shape[0])
@@ -114,10 +116,11 @@ def write(
 
     if cache.mirrors is not None:
         mirror = cache.mirrors[layer]
+        mirror_rows = jnp.arange(keys.shape[0])[:, None, None]
         block, inside = jnp.divmod(places, _BLOCK)
         mirror = Mirror(
-            mirror.keys.at[rows, heads, block, :, inside].set(keys, mode="drop"),
-            mirror.values.at[rows, heads, places].set(values, mode="drop"),
+            mirror.keys.at[mirror_rows, heads, block, :, inside].set(keys, mode="drop"),
+            mirror.values.at[mirror_rows, heads, places].set(values, mode="drop"),
         )
         mirrors = (*cache.mirrors[:layer], mirror, *cache.mirrors[layer + 1 :])
         return KVCache(put_keys(cache.keys, keys), put(cache.values, values), mirrors=mirrors)
