@@ -41,7 +41,7 @@ class Counters:
     tokens_reprefill: int = 0  # what prefilling every turn's history again would have computed
     turns: int = 0
     decode_steps: int = 0
-    decode_places: int = 0  # decode steps x slots; tokens_decoded of these were used
+    decode_places: int = 0  # rows of all decode steps; tokens_decoded of these were used
     compiles: int = 0
     seconds_extend: float = 0.0  # the host waited for extend and fork
     seconds_decode: float = 0.0  # the host waited for decode
