@@ -162,6 +162,48 @@ def compiled(eng: engine.Engine) -> list[int]:
     return [program._cache_size() for program in (eng._extend, eng._fork, eng._decode)]
 
 
+def test_rows_decode_in_calls_of_their_size_and_length(params, monkeypatch):
+    """On CPU: two long rows neither pay for empty slots nor make short ones read as far as they do."""
+    said, long = [], (3, 11)
+
+    def turn(slots, eng):
+        requests = [
+            engine.TurnRequest(
+                slot=slot,
+                new_ids=np.random.default_rng(slot).integers(0, 61, 70 if slot in long else 9),
+                budget=6,
+                temperature=1.0,
+                stream=(0, slot, 0),
+            )
+            for slot in slots
+        ]
+        return act(eng, params, 0, requests)
+
+    def played():
+        said.clear()
+        eng = make_engine(16, row_divisors=(1, 8), width_buckets=(80,), notice=said.append)
+        short = [slot for slot in range(16) if slot not in long]
+        return turn(long, eng) | turn(short, eng), eng
+
+    ours, eng = played()
+    assert {text for text in said if "decode" in text} == {
+        "compiling decode 2 x 96",
+        "compiling decode 16 x 32",
+    }
+    assert eng.counters.decode_places < 16 * eng.counters.decode_steps
+    mixed = make_engine(16, row_divisors=(1, 8), width_buckets=(80,), notice=said.append)
+    said.clear()
+    together = turn(range(16), mixed)
+    assert len([text for text in said if "decode" in text]) == 2
+    monkeypatch.setattr(sampling, "decodes_some_rows", lambda: False)
+    whole, eng = played()
+    assert eng.counters.decode_places == 16 * eng.counters.decode_steps
+    for slot in range(16):
+        np.testing.assert_array_equal(ours[slot].ids, whole[slot].ids)
+        np.testing.assert_array_equal(ours[slot].ids, together[slot].ids)
+        np.testing.assert_allclose(ours[slot].logprobs, whole[slot].logprobs, atol=1e-4)
+
+
 def test_history_is_never_prefilled_again(params):
     talks = conversations(6)
     eng = make_engine(6)
