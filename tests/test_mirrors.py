@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 from test_decoder import CONFIG, tokens, variant
 
 from jaxagentrl import sampling
@@ -129,29 +130,49 @@ def equations(jaxpr):
     """All equations, of inner programs too; a loop before what is in it."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for value in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
+        for inner in inner_programs(eqn):
+            yield from equations(inner)
+
+
+def inner_programs(eqn):
+    def is_program(x):
+        return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+    for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program):
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns"):
+            yield inner
 
 
 def test_an_extend_does_no_more_in_its_last_layer_than_keys_and_values():
-    """Of one layer that leaves two products: a seventh of its arithmetic here."""
-    rows, width = 4, 32
     config, params = variant("plain")
-    config = decoder.DecoderConfig(**(vars(config) | {"num_layers": 1}))
-    params = params | {"layers": jax.tree.map(lambda x: x[:1], params["layers"])}
-    cache = kv_cache.init(1, rows, 64, 2, 8, "float32")
-    ids, zeros = tokens(rows, width), jnp.zeros(rows, jnp.int32)
-    counts = jnp.full(rows, width)
-    extend = sampling.make_extend(config).lower(
-        params, cache, ids, jnp.arange(rows), zeros, counts, filled=64
-    )
-    flops = extend.compile().cost_analysis()["flops"]
-    products = 2 * rows * width * config.hidden_size * 2 * 2 * 8
-    assert products <= flops < 1.5 * products
+    rows, width = 4, 32
+    cache = kv_cache.init(2, rows, 64, 2, 8, "float32")
+    slots, zeros, counts = jnp.arange(rows), jnp.zeros(rows, jnp.int32), jnp.full(rows, width)
+
+    def products(program) -> int:
+        """With weights, of what its results need."""
+        given = (params, cache, tokens(rows, width), slots, zeros, counts)
+        traced = jax.make_jaxpr(functools.partial(program, filled=64))(*given).jaxpr
+        needed, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+        return count(needed)
+
+    def count(jaxpr) -> int:
+        total = 0
+        for eqn in jaxpr.eqns:
+            total += eqn.primitive.name == "dot_general" and eqn.invars[1].aval.ndim == 2
+            total += eqn.params.get("length", 1) * sum(map(count, inner_programs(eqn)))
+        return total
+
+    hidden = functools.partial(decoder.hidden_cached, config)
+    assert products(sampling.make_extend(config)) == 7 + 2
+    assert products(lambda *given, filled: hidden(*reorder(given), filled=filled)) == 7 + 7
+
+
+def reorder(given):
+    """Arguments of an extend as `hidden_cached` takes them."""
+    params, cache, ids, *others = given
+    return params, ids, cache, *others
 
 
 def test_weights_apart_stay_apart():
