@@ -1,6 +1,7 @@
 """What is kept by top-k, top-p and min-p, against transformers and by hand; what is reported."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -110,6 +111,14 @@ def test_the_engine_reports_the_distribution_it_samples_from():
         entropy = -np.sum(np.exp(expected) * np.where(expected > -np.inf, expected, 0))
         np.testing.assert_allclose(samples[0].entropies[0], entropy, atol=1e-5)
         assert len({int(sample.ids[0]) for sample in samples.values()}) > 1
+
+
+def test_the_largest_entry_is_the_first_of_equals():
+    x = np.random.default_rng(0).integers(0, 9, (40, 61)).astype(np.float32)
+    x[0], x[1, 1:], x[2, :-1] = -np.inf, -np.inf, -np.inf
+    largest = jax.jit(sampling._argmax)(x)
+    assert largest.dtype == jnp.int32
+    np.testing.assert_array_equal(largest, np.argmax(x, axis=1))
 
 
 def test_every_stop_id_ends_a_turn():

@@ -352,15 +352,12 @@ def hidden_cached(
             attended = attention.attend_cached(q, keys, values, seen, **scores)
         return (layer.add_mlp(layer.add_attention(x, attended)), cache), None
 
-    carry, first_apart = (x, cache), config.num_layers
-    if isinstance(layers, tuple):
-        first_apart = 0
-    elif not is_hidden_needed:
-        first_apart -= 1
-    if first_apart:
+    carry, is_last_apart = (x, cache), not is_hidden_needed
+    in_loop = 0 if isinstance(layers, tuple) else config.num_layers - is_last_apart
+    if in_loop:
         # By index: a slice of the stacked weights would be a copy of them.
-        carry, _ = jax.lax.scan(step, carry, jnp.arange(first_apart))
-    for index in range(first_apart, config.num_layers):
+        carry, _ = jax.lax.scan(step, carry, jnp.arange(in_loop))
+    for index in range(in_loop, config.num_layers):
         carry, _ = step(carry, index)
     return final_norm(config, params, carry[0]), carry[1]
 
