@@ -19,6 +19,7 @@ from jaxagentrl import sampling, tiling, turns
 from jaxagentrl.models import decoder, kv_cache
 from jaxagentrl.turns import Counters, TurnRequest, TurnSample
 
+
 @dataclasses.dataclass
 class _Waiting:
     """A turn on its way: prompt ids that the cache does not hold yet, and what was sampled so far."""
@@ -395,9 +396,8 @@ class Engine:
         self, wave: int, slots: Sequence[int]
     ) -> list[tuple[int, int, dict[int, int]]]:
         """Splits the slots that decode into calls: (rows, filled, row → slot) of each."""
-        needed = [
-            int(self._lengths[wave, slot]) + self._waiting[wave][slot].budget for slot in slots
-        ]
+        lengths, waiting = self._lengths[wave], self._waiting[wave]
+        needed = [int(lengths[slot]) + waiting[slot].budget for slot in slots]
         if not sampling.decodes_some_rows():
             return [(self.slots_per_wave, self._filled(max(needed)), {s: s for s in slots})]
         base = self._row_positions

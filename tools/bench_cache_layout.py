@@ -3,8 +3,9 @@
     python tools/bench_cache_layout.py --slots 128 --filled 128
 
 Every formulation writes one position per slot and attends to the filled part, in a compiled loop over
-layers, as decoding does; the mirrors' time includes making them, once for all steps. "floor" is the time in which this machine reads the filled keys and values
-once, by the bandwidth of a sum over a large array in the same run.
+layers, as decoding does; the mirrors' time includes making them, once for all steps. "floor" is the
+time in which this machine reads the filled keys and values once, by the bandwidth of a sum over a
+large array in the same run.
 """
 
 import argparse
@@ -124,7 +125,7 @@ def main() -> None:
 
     @jax.jit
     def run_mirrored(cache, q):
-        cache, held = kv_cache.mirrored(cache, args.filled)
+        cache, held = kv_cache.mirrored(cache, jnp.arange(s), args.filled)
         places = jnp.full((s, 1), args.filled - 28)
         mask = (jnp.arange(held) <= places)[:, None]
 

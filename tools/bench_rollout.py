@@ -393,7 +393,7 @@ def spread(world: World, num_slots: int, num_waves: int) -> None:
     sampler.warm_up(world.params)
 
     def play(some) -> tuple[float, int, float]:
-        """Best seconds of three, turns, and the share of slots that were taken."""
+        """Best seconds of three, turns, and the share of decode steps' rows in use."""
         to_play = rollout.episodes(some, group_size=1, stream=(0,))
         options = dict(pool=Countdown(), engine=sampler, params=world.params)
         plays = [
@@ -415,7 +415,7 @@ def spread(world: World, num_slots: int, num_waves: int) -> None:
     print(
         f"these one after the other: {turns / apart:8.1f} turns/s\n"
         f"all of them mixed:         {turns / seconds:8.1f} turns/s, {apart / seconds:.2f} x, "
-        f"slots taken {100 * occupancy:.0f}% of the time"
+        f"{100 * occupancy:.0f}% of decode steps' rows in use"
     )
 
 

@@ -11,7 +11,7 @@ vector against a matrix that lies in memory in the order of the sum's result. On
 Decode steps on CPU read a mirror of the filled positions, made once for all steps of a call: of what
 is stacked and longer than filled, XLA would write a copy in every step and layer. In it the keys are
 blocks of 64 positions, each [E, 64]: read as one stretch of memory, at 27 GB/s where [E, M] gave 10
-(`tools/bench_cache_layout.py`).
+(`docs/performance.md`; `tools/bench_cache_layout.py` times whole steps of attention).
 
 An int8 cache keeps one float32 scale per layer, slot, position and head: a vector x is stored as
 round(x / s) with s = max |x| / 127, so each entry is off by at most s / 2.
