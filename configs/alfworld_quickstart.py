@@ -61,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
         filled_buckets=(192, 384, 768),
         width_buckets=(32, 96),
     )
-    config.rollout.update(max_turns=25)
+    config.rollout.update(max_turns=25, max_refusals=None)
     config.reward.update(intermediate_scale=0.08)
     # The longest searches of the expert are longer than any episode of RL may be.
     config.learner.update(

@@ -47,7 +47,9 @@ def get_config() -> ml_collections.ConfigDict:
         width_buckets=(512, 1024),
         cache_dtype="bfloat16",
     )
-    config.rollout.update(max_turns=50, temperature=1.0, context="last_turns", history_turns=2)
+    config.rollout.update(
+        max_turns=50, max_refusals=None, temperature=1.0, context="last_turns", history_turns=2
+    )
     config.reward.update(
         kind="single", intermediate_scale=None, invalid_penalty=0.01, no_end_of_turn_penalty=0.01
     )

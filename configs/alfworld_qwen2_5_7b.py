@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
         width_buckets=(128, 512),
         cache_dtype="bfloat16",
     )
-    config.rollout.update(max_turns=24, temperature=0.7)
+    config.rollout.update(max_turns=24, max_refusals=None, temperature=0.7)
     config.reward.update(
         kind="single", intermediate_scale=None, invalid_penalty=0.0, no_end_of_turn_penalty=0.0
     )

@@ -16,9 +16,9 @@ Expected on two CPU cores: see the table in README.md.
 import ml_collections
 
 
-def optional(value: float) -> ml_collections.FieldReference:
+def optional(value: int | float) -> ml_collections.FieldReference:
     """A number that a config built on this one may set to None, and the command line to a number."""
-    return ml_collections.FieldReference(value, field_type=float)
+    return ml_collections.FieldReference(value, field_type=type(value))
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -72,6 +72,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.rollout = dict(
         max_turns=12,
+        max_refusals=optional(3),
         temperature=1.0,
         top_k=0,
         top_p=1.0,

@@ -20,6 +20,7 @@ class StopReason(enum.StrEnum):
     NO_END_OF_TURN = "no_end_of_turn"  # An action was cut before its end-of-turn token.
     ENV_FAILURE = "env_failure"  # Dropped: neither in a gradient nor in a success rate.
     TIME_LIMIT = "time_limit"
+    REFUSALS = "refusals"  # Too many commands in a row were refused.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,10 +128,10 @@ def collect(
 ) -> Rollout:
     """Plays every episode with the policy.
 
-    An episode ends when its task does (done), after `max_turns` (turn limit), when a full turn no
-    longer fits the slot (token limit, checked before generating), when a turn was cut before its
-    end (no end of turn, see `Rules.cut_turns`), or when its time is up (time limit: the turns so far
-    are kept).
+    An episode ends when its task does (done), after `max_turns` (turn limit), after `max_refusals`
+    refused commands in a row (refusals), when a full turn no longer fits the slot (token limit,
+    checked before generating), when a turn was cut before its end (no end of turn, see
+    `Rules.cut_turns`), or when its time is up (time limit: the turns so far are kept).
 
     Args:
         to_play: the episodes; more than there are slots is the normal case.
@@ -287,6 +287,9 @@ class _Player:
             if answer.truncated or len(item.turns) >= self.rules.max_turns:
                 self._finish(wave, slot, item, StopReason.TURN_LIMIT)
                 return False
+            if self._is_stuck(item):
+                self._finish(wave, slot, item, StopReason.REFUSALS)
+                return False
         if self._is_late(item):
             self._finish(wave, slot, item, StopReason.TIME_LIMIT)
             return False
@@ -405,6 +408,12 @@ class _Player:
             )
         )
         item.sample = None
+
+    def _is_stuck(self, item: _Live) -> bool:
+        limit = self.rules.max_refusals
+        if limit is None or len(item.turns) < limit:
+            return False
+        return not any(turn.valid_command for turn in item.turns[-limit:])
 
     def _is_late(self, item: _Live) -> bool:
         limit = self.rules.episode_limit_s

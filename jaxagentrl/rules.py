@@ -15,6 +15,9 @@ class Rules:
 
     Attributes:
         max_turns: turns until an episode is truncated.
+        max_refusals: refused commands in a row (turns whose command is not valid) after which an
+            episode is truncated; None for no limit. Text worlds answer a refused command and stay
+            where they are, so a policy that repeats itself would fill its slot with such turns.
         temperature, top_k, top_p, min_p: of sampling; temperature 0 is greedy. Top-k, top-p and
             min-p make the sampler's distribution another than the one that training scores: leave
             them off (0, 1, 0) in training unless the surrogate corrects for it.
@@ -42,6 +45,7 @@ class Rules:
     temperature: float
     prompt_style: str
     show_admissible: bool
+    max_refusals: int | None = None
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -56,6 +60,7 @@ class Rules:
     def __post_init__(self) -> None:
         for name, is_right, expected in (
             ("max_turns", self.max_turns >= 1, "at least 1"),
+            ("max_refusals", self.max_refusals is None or self.max_refusals >= 1, "at least 1, or None"),
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1], 1 is off"),

@@ -321,6 +321,7 @@ def test_an_episode_past_its_time_is_truncated_and_holds_nobody_up(chat_format):
 def test_rules_that_make_no_sense_are_refused():
     for key, value in (
         ("max_turns", 0),
+        ("max_refusals", 0),
         ("temperature", -1.0),
         ("top_p", 0.0),
         ("top_k", -1),

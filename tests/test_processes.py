@@ -33,6 +33,7 @@ def start(workdir, cache, *options, devices=1):
             f"--config={ROOT / 'configs' / 'textworld_smoke.py'}",
             f"--workdir={workdir}",
             f"--config.env.cache_dir={cache}",
+            f"--config.compilation_cache_dir={os.environ['JAX_COMPILATION_CACHE_DIR']}",
             *SHORT,
             *options,
         ],

@@ -140,6 +140,24 @@ def test_every_stop_reason():
     assert [turn.observation for turn in winner.turns] == ["start", "after a"]
 
 
+def test_an_episode_ends_after_so_many_refusals_in_a_row():
+    scripts = {
+        "stuck": ["a", "bad", "bad", "bad", "a"],
+        "slips": ["bad", "a", "bad", "a", "slips"],
+        "winner": ["bad", "winner"],
+    }
+    stuck, slips, winner = play(scripts, max_turns=9, max_refusals=2).trajectories
+    assert stuck.stop_reason is StopReason.REFUSALS and stuck.truncated and not stuck.won
+    assert [turn.command for turn in stuck.turns] == ["a", "bad", "bad"]
+    assert slips.stop_reason is StopReason.DONE and slips.num_turns == 5
+    assert winner.won
+    # At the turn limit that is the reason, and without a limit of refusals there is none.
+    assert play(scripts, max_turns=3, max_refusals=2).trajectories[0].stop_reason is (
+        StopReason.TURN_LIMIT
+    )
+    assert play(scripts, max_turns=4).trajectories[0].num_turns == 4
+
+
 def test_a_cut_turn_can_be_sent():
     (cut,) = play({"cut": ["a", "endless", "cut"]}, cut_turns="send").trajectories
     assert cut.won and cut.num_turns == 3

@@ -27,7 +27,7 @@ def command(workdir: pathlib.Path, cache: pathlib.Path, *overrides: str) -> list
         f"--config={ROOT / 'configs' / 'textworld_smoke.py'}",
         f"--workdir={workdir}",
         f"--config.env.cache_dir={cache}",
-        f"--config.compilation_cache_dir={cache}-compiled",
+        f"--config.compilation_cache_dir={os.environ['JAX_COMPILATION_CACHE_DIR']}",
         *overrides,
     ]
 
