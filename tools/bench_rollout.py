@@ -39,6 +39,11 @@ from jaxagentrl import chat, demos, engine, pages, rollout, tokenizer
 from jaxagentrl.models import decoder, pretrained
 
 SIZES = {
+    # For trying this program.
+    "tiny": dict(
+        vocab_size=1024, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+        intermediate_size=64,
+    ),
     "1M": dict(
         vocab_size=1024, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
         intermediate_size=384,
@@ -51,6 +56,11 @@ SIZES = {
     "135M": dict(
         vocab_size=49152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
         intermediate_size=1536,
+    ),
+    # The shape of Qwen2.5-0.5B, without its biases.
+    "0.5B": dict(
+        vocab_size=151936, hidden_size=896, num_layers=24, num_heads=14, num_kv_heads=2, head_dim=64,
+        intermediate_size=4864,
     ),
 }
 BUDGET = 16
@@ -372,12 +382,12 @@ class Countdown:
 
 
 def spread(world: World, num_slots: int, num_waves: int) -> None:
-    """Turns per second of episodes of 1 to 20 turns, mixed, and of the same episodes length by length.
+    """Turns per second of short and long episodes mixed, and of the same episodes length by length.
 
     The same turns with the same beginnings and histories: what differs is that slots fall free at
     different times, and that short and long rows share a call.
     """
-    lengths = [1, 2, 3, 5, 10, 20]
+    lengths = [n for n in (1, 2, 3, 5, 10, 20) if n <= world.turns]
     each = 3 * num_slots
     tasks = {
         # Every episode its own digest, so its own random stream.
@@ -398,7 +408,7 @@ def spread(world: World, num_slots: int, num_waves: int) -> None:
         options = dict(pool=Countdown(), engine=sampler, params=world.params)
         plays = [
             rollout.collect(
-                to_play, rules=make_rules(20), chat_format=world.chat_format, **options
+                to_play, rules=make_rules(world.turns), chat_format=world.chat_format, **options
             )
             for _ in range(3)
         ]
@@ -422,7 +432,7 @@ def spread(world: World, num_slots: int, num_waves: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="1M")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, help="default: 5, or 20 with --spread")
     parser.add_argument("--episodes", type=int, default=32)
     parser.add_argument("--slots", type=int, help="default: one for each episode")
     # More pay where environments take time: at 25 M parameters they take a fiftieth of it.
@@ -436,8 +446,8 @@ def main() -> int:
     args = parser.parse_args()
     pages.use_huge_ones()  # for all sides, as the main job has them
 
-    if args.spread:
-        args.turns = 20  # room for the longest
+    if args.turns is None:
+        args.turns = 20 if args.spread else 5
     specs = [dict(GAMES, seed=seed) for seed in range(1, args.episodes + 1)]
     tasks = textworld.generate(specs, cache_dir=args.cache_dir, num_workers=2).tasks
     limits = dict(step_limit_s=60.0, reset_limit_s=60.0, worker_memory_mb=2000.0)
