@@ -147,7 +147,8 @@ class Engine:
         self._row_buckets = sorted({math.ceil(self.slots_per_wave / d) for d in row_divisors})
         self._stop_ids = np.array(sorted(self.stop_ids), np.int32)
         self._linger_share = linger_share
-        self._row_positions = tiling.row_positions(config)
+        self._extend_costs = tiling.extend_costs(config)
+        self._decode_costs = tiling.decode_costs(config)
         self._notice = notice
         self._seen: set[tuple] = set()
         self._extend = sampling.make_extend(config)
@@ -356,12 +357,13 @@ class Engine:
             for slot, item in self._waiting[wave].items()
             if len(item.ids) > 1 and item.leader is None
         }
-        slots = sorted(rows)
+        slots, lengths = sorted(rows), self._lengths[wave]
         calls = tiling.tile(
-            [len(rows[slot]) for slot in slots],
+            [(len(rows[slot]), int(lengths[slot]) + len(rows[slot])) for slot in slots],
             row_buckets=self._row_buckets,
             width_buckets=self._width_buckets,
-            call_cost=tiling.extend_call_cost(),
+            filled_buckets=self._filled_buckets,
+            costs=self._extend_costs,
         )
         return [
             self._extend_rows(params, wave, shape, {slots[i]: rows[slots[i]] for i in part})
@@ -372,10 +374,10 @@ class Engine:
         self,
         params: decoder.Params,
         wave: int,
-        shape: tuple[int, int],
+        shape: tuple[int, int, int],
         rows: Mapping[int, np.ndarray],
     ) -> jax.Array:
-        num_rows, width = shape
+        num_rows, width, filled = shape
         tokens = np.zeros((num_rows, width), np.int32)
         slots = np.full(num_rows, self.slots_per_wave, np.int32)
         lengths = np.zeros(num_rows, np.int32)
@@ -383,7 +385,6 @@ class Engine:
         for row, (slot, ids) in enumerate(rows.items()):
             tokens[row, : len(ids)] = ids
             slots[row], lengths[row], counts[row] = slot, self._lengths[wave, slot], len(ids)
-        filled = self._filled(int((lengths + counts).max()))
         marker = self._run_extend(params, wave, tokens, slots, lengths, counts, filled)
         for slot, ids in rows.items():
             self._lengths[wave, slot] += len(ids)
@@ -397,19 +398,19 @@ class Engine:
     ) -> list[tuple[int, int, dict[int, int]]]:
         """Splits the slots that decode into calls: (rows, filled, row → slot) of each."""
         lengths, waiting = self._lengths[wave], self._waiting[wave]
-        needed = [int(lengths[slot]) + waiting[slot].budget for slot in slots]
+        sizes = [(1, int(lengths[slot]) + waiting[slot].budget) for slot in slots]
         if not sampling.decodes_some_rows():
-            return [(self.slots_per_wave, self._filled(max(needed)), {s: s for s in slots})]
-        base = self._row_positions
+            return [(self.slots_per_wave, self._filled(max(sizes)[1]), {s: s for s in slots})]
         calls = tiling.tile(
-            [base + length for length in needed],
+            sizes,
             row_buckets=self._row_buckets,
-            width_buckets=[base + filled for filled in self._filled_buckets],
-            call_cost=tiling.DECODE_CALL_ROWS * base,
+            width_buckets=[1],
+            filled_buckets=self._filled_buckets,
+            costs=self._decode_costs,
         )
         return [
-            (num_rows, width - base, {row: slots[i] for row, i in enumerate(sorted(part))})
-            for num_rows, width, part in calls
+            (num_rows, filled, {row: slots[i] for row, i in enumerate(sorted(part))})
+            for num_rows, _, filled, part in calls
         ]
 
     def _start_decode(

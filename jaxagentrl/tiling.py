@@ -1,74 +1,109 @@
 """Which rows go into which call of a program that takes few shapes only, and what calls cost.
 
-Costs are of two cores of an AMD EPYC (products at 100 to 180 GFLOP/s in float32, memory at 20 to 25
+Costs are of two cores of an AMD EPYC (products at 100 to 230 GFLOP/s in float32, memory at 20 to 25
 GB/s) and of an H100; that they are rough only makes some splits less than the best.
 """
 
-import math
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 
 from jaxagentrl.models.decoder_config import DecoderConfig
 
-# What a decode call on CPU costs beside its rows, in rows: the weights read and its cache laid out.
-DECODE_CALL_ROWS = 12
+# How fast attention's arithmetic over the cache is, beside that of products with weights (CPU, extends).
+_ATTENTION_SPEED = 0.18
 
 
-def extend_call_cost() -> int:
-    """What a call of extend costs beside its places (tokens computed, padding or not), in places.
+class Costs(NamedTuple):
+    """What calls of a program cost, in tokens: what one token's products with the weights take.
 
-    It reads all weights once, so this is the ratio of arithmetic to memory bandwidth: in bfloat16 on
-    an H100 1,000 TFLOP/s to 3.4 TB/s.
+    A call of R rows, W tokens wide, that reads S positions of the cache takes
+    `call` + R · W · (1 + S / `positions`).
     """
-    return 16 if jax.default_backend() == "cpu" else 256
+
+    call: float
+    positions: float
 
 
-def row_positions(config: DecoderConfig) -> int:
-    """Filled positions that take a decode step on CPU as long as one row's products with the weights."""
-    queries, held = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
-    layer = config.hidden_size * (2 * queries + 2 * held + 3 * config.intermediate_size)
+def extend_costs(config: DecoderConfig) -> Costs:
+    """Of `extend`, which is bound by arithmetic."""
+    queries, _, layer = _sizes(config)
+    # A call reads all weights once: the ratio of arithmetic to memory bandwidth, in bfloat16 on an H100
+    # 1,000 TFLOP/s to 3.4 TB/s.
+    call = 16 if jax.default_backend() == "cpu" else 256
+    return Costs(call, _ATTENTION_SPEED * layer / (2 * queries))
+
+
+def decode_costs(config: DecoderConfig) -> Costs:
+    """Of `decode` on CPU, which reads the weights once a step and every row's part of the cache."""
+    _, held, layer = _sizes(config)
     weights = config.num_layers * layer + config.hidden_size * config.vocab_size
     seconds, seconds_of_position = 2 * weights / 100e9, 8 * config.num_layers * held / 25e9
-    return math.ceil(seconds / seconds_of_position)
+    # Beside its rows, a call reads the weights and makes mirrors of its part of the cache.
+    return Costs(call=12, positions=seconds / seconds_of_position)
+
+
+def _sizes(config: DecoderConfig) -> tuple[int, int, int]:
+    """Width of all queries, width of all keys, and weights of a layer."""
+    queries, held = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
+    layer = config.hidden_size * (2 * queries + 2 * held + 3 * config.intermediate_size)
+    return queries, held, layer
 
 
 def tile(
-    lengths: Sequence[int],
+    rows: Sequence[tuple[int, int]],
     *,
     row_buckets: Sequence[int],
     width_buckets: Sequence[int],
-    call_cost: int,
-) -> list[tuple[int, int, list[int]]]:
-    """Splits ragged rows into calls so that places and calls together cost least.
+    filled_buckets: Sequence[int],
+    costs: Costs,
+) -> list[tuple[int, int, int, list[int]]]:
+    """Splits ragged rows into calls that together cost least.
 
-    Rows are taken from the longest to the shortest; every call is as wide as its first row needs and
-    holds as many as its bucket has, or all that are left. Among these splits the cheapest is found
-    exactly, by dynamic programming from the last row back.
+    Rows are taken from the widest bucket to the narrowest, and within one from the fullest to the
+    emptiest; every call is as wide and reads as far as its rows need. Among the ways to cut this line
+    of rows the cheapest is found exactly, by dynamic programming from the last row back.
 
     Args:
-        lengths: [N] tokens of each row, none above the widest bucket.
-        row_buckets, width_buckets: the shapes there are, ascending.
-        call_cost: what a call costs beside its places, in places.
+        rows: [N] (new tokens, filled positions with them) of each row, none above the last bucket.
+        row_buckets, width_buckets, filled_buckets: the shapes there are, ascending.
+        costs: of a call.
 
     Returns:
-        (rows of the bucket, width of the bucket, which rows of `lengths`) for every call.
+        (rows, width and filled length of the shape, which of `rows`) for every call.
 
-    >>> tile([90, 20, 30, 25, 31], row_buckets=[2, 4], width_buckets=[32, 96], call_cost=16)
-    [(2, 96, [0, 4]), (4, 32, [2, 3, 1])]
+    >>> buckets = dict(row_buckets=[2, 4], width_buckets=[32, 96], filled_buckets=[128, 512])
+    >>> rows = [(90, 100), (20, 60), (30, 500), (25, 90), (31, 70)]
+    >>> tile(rows, **buckets, costs=Costs(call=16, positions=400))
+    [(2, 96, 128, [0]), (2, 32, 512, [2, 1]), (2, 32, 128, [3, 4])]
     """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    widths = [next(w for w in width_buckets if w >= lengths[row]) for row in order]
-    # cheapest[i]: cost of rows i and later, and the bucket of the call that row i opens.
-    cheapest: list[tuple[int, int]] = [(0, 0)] * (len(order) + 1)
+    widths = [_bucket(width, width_buckets) for width, _ in rows]
+    filled = [_bucket(length, filled_buckets) for _, length in rows]
+    order = sorted(range(len(rows)), key=lambda row: (-widths[row], -filled[row], row))
+    shapes = [(widths[row], filled[row]) for row in order]
+    # A call that ends elsewhere than full or before another shape could take one more row for nothing.
+    changes = [i for i in range(1, len(order)) if shapes[i] != shapes[i - 1]]
+    # cheapest[i]: cost of rows i and later, and the call that row i opens: rows, filled length, its end.
+    cheapest: list[tuple[float, int, int, int]] = [(0.0, 0, 0, 0)] * (len(order) + 1)
     for first in range(len(order) - 1, -1, -1):
-        cheapest[first] = min(
-            (call_cost + rows * widths[first] + cheapest[min(first + rows, len(order))][0], rows)
-            for rows in row_buckets
-        )
+        ends = {min(first + size, len(order)) for size in row_buckets}
+        ends |= {end for end in changes if first < end <= first + row_buckets[-1]}
+        choices, reach = [], 0
+        for begin, end in itertools.pairwise([first, *sorted(ends)]):
+            reach = max(reach, shapes[begin][1])
+            size = _bucket(end - first, row_buckets)
+            places = size * shapes[first][0] * (1 + reach / costs.positions)
+            choices.append((costs.call + places + cheapest[end][0], size, reach, end))
+        cheapest[first] = min(choices)
     calls, first = [], 0
     while first < len(order):
-        rows = cheapest[first][1]
-        calls.append((rows, widths[first], order[first : first + rows]))
-        first += rows
+        _, size, reach, end = cheapest[first]
+        calls.append((size, shapes[first][0], reach, order[first:end]))
+        first = end
     return calls
+
+
+def _bucket(size: int, buckets: Sequence[int]) -> int:
+    return next(bucket for bucket in buckets if bucket >= size)

@@ -3,43 +3,72 @@
 import doctest
 import itertools
 
-import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxagentrl import tiling
+from jaxagentrl.tiling import Costs
 
-ROWS, WIDTHS = [1, 2, 4], [8, 16, 40]
-
-
-def cost(calls, call_cost):
-    return sum(call_cost + rows * width for rows, width, _ in calls)
+ROWS, WIDTHS, FILLED = [1, 2, 4], [8, 16, 40], [64, 128]
+BUCKETS = dict(row_buckets=ROWS, width_buckets=WIDTHS, filled_buckets=FILLED)
 
 
-def cheapest(widths, call_cost):
-    """By trying every sequence of buckets on rows that are sorted already."""
-    if not widths:
-        return 0
-    return min(call_cost + n * widths[0] + cheapest(widths[n:], call_cost) for n in ROWS)
+def bucket(size, buckets):
+    return min(b for b in buckets if b >= size)
 
 
-@given(st.lists(st.integers(1, 40), max_size=9), st.sampled_from([0, 7, 100]))
+def cost(num_rows, width, filled, costs):
+    return costs.call + num_rows * width * (1 + filled / costs.positions)
+
+
+def cheapest(rows, costs):
+    """By trying every cut of the line of rows that `tile` describes."""
+
+    def call(part):
+        width, filled = (max(sizes) for sizes in zip(*part))
+        return cost(bucket(len(part), ROWS), width, filled, costs)
+
+    def rest(line):
+        if not line:
+            return 0
+        return min(call(line[:n]) + rest(line[n:]) for n in range(1, min(4, len(line)) + 1))
+
+    shapes = [(bucket(width, WIDTHS), bucket(filled, FILLED)) for width, filled in rows]
+    return rest(sorted(shapes, reverse=True))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 128)), max_size=9),
+    st.sampled_from([0, 7, 100]),
+    st.sampled_from([20, 200]),
+)
 @settings(max_examples=200, deadline=None)
-def test_every_row_once_in_shapes_that_exist_and_nothing_cheaper(lengths, call_cost):
-    calls = tiling.tile(lengths, row_buckets=ROWS, width_buckets=WIDTHS, call_cost=call_cost)
-    assert sorted(itertools.chain(*(part for *_, part in calls))) == list(range(len(lengths)))
-    for rows, width, part in calls:
-        assert rows in ROWS and width in WIDTHS and 0 < len(part) <= rows
-        assert max(lengths[row] for row in part) <= width
-    widths = [min(w for w in WIDTHS if w >= n) for n in sorted(lengths, reverse=True)]
-    assert cost(calls, call_cost) == cheapest(widths, call_cost)
+def test_every_row_once_in_shapes_that_exist_and_nothing_cheaper(rows, call, positions):
+    costs = Costs(call, positions)
+    calls = tiling.tile(rows, **BUCKETS, costs=costs)
+    assert sorted(itertools.chain(*(part for *_, part in calls))) == list(range(len(rows)))
+    for num_rows, width, filled, part in calls:
+        assert num_rows in ROWS and width in WIDTHS and filled in FILLED
+        assert 0 < len(part) <= num_rows
+        assert max(rows[row][0] for row in part) <= width
+        assert max(rows[row][1] for row in part) <= filled
+    total = sum(cost(*shape, costs) for *shape, _ in calls)
+    assert total == pytest.approx(cheapest(rows, costs))
 
 
 def test_dear_calls_are_few_and_free_ones_fit():
-    lengths = np.array([40, 8, 8, 8, 8, 8])
-    options = dict(row_buckets=ROWS, width_buckets=WIDTHS)
-    assert len(tiling.tile(lengths, **options, call_cost=1000)) == 2
-    assert tiling.tile(lengths, **options, call_cost=0)[0] == (1, 40, [0])
+    rows = [(40, 50)] + 5 * [(8, 50)]
+    assert len(tiling.tile(rows, **BUCKETS, costs=Costs(1000, 100))) == 2
+    assert tiling.tile(rows, **BUCKETS, costs=Costs(0, 100))[0] == (1, 40, 64, [0])
+
+
+def test_short_rows_do_not_read_as_far_as_long_ones_where_that_costs():
+    rows = [(8, 60), (8, 128), (8, 60), (8, 60)]
+    together = tiling.tile(rows, **BUCKETS, costs=Costs(7, 1000))
+    assert together == [(4, 8, 128, [1, 0, 2, 3])]
+    apart = tiling.tile(rows, **BUCKETS, costs=Costs(7, 20))
+    assert apart == [(1, 8, 128, [1]), (1, 8, 64, [0]), (2, 8, 64, [2, 3])]
 
 
 def test_docstring():
