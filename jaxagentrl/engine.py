@@ -380,8 +380,7 @@ class Engine:
         num_rows, width, filled = shape
         tokens = np.zeros((num_rows, width), np.int32)
         slots = np.full(num_rows, self.slots_per_wave, np.int32)
-        lengths = np.zeros(num_rows, np.int32)
-        counts = np.zeros(num_rows, np.int32)
+        lengths, counts = np.zeros((2, num_rows), np.int32)
         for row, (slot, ids) in enumerate(rows.items()):
             tokens[row, : len(ids)] = ids
             slots[row], lengths[row], counts[row] = slot, self._lengths[wave, slot], len(ids)

@@ -61,6 +61,7 @@ def run(config: Mapping[str, Any], directory: str) -> None:
     """Runs, or continues, the experiment of `config` in the folder `directory`."""
     prepare.check(config)
     reinforce.check(config["rl"])
+    _rules(config, config["rollout"]["temperature"])  # refuses what makes no sense
     folder = _open(pathlib.Path(directory), config)
     for change in folder.version_changes:
         progress.notice(f"package version differs from the run's first start: {change}")
@@ -340,15 +341,10 @@ def _play(
 ) -> rollout.Rollout:
     """Plays episodes with the policy; each process its share."""
     config, setup = session.config, session.setup
-    prompt = config["prompt"]
     with _decoding(config, setup, params) as policy:
         played = rollout.collect(
             hosts.share(episodes),
-            rules=rollout.Rules(
-                **config["rollout"] | {"temperature": temperature},
-                prompt_style=prompt["style"],
-                show_admissible=prompt["show_admissible"],
-            ),
+            rules=_rules(config, temperature),
             pool=setup.pool,
             engine=setup.engine,
             params=policy,
@@ -360,6 +356,14 @@ def _play(
         trajectories=[trajectory for part, _ in parts for trajectory in part],
         failures=[failure for _, part in parts for failure in part],
         ledger=played.ledger,
+    )
+
+
+def _rules(config: Mapping[str, Any], temperature: float) -> rules.Rules:
+    return rules.Rules(
+        **config["rollout"] | {"temperature": temperature},
+        prompt_style=config["prompt"]["style"],
+        show_admissible=config["prompt"]["show_admissible"],
     )
 
 

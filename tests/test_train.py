@@ -146,6 +146,7 @@ def smoke_config() -> dict:
         ("rl.kl.placement", "loss", "rl.kl"),
         ("rl.kl.placement", "los", "rl.kl.placement"),
         ("rl.num_minibatches", 5, "num_minibatches"),
+        ("rollout.max_refusals", 0, "rollout.max_refusals must be at least 1, or None"),
         ("sampling.max_length", 100, "filled_buckets"),
         ("sampling.num_slots", 7, "num_waves"),
         ("sft.batch_size", 99, "sft.batch_size"),
