@@ -359,19 +359,19 @@ class Countdown:
     """Environments that answer at once and end after as many turns as their task's seed."""
 
     def __init__(self):
-        self.answers, self.left = [], {}
+        self.answers, self.tasks, self.left = [], {}, {}
 
     def reset(self, handle, task):
-        self.left[handle] = task.seed
-        self.answers.append((handle, ResetResult("You see a box.", self.info())))
+        self.tasks[handle], self.left[handle] = task, task.seed
+        self.answers.append((handle, ResetResult("You see a box.", self.info(task))))
 
     def step(self, handle, text):
         self.left[handle] -= 1
-        done = self.left[handle] == 0
-        self.answers.append((handle, StepResult("Nothing happens.", 0.0, done, False, self.info())))
+        done, info = self.left[handle] == 0, self.info(self.tasks[handle])
+        self.answers.append((handle, StepResult("Nothing happens.", 0.0, done, False, info)))
 
-    def info(self):
-        return Info(0.0, 1.0, False, False, True, "", 0.0, (), "Wait.")
+    def info(self, task):
+        return Info(0.0, 1.0, False, False, True, "", 0.0, (), task.objective)
 
     def poll(self, limit_s=None):
         answers, self.answers = self.answers, []
@@ -385,14 +385,16 @@ def spread(world: World, num_slots: int, num_waves: int) -> None:
     """Turns per second of short and long episodes mixed, and of the same episodes length by length.
 
     The same turns with the same beginnings and histories: what differs is that slots fall free at
-    different times, and that short and long rows share a call.
+    different times, and that short and long rows share a call. Beginnings are the objectives of
+    --episodes games: if all had one, those that begin together would copy it, which equal lengths do.
     """
     lengths = [n for n in (1, 2, 3, 5, 10, 20) if n <= world.turns]
     each = 3 * num_slots
+    games = world.tasks
     tasks = {
         # Every episode its own digest, so its own random stream.
         n: [
-            dataclasses.replace(world.tasks[0], seed=n, digest=f"{each * i + j:064x}"[::-1])
+            dataclasses.replace(games[j % len(games)], seed=n, digest=f"{each * i + j:064x}"[::-1])
             for j in range(each)
         ]
         for i, n in enumerate(lengths)
