@@ -11,9 +11,9 @@ same TextWorld games in the same worker processes, the same temperature and budg
 
     ours        `rollout.collect`: slots, only what is new is appended
     reprefill   transformers `generate`: the whole conversation again every turn
-    kept cache  transformers `generate`, its cache handed from turn to turn, padded where rows differ
+    kept        transformers `generate`, its cache handed from turn to turn, padded where rows differ
     tunix       Tunix's vanilla sampler, the whole conversation again every turn (needs
-                `pip install google-tunix`; only with --tunix)
+                `pip install google-tunix`; only with --against tunix)
 
 An untrained model never ends a turn, so one id in twelve counts as an end of turn: turns are ragged,
 eight tokens on average, sixteen at most, and what is cut there is sent all the same. Every contender
@@ -297,15 +297,14 @@ def compare(world: World, args) -> dict[str, float]:
     """Turns per second of every contender."""
     slots = args.slots or len(world.tasks)
     contenders = {
-        "ours": lambda: ours(world, slots, args.waves),
-        "kept cache": lambda: transformers_kept_cache(world),
-        "reprefill": lambda: transformers_reprefill(world),
+        "ours": lambda world: ours(world, slots, args.waves),
+        "kept": transformers_kept_cache,
+        "reprefill": transformers_reprefill,
+        "tunix": tunix_sampler,
     }
-    if args.tunix:
-        contenders["tunix"] = lambda: tunix_sampler(world)
     rates = {}
-    for name, make in contenders.items():
-        play = make()
+    for name in ("ours", *args.against):
+        play = contenders[name](world)
         play(0)
         best = None
         for repeat in range(args.repeats):
@@ -437,7 +436,9 @@ def main() -> int:
     # More pay where environments take time: at 25 M parameters they take a fiftieth of it.
     parser.add_argument("--waves", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--tunix", action="store_true")
+    parser.add_argument(
+        "--against", nargs="+", choices=("kept", "reprefill", "tunix"), default=("kept", "reprefill")
+    )
     parser.add_argument("--per-turn", action="store_true")
     parser.add_argument("--spread", action="store_true")
     parser.add_argument("--record", help="a file to which the comparison's numbers are appended")

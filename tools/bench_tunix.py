@@ -1,7 +1,7 @@
 """Tunix's vanilla sampler as a contender of `bench_rollout` (`pip install google-tunix`).
 
 Driven as its agentic path drives it: one conversation per call, the whole of it prefilled again every
-turn, prompts padded to powers of two. `--tunix` of `bench_rollout` runs this.
+turn, prompts padded to powers of two. `bench_rollout --against tunix` runs this.
 """
 
 import jax

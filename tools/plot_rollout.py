@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 CONTENDERS = {  # as named by the benchmark: (label, color of Okabe and Ito's palette)
-    "kept cache": ("transformers, cache kept", "#56B4E9"),
+    "kept": ("transformers, cache kept", "#56B4E9"),
     "reprefill": ("transformers, prefilled again", "#0072B2"),
     "tunix": ("Tunix's vanilla sampler", "#E69F00"),
 }
