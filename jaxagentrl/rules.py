@@ -60,7 +60,8 @@ class Rules:
     def __post_init__(self) -> None:
         for name, is_right, expected in (
             ("max_turns", self.max_turns >= 1, "at least 1"),
-            ("max_refusals", self.max_refusals is None or self.max_refusals >= 1, "at least 1, or None"),
+            ("max_refusals", self.max_refusals is None or self.max_refusals >= 1, "at least 1, or "
+             "None"),
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1], 1 is off"),

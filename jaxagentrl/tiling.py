@@ -30,9 +30,11 @@ class Costs(NamedTuple):
 def extend_costs(config: DecoderConfig) -> Costs:
     """Of `extend`, which is bound by arithmetic."""
     queries, _, layer = _sizes(config)
+    is_cpu = jax.default_backend() == "cpu"
     # A call reads all weights once: the ratio of arithmetic to memory bandwidth, in bfloat16 on an H100
-    # 1,000 TFLOP/s to 3.4 TB/s.
-    call = 16 if jax.default_backend() == "cpu" else 256
+    # 1,000 TFLOP/s to 3.4 TB/s. And it is a call, which is what counts for small models.
+    reading, flops, seconds = (16, 230e9, 1e-3) if is_cpu else (256, 500e12, 2e-4)
+    call = reading + seconds * flops / (2 * config.num_layers * layer)
     return Costs(call, _ATTENTION_SPEED * layer / (2 * queries))
 
 

@@ -34,8 +34,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def smoke_games(tmp_path_factory):
-    """Cache of the smoke config's games, made by whichever run comes first."""
-    return tmp_path_factory.mktemp("games")
+    """Cache of the smoke config's games, made by whichever run comes first, in whichever process."""
+    base = tmp_path_factory.getbasetemp()
+    games = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "games"
+    games.mkdir(exist_ok=True)
+    return games
 
 
 @pytest.fixture(scope="module")

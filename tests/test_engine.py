@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxagentrl import engine, logprobs, sampling, turns
+from jaxagentrl import engine, logprobs, sampling, tiling, turns
 from jaxagentrl.models import decoder
 
 CONFIG = decoder.DecoderConfig(
@@ -162,8 +162,8 @@ def compiled(eng: engine.Engine) -> list[int]:
     return [program._cache_size() for program in (eng._extend, eng._fork, eng._decode)]
 
 
-def test_rows_decode_in_calls_of_their_size_and_length(params, monkeypatch):
-    """On CPU: two long rows neither pay for empty slots nor make short ones read as far as they do."""
+def test_rows_share_calls_with_rows_of_their_length(params, monkeypatch):
+    """Two long rows do not make short ones read as far as they do, nor, on CPU, pay for empty slots."""
     said, long = [], (3, 11)
 
     def turn(slots, eng):
@@ -191,10 +191,16 @@ def test_rows_decode_in_calls_of_their_size_and_length(params, monkeypatch):
         "compiling decode 16 x 32",
     }
     assert eng.counters.decode_places < 16 * eng.counters.decode_steps
+    # Of so small a model calls are dear; as of a larger one:
+    monkeypatch.setattr(tiling, "extend_costs", lambda config: tiling.Costs(16, 22))
     mixed = make_engine(16, row_divisors=(1, 8), width_buckets=(80,), notice=said.append)
     said.clear()
     together = turn(range(16), mixed)
     assert len([text for text in said if "decode" in text]) == 2
+    assert {text for text in said if "extend" in text} == {
+        "compiling extend 2 x 80 x 96",
+        "compiling extend 2 x 80 x 32",
+    }
     monkeypatch.setattr(sampling, "decodes_some_rows", lambda: False)
     whole, eng = played()
     assert eng.counters.decode_places == 16 * eng.counters.decode_steps
