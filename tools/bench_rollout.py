@@ -377,7 +377,7 @@ class Countdown:
         return answers
 
     def release(self, handle):
-        self.left.pop(handle, None)
+        del self.tasks[handle], self.left[handle]
 
 
 def spread(world: World, num_slots: int, num_waves: int) -> None:
