@@ -15,9 +15,10 @@ class Rules:
 
     Attributes:
         max_turns: turns until an episode is truncated.
-        max_refusals: refused commands in a row (turns whose command is not valid) after which an
-            episode is truncated; None for no limit. Text worlds answer a refused command and stay
-            where they are, so a policy that repeats itself would fill its slot with such turns.
+        max_refusals: refused commands in a row (`Turn.valid_command` is False; in the style of
+            `windowed`, answers of the wrong form) after which an episode is truncated; None for no
+            limit. Text worlds answer a refused command and stay where they are, so a policy that
+            repeats itself would fill its slot with such turns.
         temperature, top_k, top_p, min_p: of sampling; temperature 0 is greedy. Top-k, top-p and
             min-p make the sampler's distribution another than the one that training scores: leave
             them off (0, 1, 0) in training unless the surrogate corrects for it.
