@@ -17,22 +17,7 @@ import numpy as np
 
 from jaxagentrl import sampling, tiling, turns
 from jaxagentrl.models import decoder, kv_cache
-from jaxagentrl.turns import Counters, TurnRequest, TurnSample
-
-
-@dataclasses.dataclass
-class _Waiting:
-    """A turn on its way: prompt ids that the cache does not hold yet, and what was sampled so far."""
-
-    request: TurnRequest
-    ids: np.ndarray
-    pieces: list[TurnSample] = dataclasses.field(default_factory=list)
-    # The slot, and its turn, that computes the same first prompt for this one to copy.
-    leader: tuple[int, "_Waiting"] | None = None
-
-    @property
-    def budget(self) -> int:
-        return self.request.budget - sum(len(piece.ids) for piece in self.pieces)
+from jaxagentrl.turns import Counters, TurnRequest, TurnSample, Waiting
 
 
 @dataclasses.dataclass
@@ -60,14 +45,14 @@ def check(
     Raises:
         ValueError: with the config key (`sampling.…`), what was got and what was expected.
     """
-    if num_slots % num_waves:
+    if min(num_slots, num_waves) < 1 or num_slots % num_waves:
         raise ValueError(
-            f"sampling.num_slots ({num_slots}) must be a multiple of sampling.num_waves "
+            f"sampling.num_slots ({num_slots}) must be a positive multiple of sampling.num_waves "
             f"({num_waves})."
         )
-    if max(filled_buckets) != max_length:
+    if max(filled_buckets) != max_length or min(filled_buckets) < 1:
         raise ValueError(
-            f"sampling.filled_buckets must end at sampling.max_length ({max_length}), got "
+            f"sampling.filled_buckets must be positive and end at sampling.max_length ({max_length}), got "
             f"{tuple(filled_buckets)}."
         )
     if not 0 < max_turn_tokens < max_length:
@@ -169,7 +154,7 @@ class Engine:
         self._lengths = np.zeros(shape, np.int32)
         # The last sampled token of a slot's previous turn, which no cache holds yet; −1 for none.
         self._carry = np.full(shape, -1, np.int32)
-        self._waiting: list[dict[int, _Waiting]] = [{} for _ in range(num_waves)]
+        self._waiting: list[dict[int, Waiting]] = [{} for _ in range(num_waves)]
         self._launched: list[_Launched | None] = [None] * num_waves
 
     def length(self, wave: int, slot: int) -> int:
@@ -186,6 +171,14 @@ class Engine:
         self._waiting[wave].pop(slot, None)
         self._lengths[wave, slot] = 0
         self._carry[wave, slot] = -1
+
+    def clear(self) -> None:
+        """Frees every slot. What the device is still doing is waited for and dropped."""
+        for wave in range(self.num_waves):
+            self.receive(wave)
+            self._waiting[wave].clear()
+        self._lengths[:] = 0
+        self._carry[:] = -1
 
     def cut(self, wave: int, slot: int, sample: TurnSample, keep: int) -> TurnSample:
         """Takes back all but the first `keep` ≥ 1 tokens of the slot's last turn."""
@@ -220,7 +213,7 @@ class Engine:
                 "(sampling.max_length). Check budgets before submitting."
             )
         self._carry[wave, slot] = -1
-        self._waiting[wave][slot] = _Waiting(request, new)
+        self._waiting[wave][slot] = Waiting(request, new)
 
     def launch(self, params: decoder.Params, wave: int) -> None:
         """Sends the wave's queued work to the device; returns before it is done.
@@ -318,7 +311,7 @@ class Engine:
 
     def _find_leaders(self, wave: int) -> None:
         """Among turns that open an episode, the first of each prompt computes it for all."""
-        first: dict[bytes, tuple[int, _Waiting]] = {}
+        first: dict[bytes, tuple[int, Waiting]] = {}
         for slot, item in sorted(self._waiting[wave].items()):
             if item.leader is not None:
                 leader_slot, leader = item.leader
@@ -337,7 +330,7 @@ class Engine:
         ]
         markers = []
         for rows in _chunks(copies, self._row_buckets[-1]):
-            num_rows = self._bucket(len(rows), self._row_buckets)
+            num_rows = tiling.bucket(len(rows), self._row_buckets)
             sources = np.zeros(num_rows, np.int32)
             targets = np.full(num_rows, self.slots_per_wave, np.int32)
             sources[: len(rows)], targets[: len(rows)] = np.array(rows, np.int32).T
@@ -490,10 +483,7 @@ class Engine:
             self.counters.seconds_compile += time.monotonic() - since
 
     def _filled(self, length: int) -> int:
-        return self._bucket(length, self._filled_buckets)
-
-    def _bucket(self, size: int, buckets: Sequence[int]) -> int:
-        return next(bucket for bucket in buckets if bucket >= size)
+        return tiling.bucket(length, self._filled_buckets)
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -3,6 +3,8 @@
 Slots are split in waves. While the device decodes one wave, worker processes step the environments
 of the others; a slot freed by a finished episode is taken at once by the next, whose environment was
 reset ahead of time.
+
+What is to be played (`episodes`) is public here too.
 """
 
 import collections
@@ -17,8 +19,12 @@ import numpy as np
 from envs_host.types import EnvFailure, ResetResult, StepResult, StopReason, Task
 from jaxagentrl import chat, contexts, windowed
 from jaxagentrl.engine import Engine, TurnRequest, TurnSample
+from jaxagentrl.episodes import Episode, branch, episodes, task_word
 from jaxagentrl.rules import Rules
 from jaxagentrl.trajectory import Trajectory, Turn
+
+
+__all__ = ["Episode", "Rollout", "Rules", "branch", "collect", "episodes", "task_word"]
 
 
 class Pool(Protocol):
@@ -31,26 +37,6 @@ class Pool(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Episode:
-    """One episode to be played.
-
-    Attributes:
-        task: the game.
-        group, member: see `Trajectory`.
-        stream: uint32 words (run seed, phase, iteration, ...) that identify its randomness,
-            whatever slot it gets.
-        prefix: turns of an earlier episode of this task to be gone through first: their commands
-            are replayed in the environment, their tokens put into the slot. See `branch`.
-    """
-
-    task: Task
-    group: int
-    member: int
-    stream: tuple[int, ...]
-    prefix: tuple[Turn, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
 class Rollout:
     """Trajectories in the order of their episodes; failed ones are in `failures` and nowhere else."""
 
@@ -59,53 +45,13 @@ class Rollout:
     ledger: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def episodes(
-    tasks: Sequence[Task], *, group_size: int, stream: tuple[int, ...], first_group: int = 0
-) -> list[Episode]:
-    """`group_size` episodes of each task. Equal tasks, members and streams replay equal episodes."""
-    return [
-        Episode(task, first_group + group, member, (*stream, task_word(task), member))
-        for group, task in enumerate(tasks)
-        for member in range(group_size)
-    ]
-
-
-def branch(
-    trajectory: Trajectory, turn: int, *, group: int, num_members: int, stream: tuple[int, ...]
-) -> list[Episode]:
-    """Episodes that share the first `turn` turns of a trajectory and go on by themselves.
-
-    The ground of tree rollouts. Prefix tokens are computed once and copied to members of a wave.
-
-    Raises:
-        ValueError: no such turn.
-    """
-    if not 0 <= turn < trajectory.num_turns:
-        raise ValueError(
-            f"cannot branch before turn {turn}: the trajectory's turns are 0 to "
-            f"{trajectory.num_turns - 1}."
-        )
-    prefix = tuple(trajectory.turns[:turn])
-    words = (*stream, task_word(trajectory.task), turn)
-    return [
-        Episode(trajectory.task, group, member, (*words, member), prefix)
-        for member in range(num_members)
-    ]
-
-
-def task_word(task: Task) -> int:
-    """32 bits of the game file's hash, and of how its things are called."""
-    word = int(task.digest[:8], 16) + 0x9E3779B1 * task.params.get("naming", 0)
-    return word % 2**32
-
-
 @dataclasses.dataclass
 class _Live:
     """An episode that holds a slot, or will hold the next that is free."""
 
     index: int
     episode: Episode
-    since: float  # when its environment was first asked
+    since: float = 0.0  # when it got its slot
     turns: list[Turn] = dataclasses.field(default_factory=list)
     observation: str = ""
     prompt_ids: np.ndarray | None = None
@@ -135,7 +81,7 @@ def collect(
 
     Args:
         to_play: the episodes; more than there are slots is the normal case.
-        engine: all slots free.
+        engine: all slots free. They are free again afterwards, also where this raises.
         params: policy parameters.
         advance: called with 1 for every episode that ended.
 
@@ -161,7 +107,7 @@ class _Player:
     chat_format: chat.ChatFormat
     advance: Callable[..., None]
 
-    def play(self) -> Rollout:
+    def __post_init__(self) -> None:
         rules = self.rules
         self.shown = {"style": rules.prompt_style, "show_admissible": rules.show_admissible}
         self.began, self.seconds_environment = time.monotonic(), 0.0
@@ -172,18 +118,31 @@ class _Player:
         self.answers: dict[int, object] = {}
         self.finished: dict[int, Trajectory] = {}
         self.failures: dict[int, EnvFailure] = {}
-        for wave in range(len(self.waves)):
-            self._refill(wave)
-        while any(self.waves):
+
+    def play(self) -> Rollout:
+        try:
             for wave in range(len(self.waves)):
-                self._receive(wave)
-                self._answer(wave)
-                self.engine.launch(self.params, wave)
+                self._refill(wave)
+            while any(self.waves):
+                for wave in range(len(self.waves)):
+                    self._receive(wave)
+                    self._answer(wave)
+                    self.engine.launch(self.params, wave)
+        finally:
+            self._leave()
         return Rollout(
             trajectories=[self.finished[index] for index in sorted(self.finished)],
             failures=[(self.to_play[i], self.failures[i]) for i in sorted(self.failures)],
             ledger=self.ledger(),
         )
+
+    def _leave(self) -> None:
+        """Lets go of episodes that an error, or Ctrl-C, has left in the middle."""
+        left = [*self.ahead, *(item for live in self.waves for item in live.values())]
+        if left:
+            self.engine.clear()
+        for item in left:
+            self.pool.release(item.index)
 
     def ledger(self) -> dict[str, float]:
         """Where the seconds and the tokens went.
@@ -225,7 +184,7 @@ class _Player:
             if stopped or self.rules.cut_turns == "send":
                 self.pool.step(item.index, self._command(item.action))
             else:
-                self._keep_unanswered(item)
+                self._keep_unanswered(item, valid=False)
                 self._finish(wave, slot, item, StopReason.NO_END_OF_TURN)
 
     def _answer(self, wave: int) -> None:
@@ -251,13 +210,20 @@ class _Player:
                 for slot, item in self.waves[wave].items()
                 if item.index not in self.answers and not self.engine.is_busy(wave, slot)
             ]
+            if not owing:
+                break
+            # What has been answered counts, however late it is taken in.
+            answered = self.pool.poll(0.0)
+            if answered:
+                self.answers.update(answered)
+                continue
             now = time.monotonic()
             limits = []
             if self.rules.straggler_s is not None:
                 limits.append(since + self.rules.straggler_s)
-            if self.rules.episode_limit_s is not None and owing:
+            if self.rules.episode_limit_s is not None:
                 limits.append(min(item.since for item in owing) + self.rules.episode_limit_s)
-            if not owing or any(limit <= now for limit in limits):
+            if any(limit <= now for limit in limits):
                 break
             self.answers.update(self.pool.poll(min(limits) - now if limits else None))
         self.seconds_environment += time.monotonic() - since
@@ -273,6 +239,10 @@ class _Player:
             return False
         if isinstance(answer, StepResult):
             info = answer.info
+            if item.sample is None and (answer.terminated or answer.truncated):
+                said = f"the episode is over, saying {answer.observation!r}"
+                self._fail_replay(wave, slot, item, said, item.episode.expected)
+                return False
             item.score, item.won = info.score, info.won
             if item.sample is not None:
                 valid = info.valid_command
@@ -290,11 +260,16 @@ class _Player:
             if self._is_stuck(item):
                 self._finish(wave, slot, item, StopReason.REFUSALS)
                 return False
-        if self._is_late(item):
+        num_replayed = len(item.episode.prefix)
+        if len(item.turns) > num_replayed and self._is_late(item):  # one turn everybody gets
             self._finish(wave, slot, item, StopReason.TIME_LIMIT)
             return False
-        if len(item.turns) < len(item.episode.prefix):
+        if len(item.turns) < num_replayed:
             return self._replay(wave, slot, item, answer)
+        expected = item.episode.expected
+        if len(item.turns) == num_replayed and expected not in (None, answer.observation):
+            self._fail_replay(wave, slot, item, f"the environment says {answer.observation!r}", expected)
+            return False
         budget = self.engine.max_turn_tokens
         prompt_ids = contexts.next_prompt(self.chat_format, item.turns, answer, **self.shown)
         new_ids = prompt_ids
@@ -335,15 +310,21 @@ class _Player:
         """Sends the next command of the prefix, if the environment is where it was then."""
         turn = item.episode.prefix[len(item.turns)]
         if answer.observation != turn.observation:
-            message = (
-                f"task {item.episode.task.name}: replayed to turn {len(item.turns)}, the environment "
-                f"says {answer.observation!r}, but then it said {turn.observation!r}."
-            )
-            self._fail(wave, slot, item, EnvFailure("not deterministic", message))
+            said = f"the environment says {answer.observation!r}"
+            self._fail_replay(wave, slot, item, said, turn.observation)
             return False
         item.turns.append(turn)
         self.pool.step(item.index, self._command(turn.action))
         return True
+
+    def _fail_replay(
+        self, wave: int, slot: int, item: _Live, said: str, expected: str | None
+    ) -> None:
+        message = (
+            f"task {item.episode.task.name}: replayed to turn {len(item.turns)}, {said}, but then it "
+            f"said {expected!r}."
+        )
+        self._fail(wave, slot, item, EnvFailure("not deterministic", message))
 
     def _command(self, action: str) -> str:
         """What a turn gives the environment."""
@@ -384,8 +365,8 @@ class _Player:
                 return self.engine.cut(wave, slot, sample, keep), True
         return sample, False
 
-    def _keep_unanswered(self, item: _Live) -> None:
-        self._keep_turn(item, command="", reward=0.0, intermediate=0.0, valid=False)
+    def _keep_unanswered(self, item: _Live, *, valid: bool) -> None:
+        self._keep_turn(item, command="", reward=0.0, intermediate=0.0, valid=valid)
 
     def _keep_turn(
         self, item: _Live, command: str, reward: float, intermediate: float, valid: bool
@@ -422,11 +403,12 @@ class _Player:
     def _give_up(self, wave: int, slot: int, item: _Live) -> None:
         """Ends an episode whose environment has not answered in the episode's time."""
         if item.sample is not None:
-            self._keep_unanswered(item)
-        if item.turns:
+            # Nobody refused the command: the agent does not pay for a slow environment.
+            self._keep_unanswered(item, valid=True)
+        if len(item.turns) > len(item.episode.prefix):
             self._finish(wave, slot, item, StopReason.TIME_LIMIT)
             return
-        message = f"no first observation in {self.rules.episode_limit_s} s"
+        message = f"no observation in {self.rules.episode_limit_s} s (rollout.episode_limit_s)"
         self._fail(wave, slot, item, EnvFailure("reset time limit", message))
 
     def _fail(self, wave: int, slot: int, item: _Live, failure: EnvFailure) -> None:
@@ -462,7 +444,8 @@ class _Player:
                     self._reset_ahead(1)
                 if not self.ahead:
                     break
-                self.waves[wave][slot] = self.ahead.popleft()
+                self.waves[wave][slot] = item = self.ahead.popleft()
+                item.since = time.monotonic()  # its limit is not for waiting in the queue
                 taken = True
         if taken:
             self._reset_ahead(max(1, self.engine.slots_per_wave // 8))
@@ -472,5 +455,5 @@ class _Player:
         """Resets environments of the next episodes, so that they are ready when a slot is."""
         while self.queue and len(self.ahead) < count:
             index, episode = self.queue.popleft()
-            self.ahead.append(_Live(index, episode, time.monotonic()))
+            self.ahead.append(_Live(index, episode))
             self.pool.reset(index, episode.task)

@@ -71,7 +71,8 @@ class Rules:
             ("context", self.context in CONTEXTS, f"one of {', '.join(CONTEXTS)}"),
             ("context_keep", 0 < self.context_keep < 1, "between 0 and 1"),
             ("history_turns", self.history_turns >= 0, "0 or more"),
-            ("stop_strings", all(self.stop_strings), "texts that are not empty"),
+            ("stop_strings", not isinstance(self.stop_strings, str) and all(self.stop_strings),
+             "a tuple of texts that are not empty"),
             ("straggler_s", (self.straggler_s or 0) >= 0, "seconds or None"),
             ("episode_limit_s", self.episode_limit_s is None or self.episode_limit_s > 0, "more "
              "than 0 seconds or None"),

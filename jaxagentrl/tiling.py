@@ -81,8 +81,8 @@ def tile(
     >>> tile(rows, **buckets, costs=Costs(call=16, positions=400))
     [(2, 96, 128, [0]), (2, 32, 512, [2, 1]), (2, 32, 128, [3, 4])]
     """
-    widths = [_bucket(width, width_buckets) for width, _ in rows]
-    filled = [_bucket(length, filled_buckets) for _, length in rows]
+    widths = [bucket(width, width_buckets) for width, _ in rows]
+    filled = [bucket(length, filled_buckets) for _, length in rows]
     order = sorted(range(len(rows)), key=lambda row: (-widths[row], -filled[row], row))
     shapes = [(widths[row], filled[row]) for row in order]
     # A call that ends elsewhere than full or before another shape could take one more row for nothing.
@@ -95,7 +95,7 @@ def tile(
         choices, reach = [], 0
         for begin, end in itertools.pairwise([first, *sorted(ends)]):
             reach = max(reach, shapes[begin][1])
-            size = _bucket(end - first, row_buckets)
+            size = bucket(end - first, row_buckets)
             places = size * shapes[first][0] * (1 + reach / costs.positions)
             choices.append((costs.call + places + cheapest[end][0], size, reach, end))
         cheapest[first] = min(choices)
@@ -107,5 +107,6 @@ def tile(
     return calls
 
 
-def _bucket(size: int, buckets: Sequence[int]) -> int:
-    return next(bucket for bucket in buckets if bucket >= size)
+def bucket(size: int, buckets: Sequence[int]) -> int:
+    """The first of the ascending sizes that holds `size`."""
+    return next(held for held in buckets if held >= size)

@@ -60,6 +60,21 @@ def stream_words(stream: Sequence[int]) -> np.ndarray:
     return np.frombuffer(digest.digest(), np.uint32)
 
 
+@dataclasses.dataclass
+class Waiting:
+    """A turn on its way: prompt ids that the cache does not hold yet, and what was sampled so far."""
+
+    request: TurnRequest
+    ids: np.ndarray
+    pieces: list[TurnSample] = dataclasses.field(default_factory=list)
+    # The slot, and its turn, that computes the same first prompt for this one to copy.
+    leader: tuple[int, "Waiting"] | None = None
+
+    @property
+    def budget(self) -> int:
+        return self.request.budget - sum(len(piece.ids) for piece in self.pieces)
+
+
 def join(pieces: Sequence[TurnSample]) -> TurnSample:
     """One turn that was sampled in several pieces."""
     if len(pieces) == 1:

@@ -31,6 +31,10 @@ class FakeEngine:
     def release(self, wave, slot):
         self._lengths[wave, slot] = 0
 
+    def clear(self):
+        self._lengths.clear()
+        self._waiting.clear()
+
     def submit(self, wave, request):
         assert not self.is_busy(wave, request.slot)
         self.requests.append(request)

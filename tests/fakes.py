@@ -88,8 +88,16 @@ class RaggedEnv:
     Episodes take 1 to 20 turns, answers 1 to 30 words, and a random time of up to `latency_s`.
     """
 
-    def __init__(self, *, latency_s: float = 0.0, stuck_seed: int = -1, forgets: bool = False):
-        self._latency_s, self._stuck_seed, self._forgets = latency_s, stuck_seed, forgets
+    def __init__(
+        self,
+        *,
+        latency_s: float = 0.0,
+        stuck_seed: int = -1,
+        forgets: bool = False,
+        forgets_after: int = 1000,
+    ):
+        self._latency_s, self._stuck_seed = latency_s, stuck_seed
+        self._forgets, self._forgets_after = forgets, forgets_after
         self._clock = random.Random(os.getpid())
 
     def reset(self, task: Task) -> ResetResult:
@@ -110,7 +118,8 @@ class RaggedEnv:
     def _answer(self) -> str:
         words = self._random(*self._said)
         said = [words.choice(("box", "key", "door", "room")) for _ in range(words.randint(1, 30))]
-        return " ".join(said + [str(time.time_ns())] * self._forgets)
+        forgotten = self._forgets or len(self._said) > self._forgets_after
+        return " ".join(said + [str(time.time_ns())] * forgotten)
 
     def _random(self, *parts: str) -> random.Random:
         text = "|".join((str(self._task.seed), *parts))

@@ -84,6 +84,7 @@ jaxagentrl.chat
 jaxagentrl.windowed
 jaxagentrl.rules
 jaxagentrl.trajectory
+jaxagentrl.episodes
 jaxagentrl.rewards
 jaxagentrl.contexts
 jaxagentrl.rollout
@@ -102,6 +103,7 @@ jaxagentrl.report_curves
 jaxagentrl.report_page
 jaxagentrl.report
 jaxagentrl.prepare
+jaxagentrl.settings
 jaxagentrl.train
 jaxagentrl.main
 """.split()
@@ -113,7 +115,7 @@ CORE_LIBRARIES = {
 }
 
 # Host records and texts, usable without an accelerator library.
-WITHOUT_JAX = ("chat", "windowed", "trajectory", "rewards", "tasks", "tokenizer", "progress", "workdir")
+WITHOUT_JAX = ("chat", "windowed", "trajectory", "episodes", "rewards", "tasks", "tokenizer", "progress", "workdir")
 
 
 def sources():

@@ -285,6 +285,17 @@ def test_an_environment_that_cannot_be_replayed_is_a_counted_failure(chat_format
     assert [failure.reason for _, failure in played.failures] == ["not deterministic"] * 2
 
 
+@pytest.mark.parametrize("turn", [0, 2])
+def test_the_state_that_a_branch_begins_at_is_compared_too(chat_format, reference, turn):
+    longest = max(reference.trajectories, key=lambda trajectory: trajectory.num_turns)
+    to_play = rollout.branch(longest, turn, group=0, num_members=2, stream=(9,))
+    # All that the prefix's own turns were told is the same; what its last command leads to is not.
+    with make_pool(forgets_after=turn - 1) as pool:
+        played = play(chat_format, make_engine(chat_format, num_slots=4, num_waves=1), pool, to_play)
+    assert not played.trajectories
+    assert [failure.reason for _, failure in played.failures] == ["not deterministic"] * 2
+
+
 def test_stop_strings_cut_after_the_token_that_completes_one(chat_format, reference):
     cut = 0
     for trajectory in reference.trajectories:

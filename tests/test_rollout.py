@@ -1,5 +1,7 @@
 """Episodes: every stop reason, failed environments, refilled slots, with a scripted engine and pool."""
 
+import dataclasses
+import time
 import types
 
 import numpy as np
@@ -8,7 +10,7 @@ from fake_engine import FakeEngine
 from records import make_task
 
 from envs_host.types import EnvFailure, Info, ResetResult, StepResult, StopReason
-from jaxagentrl import evaluate, metrics, rollout
+from jaxagentrl import evaluate, metrics, rewards, rollout
 
 EOT = 1
 
@@ -59,6 +61,33 @@ class ScriptedPool:
         self.live.remove(handle)
 
 
+class SlowPool(ScriptedPool):
+    """Takes `delays[task]` seconds for each answer of a task's environment."""
+
+    def __init__(self, delays):
+        super().__init__()
+        self.delays, self.clock = delays, {}
+
+    def poll(self, limit_s=None):
+        end = None if limit_s is None else time.monotonic() + limit_s
+        while True:
+            now = time.monotonic()
+            for handle, _ in self.ready:
+                self.clock.setdefault(handle, now + self.delays.get(self.tasks[handle].name, 0.0))
+            answers = [answer for answer in self.ready if self.clock[answer[0]] <= now]
+            if answers or (end is not None and now >= end):
+                self.ready = [answer for answer in self.ready if answer not in answers]
+                for handle, _ in answers:
+                    del self.clock[handle]
+                return answers
+            time.sleep(0.005)
+
+    def release(self, handle):
+        super().release(handle)
+        self.ready = [answer for answer in self.ready if answer[0] != handle]
+        self.clock.pop(handle, None)
+
+
 class ScriptedChat:
     end_of_turn_id = EOT
 
@@ -95,13 +124,15 @@ class ScriptedEngine(FakeEngine):
         return [10 + self.chat.texts.index(text), *end]
 
 
-def play(scripts: dict[str, list[str]], *, max_turns=3, max_length=60, slots=2, **rules):
+def play(
+    scripts: dict[str, list[str]], *, max_turns=3, max_length=60, slots=2, pool=None, engine=None, **rules
+):
     tasks = [make_task(name, index) for index, name in enumerate(scripts)]
     by_word = dict(enumerate(scripts.values()))
     chat_format = ScriptedChat(scripts)
     to_play = [rollout.Episode(task, i, 0, (7, i)) for i, task in enumerate(tasks)]
-    engine = ScriptedEngine(by_word, chat_format, slots=slots, max_length=max_length)
-    pool = ScriptedPool()
+    engine = engine or ScriptedEngine(by_word, chat_format, slots=slots, max_length=max_length)
+    pool = pool or ScriptedPool()
     finished = []
     played = rollout.collect(
         to_play,
@@ -156,6 +187,93 @@ def test_an_episode_ends_after_so_many_refusals_in_a_row():
         StopReason.TURN_LIMIT
     )
     assert play(scripts, max_turns=4).trajectories[0].num_turns == 4
+
+
+def test_time_in_the_queue_is_not_an_episodes_own():
+    scripts = {name: ["a", "a", name] for name in ("one", "two", "three", "four", "five")}
+    # Four answers each, while those of the other wave are waited for, too: 0.64 s in a slot. The later
+    # ones are reset when those before them get their slots, so that they are twice as old in the end.
+    pool = SlowPool(dict.fromkeys(scripts, 0.08))
+    played = play(scripts, pool=pool, slots=2, episode_limit_s=1.1)
+    assert not played.failures
+    assert [t.stop_reason for t in played.trajectories] == [StopReason.DONE] * 5
+
+
+def test_an_episode_that_never_began_in_time_is_a_failure_and_no_trajectory():
+    pool = SlowPool({"slow": 0.3})
+    played = play({"slow": ["slow"], "quick": ["quick"]}, pool=pool, episode_limit_s=0.1)
+    assert [t.task.name for t in played.trajectories] == ["quick"]
+    (failed,) = played.failures
+    assert failed[0].task.name == "slow" and failed[1].reason == "reset time limit"
+    assert "rollout.episode_limit_s" in failed[1].message
+
+
+def test_a_turn_that_nobody_answered_in_time_is_no_refused_one():
+    pool = SlowPool({})
+    pool.delays = _Later({"slow": 5.0})
+    (slow,) = play({"slow": ["a", "a", "a"]}, pool=pool, episode_limit_s=0.2).trajectories
+    assert slow.stop_reason is StopReason.TIME_LIMIT and slow.truncated
+    assert slow.turns[-1].command == "" and slow.turns[-1].valid_command
+    paid = rewards.turn_rewards(slow, kind="single", invalid_penalty=0.1)
+    np.testing.assert_array_equal(paid, 0.0)
+
+
+class _Later(dict):
+    """Delays that begin with an environment's second answer."""
+
+    def get(self, key, default):
+        known = key in self and self.pop(f"met {key}", False)
+        self[f"met {key}"] = True
+        return self[key] if known else default
+
+
+def test_what_was_answered_counts_however_late_it_is_read():
+    class Sleepy(ScriptedEngine):
+        def receive(self, wave):
+            time.sleep(0.15)  # the device takes longer than the episode may
+            return super().receive(wave)
+
+    scripts = {"winner": ["winner"]}
+    chat_format = ScriptedChat(scripts)
+    engine = Sleepy({0: scripts["winner"]}, chat_format)
+    (won,) = play(scripts, engine=engine, episode_limit_s=0.1).trajectories
+    assert won.won and won.stop_reason is StopReason.DONE
+
+
+def test_nobody_waits_for_stragglers_and_all_is_played():
+    scripts = {name: ["a", name] for name in ("one", "two", "three")}
+    played = play(scripts, pool=SlowPool({"two": 0.05}), slots=4, straggler_s=0.0)
+    assert [t.won for t in played.trajectories] == [True] * 3
+
+
+def test_an_error_in_the_middle_leaves_engine_and_environments_free():
+    class Failing(ScriptedPool):
+        def poll(self, limit_s=None):
+            if any(isinstance(answer, StepResult) for _, answer in self.ready):
+                raise KeyboardInterrupt
+            return super().poll(limit_s)
+
+    scripts = {"one": ["a", "one"], "two": ["a", "two"], "three": ["three"]}
+    chat_format, pool = ScriptedChat(scripts), Failing()
+    engine = ScriptedEngine(dict(enumerate(scripts.values())), chat_format)
+    with pytest.raises(KeyboardInterrupt):
+        play(scripts, engine=engine, pool=pool)
+    assert not pool.live
+    again = play(scripts, engine=engine)
+    assert [t.won for t in again.trajectories] == [True] * 3
+
+
+def test_a_task_that_is_drawn_twice_is_played_by_other_streams():
+    one, two = (
+        dataclasses.replace(make_task(name, 0), digest=f"{number:064x}")
+        for number, name in enumerate(("one", "two"))
+    )
+    made = rollout.episodes([one, two, one], group_size=2, stream=(3,))
+    assert [(e.group, e.member) for e in made] == [(g, m) for g in range(3) for m in range(2)]
+    assert len({e.stream for e in made}) == 6
+    assert [e.stream for e in made[:4]] == [
+        e.stream for e in rollout.episodes([one, two], group_size=2, stream=(3,))
+    ]
 
 
 def test_a_cut_turn_can_be_sent():

@@ -1,0 +1,86 @@
+"""What is to be played: tasks, their groups, and the streams of random numbers of each episode."""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+from envs_host.types import Task
+from jaxagentrl.trajectory import Trajectory, Turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One episode to be played.
+
+    Attributes:
+        task: the game.
+        group, member: see `Trajectory`.
+        stream: uint32 words (run seed, phase, iteration, ...) that identify its randomness,
+            whatever slot it gets.
+        prefix: turns of an earlier episode of this task to be gone through first: their commands
+            are replayed in the environment, their tokens put into the slot. See `branch`.
+        expected: what the environment said then, after those commands; None is not compared.
+    """
+
+    task: Task
+    group: int
+    member: int
+    stream: tuple[int, ...]
+    prefix: tuple[Turn, ...] = ()
+    expected: str | None = None
+
+
+def episodes(
+    tasks: Sequence[Task], *, group_size: int, stream: tuple[int, ...], first_group: int = 0
+) -> list[Episode]:
+    """`group_size` episodes of each task. Equal tasks, members and streams replay equal episodes.
+
+    A task that is there twice has two groups, which go on counting members in their streams: the second
+    would otherwise be the first once more, token for token.
+    """
+    earlier: collections.Counter[int] = collections.Counter()
+    made = []
+    for group, task in enumerate(tasks, first_group):
+        word = task_word(task)
+        for member in range(group_size):
+            words = (*stream, word, group_size * earlier[word] + member)
+            made.append(Episode(task, group, member, words))
+        earlier[word] += 1
+    return made
+
+
+def branch(
+    trajectory: Trajectory, turn: int, *, group: int, num_members: int, stream: tuple[int, ...]
+) -> list[Episode]:
+    """Episodes that share the first `turn` turns of a trajectory and go on by themselves.
+
+    The ground of tree rollouts. Prefix tokens are computed once and copied to members of a wave. Two
+    calls with one stream, for one task and turn, give the same episodes.
+
+    Raises:
+        ValueError: no such turn.
+    """
+    if not 0 <= turn < trajectory.num_turns:
+        raise ValueError(
+            f"cannot branch before turn {turn}: the trajectory's turns are 0 to "
+            f"{trajectory.num_turns - 1}."
+        )
+    prefix = tuple(trajectory.turns[:turn])
+    words = (*stream, task_word(trajectory.task), turn)
+    return [
+        Episode(
+            trajectory.task,
+            group,
+            member,
+            (*words, member),
+            prefix,
+            expected=trajectory.turns[turn].observation,
+        )
+        for member in range(num_members)
+    ]
+
+
+def task_word(task: Task) -> int:
+    """32 bits of the game file's hash, and of how its things are called."""
+    word = int(task.digest[:8], 16) + 0x9E3779B1 * task.params.get("naming", 0)
+    return word % 2**32
