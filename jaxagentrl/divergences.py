@@ -12,6 +12,8 @@ from jaxagentrl.types import Array
 # exp of more than this is no longer a usable weight in float32 (verl clamps at the same place).
 MAX_LOG_RATIO = 20.0
 
+ESTIMATORS = ("k1", "k2", "k3", "k3_straight_through")
+
 
 def kl(
     logprobs: Array, ref_logprobs: Array, *, estimator: str, action_mask: Array | None = None
@@ -32,7 +34,7 @@ def kl(
     Args:
         logprobs: [..., L] float, current policy.
         ref_logprobs: [..., L] float, frozen reference.
-        estimator: "k1", "k2", "k3" or "k3_straight_through".
+        estimator: of `ESTIMATORS`.
         action_mask: [..., L] bool, optional.
 
     Returns:

@@ -30,6 +30,7 @@ from jaxagentrl.packing import Packed
 from jaxagentrl.types import Array, TrainState, TrajectoryBatch
 
 CRITICS = ("none", "head", "separate")
+SURROGATES = ("clipped", "gspo", "cispo", "policy_gradient")
 
 Params = dict[str, Any]
 Metrics = dict[str, Array]
@@ -261,11 +262,18 @@ def make_rl_loss(
     """Policy-gradient loss of one micro-batch; sums weighted by `Targets.weights`.
 
     Args:
-        surrogate: "clipped" (PPO, GRPO, RLOO, REINFORCE++), "gspo", "cispo" or "policy_gradient".
+        surrogate: of `SURROGATES`. "clipped" is that of PPO, GRPO, RLOO and REINFORCE++.
         kl_coefficient: of the KL term in the loss; 0 leaves it out.
         old_is_current: the batch gets one update only, so the old log-probs are the current ones
             and the scoring pass that would give them is saved. The gradient is the same.
+
+    Raises:
+        ValueError: an unknown surrogate.
     """
+    if surrogate not in SURROGATES:
+        raise ValueError(
+            f"rl.loss.surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}."
+        )
     forward_part = functools.partial(
         forward, config, temperature=temperature, remat=remat, compute_dtype=compute_dtype
     )

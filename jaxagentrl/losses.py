@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jaxagentrl import masking
 from jaxagentrl.divergences import (
+    ESTIMATORS,
     MAX_LOG_RATIO,
     adaptive_kl_coefficient,
     fixed_kl_coefficient,
@@ -30,6 +31,8 @@ from jaxagentrl.preference import implicit_step_rewards, trajectory_dpo
 from jaxagentrl.types import Array
 
 __all__ = [
+    "AGGREGATION_MODES",
+    "ESTIMATORS",
     "adaptive_kl_coefficient",
     "aggregate",
     "aggregation_weights",

@@ -1,6 +1,5 @@
 """`python -m jaxagentrl.main --config=configs/<x>.py --workdir=<folder>`: flags, and nothing else."""
 
-import os
 import sys
 
 if __name__ == "__main__":
@@ -8,11 +7,30 @@ if __name__ == "__main__":
 
     pages.use_huge_ones()  # before jax is imported: it starts this process again
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jaxagentrl import demos, hosts, metrics, train
+
+
+class _OrNone(flags.ArgumentParser):
+    """Another parser's values, and None: `--config.sft.target_loss=None`."""
+
+    def __init__(self, parser: flags.ArgumentParser):
+        self._parser = parser
+        self.syntactic_help = parser.syntactic_help
+
+    def parse(self, argument):
+        return None if argument in (None, "None") else self._parser.parse(argument)
+
+    def flag_type(self) -> str:
+        return self._parser.flag_type()
+
+
+for _type, _parser in (
+    (int, flags.IntegerParser()), (float, flags.FloatParser()), (str, flags.ArgumentParser())
+):
+    config_flags.register_flag_parser_for_type(_type, _OrNone(_parser))
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors that have a message.")
@@ -30,7 +48,6 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
     config = _CONFIG.value.to_dict()
-    _keep_compiled_programs(config["compilation_cache_dir"])
     try:
         if _DISTRIBUTED.value or _COORDINATOR.value is not None:
             hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -41,15 +58,6 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues from the last checkpoint")
-
-
-def _keep_compiled_programs(directory: str | None) -> None:
-    """Lets jax find again what an earlier process compiled; None compiles everything anew."""
-    if directory is not None:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
-        # The default keeps only what took a second, but a run has dozens of smaller programs.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def run() -> None:

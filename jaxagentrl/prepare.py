@@ -25,7 +25,7 @@ from jaxagentrl.workdir import Workdir
 class Setup:
     """Made by `everything`; read by the training loops."""
 
-    splits: Mapping[str, Sequence[Task]]  # "demo", "train", "test"
+    splits: Mapping[str, Sequence[Task]]  # "demo", "train", "test" and every "test_<x>"
     pool: EnvPool
     replays: Sequence[demos.Replay]  # walkthroughs of "demo"
     chat_format: chat.ChatFormat
@@ -40,134 +40,6 @@ class Setup:
         return None if self.mesh is None else sharding.decoding_mesh(self.mesh)
 
 
-def check(config: Mapping[str, Any]) -> None:
-    """Refuses settings that cannot work, before anything is made.
-
-    Raises:
-        ValueError: with the key, what was got, what was expected.
-    """
-    ranges = _ranges(config["splits"])
-    further = [name for name in ranges if name.startswith("test_")]
-    if set(ranges) - set(further) != {"demo", "train", "test"}:
-        raise ValueError(
-            "splits must be demo, train and test, and further held-out ones as test_<name>, got "
-            f"{sorted(ranges)}."
-        )
-    _check_namings(config)
-    for params in split_params(config["env"], config["splits"]).values():
-        environment = collect.environment(params)
-        if config["env"]["name"] != environment:
-            raise ValueError(
-                f"env.name is {config['env']['name']!r}, but games of the family "
-                f"{params['family']!r} are played by {environment!r}."
-            )
-    sampling, learner, sft = config["sampling"], config["learner"], config["sft"]
-    engine.check(**sampling)
-    if max(learner["length_buckets"]) < sampling["max_length"]:
-        raise ValueError(
-            f"learner.length_buckets ends at {max(learner['length_buckets'])}, but an episode may "
-            f"have sampling.max_length = {sampling['max_length']} tokens: add a bucket that holds it."
-        )
-    if config["rollout"]["context"] != "end":
-        _check_contexts(config)
-    if sft["num_steps"] and sft["batch_size"] > len(ranges["demo"]):
-        raise ValueError(
-            f"sft.batch_size is {sft['batch_size']} but splits.demo has {len(ranges['demo'])} "
-            "seeds: lower the first or raise the second."
-        )
-    if sft["save_every"] % sft["log_every"]:
-        raise ValueError(
-            f"sft.save_every is {sft['save_every']}, which is no multiple of sft.log_every = "
-            f"{sft['log_every']}: a line of the log is a mean over the steps since the line before, and "
-            "a run that continues from a checkpoint must begin at one."
-        )
-    target = sft["target_loss"]
-    if target is not None and not target > 0.0:
-        raise ValueError(
-            f"sft.target_loss must be above 0 (imitation ends at that loss), or None, got {target}."
-        )
-    temperatures = (config["eval"]["temperature"], *config["eval"]["other_temperatures"])
-    if min(temperatures) < 0.0 or len(set(temperatures)) != len(temperatures):
-        raise ValueError(
-            f"eval.temperature and eval.other_temperatures are {temperatures}, expected different "
-            "numbers from 0 (greedy) on: drop the double or negative one."
-        )
-    _check_learner(learner, config)
-
-
-def _check_namings(config: Mapping[str, Any]) -> None:
-    namings, params = config["namings"], split_params(config["env"], config["splits"])
-    if set(namings) != {"demo", "train"} or min(namings.values()) < 1:
-        raise ValueError(
-            "namings must give demo and train a number of at least 1 each (held-out games are played "
-            f"as they are), got {dict(namings)}."
-        )
-    for split, count in namings.items():
-        if count > 1 and params[split].get("theme") != naming.THEME:
-            raise ValueError(
-                f"namings.{split} is {count}, but only TextWorld games of the theme {naming.THEME!r} "
-                "have names that mean nothing: set it to 1."
-            )
-
-
-def _check_contexts(config: Mapping[str, Any]) -> None:
-    """Episodes of several contexts lie in one row of the batch, and are packed for the learner."""
-    rollout, longest = config["rollout"], max(config["learner"]["length_buckets"])
-    # A window keeps a part of what it slides over; every turn of the others may fill a slot.
-    needed = rollout["max_turns"] * config["sampling"]["max_length"]
-    if longest < needed:
-        raise ValueError(
-            f"learner.length_buckets ends at {longest}, but with rollout.context "
-            f"{rollout['context']!r} an episode may have rollout.max_turns x sampling.max_length = "
-            f"{needed} tokens: add a bucket that holds it."
-        )
-    if config["rl"]["loss"]["surrogate"] == "gspo":
-        raise ValueError(
-            f"rollout.context {rollout['context']!r} puts several texts in a row, but "
-            "rl.loss.surrogate 'gspo' takes a row for one episode: set rollout.context to 'end'."
-        )
-
-
-def _check_learner(learner: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    if learner["remat"] not in decoder.REMAT:
-        raise ValueError(
-            f"learner.remat must be one of {', '.join(decoder.REMAT)}, got {learner['remat']!r}."
-        )
-    if learner["compute_dtype"] not in ("float32", "bfloat16"):
-        raise ValueError(
-            "learner.compute_dtype must be 'float32' or 'bfloat16', got "
-            f"{learner['compute_dtype']!r}."
-        )
-    lora_options = config["lora"]
-    if lora_options["rank"]:
-        lora.targeted(lora_options["targets"])
-        if lora_options["export"] not in ("merged", "separate"):
-            raise ValueError(
-                f"lora.export must be 'merged' or 'separate', got {lora_options['export']!r}."
-            )
-        if config["rl"]["critic"] == "separate":
-            raise ValueError(
-                "rl.critic 'separate' is a second whole model, which lora.rank > 0 is there to "
-                "avoid: use 'head'."
-            )
-    if learner["packing"] and config["rl"]["loss"]["surrogate"] == "gspo":
-        raise ValueError(
-            "learner.packing puts several episodes in a row, but rl.loss.surrogate 'gspo' takes a "
-            "row for one episode: set learner.packing to False."
-        )
-    if config["rl"]["tasks_per_iteration"] % jax.process_count():
-        raise ValueError(
-            f"rl.tasks_per_iteration is {config['rl']['tasks_per_iteration']}, which "
-            f"{jax.process_count()} processes cannot share equally: make it a multiple."
-        )
-    shards = sharding.num_row_shards(sharding.make_mesh(**config["mesh"]))
-    if learner["row_multiple"] % shards:
-        raise ValueError(
-            f"learner.row_multiple is {learner['row_multiple']}, but mesh.data x mesh.fsdp splits "
-            f"the rows of a micro-batch in {shards}: make it a multiple of that."
-        )
-
-
 def games(
     env: Mapping[str, Any], splits: Mapping[str, Any], namings: Mapping[str, int]
 ) -> dict[str, list[Task]]:
@@ -175,7 +47,7 @@ def games(
 
     `namings` are under how many names each game of a split is played, see `envs_host.naming`.
     """
-    ranges, params = _ranges(splits), split_params(env, splits)
+    ranges, params = seed_ranges(splits), split_params(env, splits)
     made = {}
     for name, seeds in ranges.items():
         # Official games are numbered within their own split of the data, from 0.
@@ -218,7 +90,8 @@ def held_out(splits: Mapping[str, Any]) -> dict[str, str]:
     return {name: "eval" + name[4:] for name in splits if name.startswith("test")}
 
 
-def _ranges(splits: Mapping[str, Any]) -> dict[str, range]:
+def seed_ranges(splits: Mapping[str, Any]) -> dict[str, range]:
+    """The seeds of every split; raises where two of them share some."""
     return tasks.seed_ranges({name: tuple(bounds[:2]) for name, bounds in splits.items()})
 
 
@@ -292,7 +165,13 @@ def _model(
     options = dict(options)
     directory = options.pop("directory")
     if directory is not None:
-        return pretrained.load(directory, mesh=mesh)
+        config, params = pretrained.load(directory, mesh=mesh)
+        if vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {vocab_size} ids, but the model in {directory} knows "
+                f"{config.vocab_size}: set tokenizer.directory to the folder of that model."
+            )
+        return config, params
     config = decoder.DecoderConfig(vocab_size=vocab_size, **options)
     return config, decoder.init(config, key)
 

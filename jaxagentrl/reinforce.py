@@ -1,6 +1,7 @@
 """One RL iteration's learning: trajectories → scored batch → advantages → optimizer steps."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,15 +35,8 @@ def check(rl: Mapping[str, Any]) -> None:
     Raises:
         ValueError: with the key and the way out.
     """
+    _check_values(rl)
     name, group_size = rl["advantage"]["name"], rl["group_size"]
-    if name not in estimate.NAMES:
-        raise ValueError(
-            f"rl.advantage.name must be one of {', '.join(estimate.NAMES)}, got {name!r}."
-        )
-    if rl["critic"] not in learner.CRITICS:
-        raise ValueError(
-            f"rl.critic must be one of {', '.join(learner.CRITICS)}, got {rl['critic']!r}."
-        )
     if name in estimate.NEEDS_GROUPS and group_size < 2:
         raise ValueError(
             f"rl.advantage.name {name!r} compares the members of a group, but rl.group_size is "
@@ -57,11 +51,6 @@ def check(rl: Mapping[str, Any]) -> None:
         raise ValueError(
             f"rl.critic is {rl['critic']!r} but rl.advantage.name {name!r} uses no critic: set "
             "rl.critic to 'none'."
-        )
-    if rl["kl"]["placement"] not in ("none", "reward", "loss"):
-        raise ValueError(
-            "rl.kl.placement must be 'none', 'reward' or 'loss', got "
-            f"{rl['kl']['placement']!r}."
         )
     if (rl["kl"]["placement"] == "none") != (rl["kl"]["coefficient"] == 0):
         raise ValueError(
@@ -80,6 +69,53 @@ def check(rl: Mapping[str, Any]) -> None:
             f"rl.num_minibatches ({rl['num_minibatches']}) must divide the {rows} episodes of an "
             "iteration (rl.tasks_per_iteration x rl.group_size)."
         )
+    mode, constant = rl["aggregation"], rl["aggregation_constant"]
+    if (mode == "constant") != (constant is not None):
+        raise ValueError(
+            f"rl.aggregation is {mode!r} and rl.aggregation_constant {constant}: 'constant' needs a "
+            "number (the longest possible action, for example), the other modes None."
+        )
+
+
+def _check_values(rl: Mapping[str, Any]) -> None:
+    """One key at a time."""
+    advantage, loss, kl = rl["advantage"], rl["loss"], rl["kl"]
+    for key, value, choices in (
+        ("advantage.name", advantage["name"], estimate.NAMES),
+        ("advantage.group_scale", advantage["group_scale"], ("std", "none")),
+        ("advantage.turn_horizon", advantage["turn_horizon"], ("episode", "turn")),
+        ("aggregation", rl["aggregation"], losses.AGGREGATION_MODES),
+        ("critic", rl["critic"], learner.CRITICS),
+        ("loss.surrogate", loss["surrogate"], learner.SURROGATES),
+        ("kl.placement", kl["placement"], ("none", "reward", "loss")),
+        ("kl.estimator", kl["estimator"], losses.ESTIMATORS),
+    ):
+        if value not in choices:
+            raise ValueError(f"rl.{key} must be one of {', '.join(choices)}, got {value!r}.")
+    at_least_1 = ("tasks_per_iteration", "group_size", "num_epochs", "num_minibatches", "eval_every",
+                  "save_every")
+    infinity = float("inf")
+    for key, value, low, high in (
+        ("num_iterations", rl["num_iterations"], 0, infinity),
+        *((key, rl[key], 1, infinity) for key in at_least_1),
+        ("discount", rl["discount"], 0, 1),
+        ("observation_weight", rl["observation_weight"], 0, infinity),
+        ("aggregation_constant", rl["aggregation_constant"], 1e-6, infinity),
+        ("advantage.negative_weight", advantage["negative_weight"], 0, infinity),
+        ("advantage.gae_lambda", advantage["gae_lambda"], 0, 1),
+        ("advantage.turn_discount", advantage["turn_discount"], 0, 1),
+        ("advantage.step_weight", advantage["step_weight"], 0, infinity),
+        ("loss.clip_low", loss["clip_low"], 0, 1),
+        ("loss.clip_high", loss["clip_high"], 0, infinity),
+        # Where A < 0 the loss is at most -cA, and at ratio 1 it is -A.
+        ("loss.dual_clip", loss["dual_clip"], 1, infinity),
+        ("loss.value_coefficient", loss["value_coefficient"], 0, infinity),
+        ("loss.value_clip", loss["value_clip"], 0, infinity),
+        ("kl.coefficient", kl["coefficient"], 0, infinity),
+    ):
+        if value is not None and not low <= value <= high:
+            expected = f"at least {low}" if high == infinity else f"in [{low}, {high}]"
+            raise ValueError(f"rl.{key} must be {expected}, got {value}.")
 
 
 def skips_rows(rl: Mapping[str, Any]) -> bool:
@@ -183,7 +219,7 @@ def learn(
 
     def split(rows: np.ndarray) -> learner.Work:
         return imitate.split(
-            rows, lengths, shape=batch.tokens.shape, contexts=contexts, **part_shapes(shapes)
+            rows, lengths, shape=batch.tokens.shape, contexts=contexts, **part_shapes(shapes, programs.mesh)
         )
 
     everything = split(np.arange(len(lengths), dtype=np.int32))
@@ -218,6 +254,7 @@ def learn(
                 scores,
                 ref_logprobs,
                 aggregation=rl["aggregation"],
+                constant=rl["aggregation_constant"],
                 observation_weight=rl["observation_weight"],
             )
             work = everything if rl["num_minibatches"] == 1 else split(rows)
@@ -256,6 +293,7 @@ def _targets(
     ref_logprobs: jax.Array,
     *,
     aggregation: str,
+    constant: float | None,
     observation_weight: float,
 ) -> learner.Targets:
     """Targets of one minibatch: `mine` [B] bool are its rows."""
@@ -268,18 +306,21 @@ def _targets(
         old_logprobs=scores.logprobs,
         old_values=scores.values,
         ref_logprobs=ref_logprobs,
-        weights=losses.aggregation_weights(action, mode=aggregation),
+        weights=losses.aggregation_weights(action, mode=aggregation, constant=constant),
         observation_weights=observation_weight
         * losses.aggregation_weights(read, mode="token_mean"),
     )
 
 
-_targets = jax.jit(_targets, static_argnames=("aggregation", "observation_weight"))
+_targets = jax.jit(_targets, static_argnames=("aggregation", "constant", "observation_weight"))
 
 
-def part_shapes(shapes: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("length_buckets", "tokens_per_part", "row_multiple", "packing")
-    return {key: shapes[key] for key in keys}
+def part_shapes(shapes: Mapping[str, Any], mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
+    """How `imitate.split` cuts a step, from the config's `learner`: every device of the mesh that holds
+    rows gets as many."""
+    kept = {key: shapes[key] for key in ("length_buckets", "tokens_per_part", "packing")}
+    shards = sharding.num_row_shards(mesh)
+    return kept | {"row_multiple": math.lcm(shapes["row_multiple"], shards)}
 
 
 def _facts(batch, credit, turn_rewards, trajectories, work, used) -> dict[str, float]:

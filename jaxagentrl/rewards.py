@@ -48,7 +48,13 @@ def turn_rewards(
             episode without turns, one that the environment broke, or a game without a maximum
             score.
     """
-    _check(trajectory, kind, invalid_penalty, no_end_of_turn_penalty, intermediate_scale)
+    check(
+        kind=kind,
+        invalid_penalty=invalid_penalty,
+        no_end_of_turn_penalty=no_end_of_turn_penalty,
+        intermediate_scale=intermediate_scale,
+    )
+    _check_trajectory(trajectory)
     rewards = np.zeros(trajectory.num_turns, np.float64)
     if kind == "dense":
         rewards += [turn.reward / trajectory.max_score for turn in trajectory.turns]
@@ -64,28 +70,38 @@ def turn_rewards(
     return rewards.astype(np.float32)
 
 
-def _check(
-    trajectory: Trajectory,
+def check(
+    *,
     kind: str,
     invalid_penalty: float,
     no_end_of_turn_penalty: float,
     intermediate_scale: float | None,
 ) -> None:
+    """Refuses arguments that `turn_rewards` cannot work with.
+
+    Raises:
+        ValueError: with the config key (`reward.…`), what was got and what was expected.
+    """
     if kind not in KINDS:
-        raise ValueError(f"reward kind must be one of {KINDS}, got {kind!r}")
+        raise ValueError(f"reward.kind must be one of {', '.join(KINDS)}, got {kind!r}.")
     for name, value in (
         ("invalid_penalty", invalid_penalty),
         ("no_end_of_turn_penalty", no_end_of_turn_penalty),
     ):
         if not value >= 0.0:
-            raise ValueError(f"{name} is subtracted and must be 0 or more, got {value}")
+            raise ValueError(f"reward.{name} is subtracted and must be 0 or more, got {value}.")
     if kind == "intermediate" and intermediate_scale is None:
-        raise ValueError("reward kind 'intermediate' needs intermediate_scale, for instance 0.1")
+        raise ValueError(
+            "reward.kind 'intermediate' needs reward.intermediate_scale, for instance 0.1; got None."
+        )
     if kind != "intermediate" and intermediate_scale is not None:
         raise ValueError(
-            f"intermediate_scale={intermediate_scale} has no effect on reward kind {kind!r}; "
-            "leave it None or choose kind 'intermediate'"
+            f"reward.intermediate_scale is {intermediate_scale}, which has no effect on reward.kind "
+            f"{kind!r}: set it to None, or the kind to 'intermediate'."
         )
+
+
+def _check_trajectory(trajectory: Trajectory) -> None:
     if trajectory.stop_reason is StopReason.ENV_FAILURE:
         raise ValueError(
             f"the environment failed in {_name(trajectory)}: that is no outcome of the agent's; "

@@ -32,6 +32,7 @@ from jaxagentrl import (
     report,
     rollout,
     rules,
+    settings,
     tasks,
     workdir,
 )
@@ -59,10 +60,12 @@ class Session:
 
 def run(config: Mapping[str, Any], directory: str) -> None:
     """Runs, or continues, the experiment of `config` in the folder `directory`."""
-    prepare.check(config)
-    reinforce.check(config["rl"])
-    _rules(config, config["rollout"]["temperature"])  # refuses what makes no sense
-    folder = _open(pathlib.Path(directory), config)
+    settings.check(config)
+    _keep_compiled_programs(config["compilation_cache_dir"])
+    folder = _open(pathlib.Path(directory).expanduser(), config)
+    unused = settings.unused(config)
+    if unused:
+        progress.notice(f"without effect in this run: {', '.join(unused)}")
     for change in folder.version_changes:
         progress.notice(f"package version differs from the run's first start: {change}")
     started = time.monotonic()
@@ -90,6 +93,15 @@ def run(config: Mapping[str, Any], directory: str) -> None:
     if hosts.is_first():
         report.write(folder.root)
     hosts.wait("end")
+
+
+def _keep_compiled_programs(directory: str | None) -> None:
+    """Lets jax find again what an earlier process compiled; None compiles everything anew."""
+    if directory is not None:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(directory).expanduser()))
+        # The default keeps only what took a second, but a run has dozens of smaller programs.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def _open(root: pathlib.Path, config: Mapping[str, Any]) -> workdir.Workdir:
@@ -130,7 +142,9 @@ def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState
         batch_size=sft["batch_size"],
         observation_weight=sft["observation_weight"],
         frozen=setup.frozen,
-        **shapes,
+        remat=shapes["remat"],
+        compute_dtype=shapes["compute_dtype"],
+        **reinforce.part_shapes(shapes, setup.mesh),
     )
     since, recent = time.monotonic(), []
     with progress.bar("imitation", sft["num_steps"]) as advance:
@@ -160,7 +174,7 @@ def _plan(
     rl = config["rl"]
     shards = sharding.num_row_shards(setup.mesh)
     num_rows = -(-rl["tasks_per_iteration"] * rl["group_size"] // shards) * shards
-    shapes = reinforce.part_shapes(config["learner"])
+    shapes = reinforce.part_shapes(config["learner"], setup.mesh)
     trainable = learner.with_critic(setup.trainable, setup.model, critic=rl["critic"])
     limit = config["memory_limit_gb"]
     several = config["rollout"]["context"] != "end"
@@ -344,7 +358,7 @@ def _play(
     with _decoding(config, setup, params) as policy:
         played = rollout.collect(
             hosts.share(episodes),
-            rules=_rules(config, temperature),
+            rules=settings.play(config, temperature=temperature),
             pool=setup.pool,
             engine=setup.engine,
             params=policy,
@@ -356,14 +370,6 @@ def _play(
         trajectories=[trajectory for part, _ in parts for trajectory in part],
         failures=[failure for _, part in parts for failure in part],
         ledger=played.ledger,
-    )
-
-
-def _rules(config: Mapping[str, Any], temperature: float) -> rules.Rules:
-    return rules.Rules(
-        **config["rollout"] | {"temperature": temperature},
-        prompt_style=config["prompt"]["style"],
-        show_admissible=config["prompt"]["show_admissible"],
     )
 
 

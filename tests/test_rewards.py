@@ -84,8 +84,8 @@ def test_a_missing_end_of_turn_costs_on_the_last_turn_only():
         ({"kind": "sparse"}, "kind must be one of"),
         ({"kind": "single", "invalid_penalty": -0.1}, "invalid_penalty .* got -0.1"),
         ({"kind": "single", "no_end_of_turn_penalty": float("nan")}, "no_end_of_turn_penalty"),
-        ({"kind": "intermediate"}, "needs intermediate_scale"),
-        ({"kind": "dense", "intermediate_scale": 0.1}, "has no effect on reward kind 'dense'"),
+        ({"kind": "intermediate"}, "needs reward.intermediate_scale"),
+        ({"kind": "dense", "intermediate_scale": 0.1}, "has no effect on reward.kind 'dense'"),
     ],
 )
 def test_bad_options(options, message):

@@ -181,6 +181,20 @@ def test_a_wrong_setting_is_one_paragraph_and_no_traceback(tmp_path, cache):
     assert "Traceback" not in done.stderr
 
 
+def test_none_is_a_value_on_the_command_line(tmp_path, cache):
+    done = run(
+        tmp_path / "new",
+        cache,
+        "--config.reward.kind=dense",
+        "--config.reward.intermediate_scale=None",
+        "--config.rollout.max_refusals=None",
+        "--config.compilation_cache_dir=None",
+        "--config.rl.group_size=1",
+        check=False,
+    )
+    assert "error: rl.advantage.name" in done.stderr  # nothing else is wrong
+
+
 def test_a_misspelt_key_is_refused_with_the_right_one(tmp_path, cache):
     done = run(tmp_path / "new", cache, "--config.sft.batchsize=3", check=False)
     assert done.returncode != 0

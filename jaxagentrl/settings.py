@@ -1,0 +1,312 @@
+"""Whether a config can be run, asked before anything is made, and what of it is without effect.
+
+`check` refuses what cannot work, with the key, what it says, what it could say and what to do. Sizes of
+a part are checked by that part (`engine.check`, `rules.Rules`, `optimizer.make`, `rewards.check`); here
+are the other keys, and those that must agree with one another.
+
+`unused` names the keys that this run does not read: configs are made by changing others, so that such
+keys are usual, but somebody who has just set one should hear of it.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from envs_host import collect, naming
+from jaxagentrl import engine, optimizer, prepare, reinforce, rewards, rules, windowed
+from jaxagentrl.chat import PROMPT_STYLES
+from jaxagentrl.models import decoder, lora, sharding
+
+# Every key, by section; "?" marks those that may be None, which docs/config.md explains. What stands in
+# env.params, env.options, splits and namings is theirs to say.
+_OPTIMIZER = (
+    "learning_rate warmup_steps decay_steps? final_fraction b1 b2 weight_decay max_grad_norm moment_dtype"
+)
+_SECTIONS = {
+    "": "seed compilation_cache_dir? memory_limit_gb? splits namings",
+    "env": "name params cache_dir options num_workers?",
+    "pool": "num_workers step_limit_s reset_limit_s worker_memory_mb",
+    "prompt": "style show_admissible",
+    "tokenizer": "directory? vocab_size names phrases glue_tokens lexicon",
+    "model": "directory? hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size",
+    "sampling": "num_slots num_waves max_length max_turn_tokens filled_buckets width_buckets "
+    "row_divisors cache_dtype linger_share",
+    "rollout": "max_turns max_refusals? temperature top_k top_p min_p cut_turns stop_strings context "
+    "context_keep history_turns straggler_s? episode_limit_s?",
+    "reward": "kind invalid_penalty no_end_of_turn_penalty intermediate_scale?",
+    "learner": "length_buckets tokens_per_part row_multiple packing remat compute_dtype",
+    "mesh": "data fsdp tensor",
+    "lora": "rank alpha targets export",
+    "sft": "num_steps target_loss? batch_size observation_weight log_every save_every",
+    "sft.optimizer": _OPTIMIZER,
+    "rl": "num_iterations tasks_per_iteration group_size num_epochs num_minibatches discount critic "
+    "aggregation aggregation_constant? observation_weight skip_zero_signal eval_every save_every",
+    "rl.advantage": "name whiten negative_weight gae_lambda group_scale turn_horizon turn_discount "
+    "step_weight",
+    "rl.loss": "surrogate clip_low clip_high dual_clip? entropy_coefficient value_coefficient value_clip?",
+    "rl.kl": "placement estimator coefficient",
+    "rl.optimizer": _OPTIMIZER,
+    "eval": "temperature other_temperatures",
+}
+_MARKED = [
+    f"{section}.{name}".removeprefix(".")
+    for section, names in _SECTIONS.items()
+    for name in names.split()
+]
+KEYS = tuple(path.removesuffix("?") for path in _MARKED)
+OPTIONAL = tuple(path.removesuffix("?") for path in _MARKED if path.endswith("?"))
+# Those that have a default of their own.
+_FURTHER = (
+    "pool.max_replays", *(f"model.{field.name}" for field in dataclasses.fields(decoder.DecoderConfig)),
+)
+_WHOLE = ("env.params", "env.options", "splits", "namings")
+
+Config = Mapping[str, Any]
+
+
+def check(config: Config) -> None:
+    """Refuses settings that cannot work.
+
+    Raises:
+        ValueError: with the key, what was got, what was expected.
+    """
+    _check_keys(config)
+    _check_values(config)
+    _check_games(config)
+    engine.check(**config["sampling"])
+    play(config, temperature=config["rollout"]["temperature"])
+    rewards.check(**config["reward"])
+    reinforce.check(config["rl"])
+    for stage in ("sft", "rl"):
+        optimizer.make(**config[stage]["optimizer"])
+    _check_lengths(config)
+    _check_imitation(config)
+    _check_rows(config)
+    _check_model(config)
+    if config["rl"]["tasks_per_iteration"] % jax.process_count():
+        raise ValueError(
+            f"rl.tasks_per_iteration is {config['rl']['tasks_per_iteration']}, which "
+            f"{jax.process_count()} processes cannot share equally: make it a multiple."
+        )
+    sharding.make_mesh(**config["mesh"])
+
+
+def play(config: Config, *, temperature: float) -> rules.Rules:
+    """How episodes are played by this config."""
+    return rules.Rules(
+        **dict(config["rollout"]) | {"temperature": temperature},
+        prompt_style=config["prompt"]["style"],
+        show_admissible=config["prompt"]["show_admissible"],
+    )
+
+
+def flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("rl.loss.clip_low", 0.2) and so on."""
+    for key, value in config.items():
+        path = prefix + key
+        if isinstance(value, Mapping) and path not in _WHOLE:
+            yield from flat(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def _check_keys(config: Config) -> None:
+    """Every key is there, none beside them, and None only where it means something.
+
+    A config file may give a ConfigDict new keys: a misspelt one would be read by nobody.
+    """
+    values = dict(flat(config))
+    for path in values:
+        if path not in KEYS and path not in _FURTHER:
+            similar = difflib.get_close_matches(path, KEYS, n=1)
+            hint = f": did you mean {similar[0]}?" if similar else ", see docs/config.md for those it has."
+            raise ValueError(f"the config has a key {path}, which nothing reads{hint}")
+    missing = [path for path in KEYS if path not in values]
+    if missing:
+        raise ValueError(
+            f"the config lacks {', '.join(missing)}: build it on configs/textworld_quickstart.py, which "
+            "has every key."
+        )
+    unset = [path for path, value in values.items() if value is None and path not in OPTIONAL]
+    if unset:
+        raise ValueError(f"{', '.join(unset)} must not be None.")
+
+
+def _check_values(config: Config) -> None:
+    """One key at a time."""
+    values = dict(flat(config))
+    styles = (*PROMPT_STYLES, windowed.STYLE)
+    for path, is_right, expected in (
+        *((key, _at_least(1), "at least 1") for key in (
+            "pool.num_workers", "learner.tokens_per_part", "learner.row_multiple", "sft.batch_size",
+            "sft.log_every", "sft.save_every",
+        )),
+        *((key, _at_least(0), "0 or more") for key in (
+            "seed", "lora.rank", "sft.num_steps", "sft.observation_weight",
+        )),
+        *((key, _above(0), "more than 0") for key in (
+            "pool.step_limit_s", "pool.reset_limit_s", "pool.worker_memory_mb", "lora.alpha",
+            "memory_limit_gb", "rollout.temperature",
+        )),
+        ("sft.target_loss", _above(0), "above 0 (imitation ends at that loss), or None"),
+        ("prompt.style", styles.__contains__, f"one of {', '.join(styles)}"),
+        ("learner.remat", decoder.REMAT.__contains__, f"one of {', '.join(decoder.REMAT)}"),
+        ("learner.compute_dtype", ("float32", "bfloat16").__contains__, "float32 or bfloat16"),
+        ("lora.export", ("merged", "separate").__contains__, "merged or separate"),
+    ):
+        value = values[path]
+        if value is not None and not is_right(value):
+            raise ValueError(f"{path} must be {expected}, got {value!r}.")
+    temperatures = (config["eval"]["temperature"], *config["eval"]["other_temperatures"])
+    if min(temperatures) < 0.0 or len(set(temperatures)) != len(temperatures):
+        raise ValueError(
+            f"eval.temperature and eval.other_temperatures are {temperatures}, expected different "
+            "numbers from 0 (greedy) on: drop the double or negative one."
+        )
+
+
+def _at_least(bound: float) -> Callable[[Any], bool]:
+    return lambda value: value >= bound
+
+
+def _above(bound: float) -> Callable[[Any], bool]:
+    return lambda value: value > bound
+
+
+def _check_games(config: Config) -> None:
+    ranges = prepare.seed_ranges(config["splits"])
+    further = [name for name in ranges if name.startswith("test_")]
+    if set(ranges) - set(further) != {"demo", "train", "test"}:
+        raise ValueError(
+            "splits must be demo, train and test, and further held-out ones as test_<name>, got "
+            f"{sorted(ranges)}."
+        )
+    params, namings = prepare.split_params(config["env"], config["splits"]), config["namings"]
+    for games in params.values():
+        environment = collect.environment(games)
+        if config["env"]["name"] != environment:
+            raise ValueError(
+                f"env.name is {config['env']['name']!r}, but games of the family "
+                f"{games['family']!r} are played by {environment!r}."
+            )
+    if set(namings) != {"demo", "train"} or min(namings.values()) < 1:
+        raise ValueError(
+            "namings must give demo and train a number of at least 1 each (held-out games are played "
+            f"as they are), got {dict(namings)}."
+        )
+    for split, count in namings.items():
+        if count > 1 and params[split].get("theme") != naming.THEME:
+            raise ValueError(
+                f"namings.{split} is {count}, but only TextWorld games of the theme {naming.THEME!r} "
+                "have names that mean nothing: set it to 1."
+            )
+
+
+def _check_lengths(config: Config) -> None:
+    sampling, rollout = config["sampling"], config["rollout"]
+    buckets = config["learner"]["length_buckets"]
+    if not buckets or min(buckets) < 1:
+        raise ValueError(f"learner.length_buckets must be positive lengths, got {tuple(buckets)}.")
+    if max(buckets) < sampling["max_length"]:
+        raise ValueError(
+            f"learner.length_buckets ends at {max(buckets)}, but an episode may have "
+            f"sampling.max_length = {sampling['max_length']} tokens: add a bucket that holds it."
+        )
+    # Episodes of several contexts lie in one row of the batch. A window keeps a part of what it slides
+    # over; every turn of the others may fill a slot.
+    needed = rollout["max_turns"] * sampling["max_length"]
+    if rollout["context"] != "end" and max(buckets) < needed:
+        raise ValueError(
+            f"learner.length_buckets ends at {max(buckets)}, but with rollout.context "
+            f"{rollout['context']!r} an episode may have rollout.max_turns x sampling.max_length = "
+            f"{needed} tokens: add a bucket that holds it."
+        )
+
+
+def _check_imitation(config: Config) -> None:
+    sft, num_demos = config["sft"], len(prepare.seed_ranges(config["splits"])["demo"])
+    if sft["num_steps"] and sft["batch_size"] > num_demos:
+        raise ValueError(
+            f"sft.batch_size is {sft['batch_size']} but splits.demo has {num_demos} "
+            "seeds: lower the first or raise the second."
+        )
+    if sft["save_every"] % sft["log_every"]:
+        raise ValueError(
+            f"sft.save_every is {sft['save_every']}, which is no multiple of sft.log_every = "
+            f"{sft['log_every']}: a line of the log is a mean over the steps since the line before, and "
+            "a run that continues from a checkpoint must begin at one."
+        )
+
+
+def _check_rows(config: Config) -> None:
+    """GSPO takes a row for one sequence; packing and several contexts put more in it."""
+    if config["rl"]["loss"]["surrogate"] != "gspo":
+        return
+    for path, is_so, instead in (
+        ("rollout.context", config["rollout"]["context"] != "end", "'end'"),
+        ("learner.packing", config["learner"]["packing"], "False"),
+    ):
+        if is_so:
+            section, key = path.split(".")
+            raise ValueError(
+                f"{path} is {config[section][key]!r}, which puts several texts in a row, but "
+                f"rl.loss.surrogate 'gspo' takes a row for one episode: set {path} to {instead}."
+            )
+
+
+def _check_model(config: Config) -> None:
+    if config["model"]["directory"] is not None and config["tokenizer"]["directory"] is None:
+        raise ValueError(
+            f"model.directory is {config['model']['directory']!r} but tokenizer.directory is None, "
+            "which trains a new tokenizer whose ids mean nothing to that model: set "
+            "tokenizer.directory, usually to the same folder."
+        )
+    if config["lora"]["rank"]:
+        lora.targeted(config["lora"]["targets"])
+        if config["rl"]["critic"] == "separate":
+            raise ValueError(
+                "rl.critic 'separate' is a second whole model, which lora.rank > 0 is there to "
+                "avoid: use 'head'."
+            )
+
+
+def unused(config: Config) -> list[str]:
+    """Paths of the keys that this run does not read because of what others say, in the config's order."""
+    rl, rollout = config["rl"], config["rollout"]
+    name, surrogate = rl["advantage"]["name"], rl["loss"]["surrogate"]
+    has_critic = rl["critic"] != "none"
+    # With one update per batch the ratio to the old policy is 1: nothing is clipped.
+    clips = rl["num_epochs"] * rl["num_minibatches"] > 1 and surrogate != "policy_gradient"
+    readers = {  # key: whether something reads it
+        "tokenizer": config["tokenizer"]["directory"] is None,
+        "model": config["model"]["directory"] is None,
+        "rollout.context_keep": rollout["context"] == "window",
+        "rollout.history_turns": rollout["context"] == "last_turns",
+        "lora": config["lora"]["rank"] > 0,
+        "sft": config["sft"]["num_steps"] > 0,
+        "rl.advantage.gae_lambda": has_critic,
+        "rl.advantage.group_scale": name in ("group_normalized", "rewards_to_go_group", "gigpo"),
+        "rl.advantage.turn_horizon": name == "rewards_to_go_group",
+        "rl.advantage.turn_discount": name == "gigpo",
+        "rl.advantage.step_weight": name == "gigpo",
+        # Estimators that take an episode's summed reward, or discount by turns.
+        "rl.discount": name in ("gae", "turn_gae", "reinforce_plus_plus", "rewards_to_go_group"),
+        "rl.skip_zero_signal": reinforce.skips_rows(rl) or not rl["skip_zero_signal"],
+        "reward.no_end_of_turn_penalty": rollout["cut_turns"] == "end",
+        "rl.loss.clip_low": clips,
+        "rl.loss.clip_high": clips,
+        "rl.loss.dual_clip": clips and surrogate != "cispo",
+        "rl.loss.value_coefficient": has_critic,
+        "rl.loss.value_clip": has_critic and clips,
+        "rl.kl.estimator": rl["kl"]["placement"] != "none",
+    }
+    named = ("tokenizer.directory", "model.directory", "lora.rank", "sft.num_steps")
+
+    def is_read(path: str) -> bool:
+        section = path.partition(".")[0]
+        return readers.get(path, True) and (readers.get(section, True) or path in named)
+
+    return [path for path, _ in flat(config) if not is_read(path)]

@@ -1,0 +1,115 @@
+"""Configs: every key is read, every wrong one refused before anything is made, idle ones named."""
+
+import pathlib
+import runpy
+
+import pytest
+
+from jaxagentrl import settings
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def load(name: str) -> dict:
+    return runpy.run_path(str(ROOT / "configs" / name))["get_config"]().to_dict()
+
+
+def changed(name: str, **changes) -> dict:
+    config = load(name)
+    for path, value in changes.items():
+        *parents, key = path.split(".")
+        place = config
+        for parent in parents:
+            place = place[parent]
+        place[key] = value
+    return config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_passes_with_the_folders_that_it_asks_for(path):
+    config = load(path.name)
+    if "qwen" in path.stem:
+        config["model"]["directory"] = config["tokenizer"]["directory"] = "some/model"
+    settings.check(config)
+
+
+def test_the_quick_start_has_every_key_and_the_docs_tell_of_each():
+    paths = [path for path, _ in settings.flat(load("textworld_quickstart.py"))]
+    assert sorted(paths) == sorted(settings.KEYS)
+    told = (ROOT / "docs" / "config.md").read_text()
+    assert [path for path in settings.KEYS if f"`{path}`" not in told] == []
+
+
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        ("rl.loss.surrogate", "ppo", "rl.loss.surrogate must be one of clipped, gspo"),
+        ("rl.aggregation", "mean", "rl.aggregation must be one of token_mean"),
+        ("rl.aggregation", "constant", "rl.aggregation_constant None: 'constant' needs a number"),
+        ("rl.aggregation_constant", 12.0, "the other modes None"),
+        ("rl.advantage.group_scale", "var", "rl.advantage.group_scale must be one of std, none"),
+        ("rl.advantage.turn_horizon", "all", "rl.advantage.turn_horizon must be one of"),
+        ("rl.advantage.gae_lambda", 1.5, r"gae_lambda must be in \[0, 1\], got 1.5"),
+        ("rl.kl.estimator", "k4", "rl.kl.estimator must be one of k1, k2"),
+        ("rl.loss.dual_clip", 0.5, "rl.loss.dual_clip must be at least 1"),
+        ("rl.eval_every", 0, "rl.eval_every must be at least 1, got 0"),
+        ("rl.save_every", 0, "rl.save_every"),
+        ("rl.num_epochs", 0, "rl.num_epochs"),
+        ("rl.num_minibatches", 0, "rl.num_minibatches must be at least 1"),
+        ("rl.discount", -0.1, "rl.discount"),
+        ("sft.log_every", 0, "sft.log_every must be at least 1"),
+        ("sft.save_every", 0, "sft.save_every must be at least 1"),
+        ("seed", -1, "seed must be 0 or more"),
+        ("rollout.temperature", 0.0, "rollout.temperature must be more than 0"),
+        ("rollout.stop_strings", "Obs:", "rollout.stop_strings must be a tuple of texts"),
+        ("reward.kind", "sparse", "reward.kind must be one of single, dense, intermediate"),
+        ("reward.kind", "dense", "set it to None"),
+        ("reward.invalid_penalty", -0.1, "reward.invalid_penalty is subtracted"),
+        ("prompt.style", "terse", "prompt.style must be one of"),
+        ("sampling.num_slots", 0, "must be a positive multiple"),
+        ("sampling.filled_buckets", (0, 240), "filled_buckets must be positive"),
+        ("learner.length_buckets", (), "learner.length_buckets must be positive lengths"),
+        ("learner.remat", "some", "learner.remat must be one of"),
+        ("model.directory", "some/model", "set tokenizer.directory"),
+        ("pool.step_limit_s", 0.0, "pool.step_limit_s must be more than 0"),
+        ("rollout.max_turns", None, "rollout.max_turns must not be None"),
+        ("rl.skip_zero_signl", False, "did you mean rl.skip_zero_signal"),
+        ("unheard_of", 1, "nothing reads, see docs/config.md"),
+    ],
+)
+def test_wrong_settings_are_refused_with_their_key(path, value, words):
+    with pytest.raises(ValueError, match=words):
+        settings.check(changed("textworld_quickstart.py", **{path: value}))
+
+
+def test_a_missing_key_is_refused():
+    config = load("textworld_quickstart.py")
+    del config["rl"]["aggregation_constant"]
+    with pytest.raises(ValueError, match="lacks rl.aggregation_constant"):
+        settings.check(config)
+
+
+def test_keys_with_a_default_of_their_own_are_allowed():
+    settings.check(changed("textworld_quickstart.py", **{"model.rope_theta": 1e6, "pool.max_replays": 2}))
+
+
+def test_what_a_run_does_not_read_is_named():
+    unused = settings.unused(load("textworld_quickstart.py"))
+    assert "rl.advantage.gae_lambda" in unused and "lora.alpha" in unused
+    assert "rl.loss.clip_low" in unused  # one update a batch
+    for used in ("rl.advantage.step_weight", "lora.rank", "model.hidden_size", "rl.skip_zero_signal"):
+        assert used not in unused
+    ppo = {
+        "rl.advantage.name": "gae",
+        "rl.critic": "head",
+        "rl.num_minibatches": 4,
+        "sft.num_steps": 0,
+        "lora.rank": 4,
+    }
+    config = changed("textworld_quickstart.py", **ppo)
+    settings.check(config)
+    unused = settings.unused(config)
+    assert {"rl.advantage.step_weight", "rl.skip_zero_signal", "sft.batch_size"} <= set(unused)
+    for used in ("rl.advantage.gae_lambda", "rl.loss.clip_low", "lora.alpha", "sft.num_steps"):
+        assert used not in unused
