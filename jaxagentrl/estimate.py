@@ -9,10 +9,9 @@
     gigpo                 GiGPO: the episode against its group, a turn against its anchor state
 
 KL in the reward is the k1 estimate of the scored policy against the reference, paid on every action
-token before anything else sees the rewards (algorithms of the seed paper, section 1.5).
+token before anything else sees the rewards (docs/estimators.md).
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -41,10 +40,16 @@ def make_estimate(
     max_turns: int,
     kl_in_reward: float,
     skip_zero_signal: bool,
-) -> Callable[[TrajectoryBatch, Scores, Array, Array], tuple[Array, Array]]:
-    """Program (batch, scores, ref_logprobs, anchor_ids [B, max_turns]) → (advantages, returns).
+) -> Callable[[TrajectoryBatch, Scores, Array, Array], tuple[Array, Array, Array]]:
+    """Program (batch, scores, ref_logprobs, anchor_ids [B, max_turns]) → (advantages, returns,
+    value_mask).
 
-    Both results are [B, L]. `anchor_ids` are those of `batching.anchor_ids`; only gigpo reads them.
+    All results are [B, L]; `value_mask` is where the critic is trained on the returns: on all action
+    tokens, but with turn_gae on the first of each turn, whose value alone is compared with a return.
+    `anchor_ids` are those of `batching.anchor_ids`; only gigpo reads them.
+
+    Nothing is bootstrapped: an episode that was truncated is worth nothing more, as in the seed paper
+    (arXiv 2510.01132). Its limits of turns and tokens are part of the task that is learned.
 
     Args:
         name: see the module's docstring.
@@ -115,10 +120,10 @@ def make_estimate(
             )
         return advantages.spread(credit, mask)
 
-    @functools.partial(jax.jit)
+    @jax.jit
     def estimate(
         batch: TrajectoryBatch, scores: Scores, ref_logprobs: Array, anchor_ids: Array
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array, Array]:
         rewards = batch.rewards
         if kl_in_reward:
             k1 = losses.kl(
@@ -126,13 +131,16 @@ def make_estimate(
             )
             rewards = rewards - kl_in_reward * k1
         credit = to_advantages(rewards, batch, scores.values, anchor_ids)
-        returns = jnp.where(batch.action_mask, credit + scores.values, 0.0)
+        value_mask = batch.action_mask
+        if name == "turn_gae":
+            value_mask = masking.turn_firsts(batch.action_mask, batch.turn_ends)
+        returns = jnp.where(value_mask, credit + scores.values, 0.0)
         if whiten:
             mask = batch.action_mask
             if skip_zero_signal:
                 mask = mask & jnp.any(credit != 0, axis=-1, keepdims=True)
             credit = advantages.whiten(credit, mask)
         credit = jnp.where(credit < 0, negative_weight * credit, credit)
-        return credit, returns
+        return credit, returns, value_mask
 
     return estimate

@@ -157,6 +157,7 @@ def targets(batch: TrajectoryBatch, rows: np.ndarray, *, observation_weight: flo
         old_values=zeros,
         ref_logprobs=zeros,
         weights=action,
+        value_weights=zeros,
         observation_weights=observation_weight
         * losses.aggregation_weights(read, mode="token_mean"),
     )

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxagentrl import logprobs as token_scores
-from jaxagentrl import losses
+from jaxagentrl import losses, masking
 from jaxagentrl.models import decoder, lora, sharding
 from jaxagentrl.packing import Packed
 from jaxagentrl.types import Array, TrainState, TrajectoryBatch
@@ -59,6 +59,7 @@ class Targets:
     old_values: Array
     ref_logprobs: Array  # zeros when no reference is used
     weights: Array  # of action tokens in the global loss
+    value_weights: Array  # of the tokens whose value is trained
     observation_weights: Array  # of prompt and observation tokens in the auxiliary loss
 
 
@@ -301,13 +302,13 @@ def make_rl_loss(
         observation = -jnp.sum(targets.observation_weights * scores.logprobs)
         loss = policy - entropy_coefficient * entropy + observation
         log_ratio = jnp.where(mask, scores.logprobs - old, 0.0)
-        outside = (jnp.exp(log_ratio) < 1 - clip_low) | (jnp.exp(log_ratio) > 1 + clip_high)
+        is_clipped = _is_clipped(surrogate, log_ratio, targets.advantages, mask, **clips)
         gap = jnp.where(mask, jnp.abs(old - batch.sampler_logprobs), 0.0)
         metrics = {
             "loss/policy": policy,
             "loss/observation": observation,
             "policy/entropy": entropy,
-            "policy/clip_fraction": jnp.sum(weights * outside),
+            "policy/clip_fraction": jnp.sum(weights * is_clipped),
             "policy/old_kl": jnp.sum(weights * (jnp.exp(log_ratio) - 1 - log_ratio)),
             "policy/sampler_gap_mean": jnp.sum(weights * gap),
             "policy/sampler_gap_max": jnp.max(gap),
@@ -326,11 +327,34 @@ def make_rl_loss(
                 clip=value_clip,
                 action_mask=mask,
             )
-            metrics["loss/value"] = jnp.sum(weights * value)
+            metrics["loss/value"] = jnp.sum(targets.value_weights * value)
             loss = loss + value_coefficient * metrics["loss/value"]
         return loss, metrics
 
     return loss_fn
+
+
+def _is_clipped(
+    surrogate: str,
+    log_ratio: Array,
+    advantages: Array,
+    action_mask: Array,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Array:
+    """[B, L] bool, where the surrogate's clip acts: on the ratio of the token or, GSPO, of its sequence,
+    and, where the clip is of an objective, on the side that the advantage would go on to."""
+    if surrogate == "policy_gradient":
+        return jnp.zeros_like(action_mask)
+    if surrogate == "gspo":
+        length = masking.sequence_sum(action_mask.astype(jnp.float32), action_mask)
+        log_ratio = masking.divide(masking.sequence_sum(log_ratio, action_mask), length)
+    ratio = jnp.exp(log_ratio)
+    above, below = ratio > 1 + clip_high, ratio < 1 - clip_low
+    if surrogate != "cispo":
+        above, below = above & (advantages > 0), below & (advantages < 0)
+    return above | below
 
 
 def make_accumulate(loss_fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -187,6 +187,14 @@ def count_turns(action_mask: Array, turn_ends: Array) -> Array:
     return jnp.cumsum(ends, axis=-1, dtype=jnp.int32) - ends
 
 
+def turn_firsts(action_mask: Array, turn_ends: Array) -> Array:
+    """[..., L] bool, True on the first action token of each turn; arguments as of `count_turns`."""
+    turn_ids, shape = count_turns(action_mask, turn_ends), action_mask.shape
+    first = turn_first_position(turn_ids, action_mask, num_turns=shape[-1])
+    of_mine = spread_turns(first.astype(jnp.float32), turn_ids, action_mask)
+    return action_mask & (of_mine == jax.lax.broadcasted_iota(jnp.float32, shape, len(shape) - 1))
+
+
 def turn_sum(x: Array, turn_ids: Array, mask: Array, *, num_turns: int) -> Array:
     """Σ x over the masked tokens of each turn.
 

@@ -1,6 +1,7 @@
 """One RL iteration's learning: trajectories → scored batch → advantages → optimizer steps."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -232,7 +233,7 @@ def learn(
     anchor_ids = batching.anchor_ids(
         trajectories, num_rows=whole, max_turns=config["rollout"]["max_turns"]
     )
-    credit, returns = programs.estimate(batch, scores, ref_logprobs, anchor_ids)
+    credit, returns, value_mask = programs.estimate(batch, scores, ref_logprobs, anchor_ids)
     used = np.arange(len(lengths), dtype=np.int32)
     if skips_rows(rl):
         has_credit = np.any(sharding.fetch(credit, programs.mesh) != 0, axis=1)
@@ -241,16 +242,16 @@ def learn(
 
     collected: list[dict[str, Any]] = []
     # Rows that are left out make minibatches smaller, not fewer.
-    size = max(1, -(-len(used) // rl["num_minibatches"]))
+    num_steps = min(rl["num_minibatches"], len(used))
     for epoch in range(rl["num_epochs"]):
         order = np.random.default_rng((config["seed"], iteration, epoch)).permutation(used)
-        for start in range(0, len(used), size):
-            rows = order[start : start + size]
+        for rows in np.array_split(order, num_steps) if num_steps else ():
             targets = _targets(
                 batch,
                 np.isin(np.arange(whole), rows),
                 credit,
                 returns,
+                value_mask,
                 scores,
                 ref_logprobs,
                 aggregation=rl["aggregation"],
@@ -289,6 +290,7 @@ def _targets(
     mine: jax.Array,
     credit: jax.Array,
     returns: jax.Array,
+    value_mask: jax.Array,
     scores: learner.Scores,
     ref_logprobs: jax.Array,
     *,
@@ -297,16 +299,18 @@ def _targets(
     observation_weight: float,
 ) -> learner.Targets:
     """Targets of one minibatch: `mine` [B] bool are its rows."""
-    action = batch.action_mask & mine[:, None]
+    action, valued = batch.action_mask & mine[:, None], value_mask & mine[:, None]
     read = batch.valid_mask & ~batch.action_mask & mine[:, None]
     read = read.at[:, 0].set(False)  # nothing predicts the first token
+    weigh = functools.partial(losses.aggregation_weights, mode=aggregation, constant=constant)
     return learner.Targets(
         advantages=credit,
         returns=returns,
         old_logprobs=scores.logprobs,
         old_values=scores.values,
         ref_logprobs=ref_logprobs,
-        weights=losses.aggregation_weights(action, mode=aggregation, constant=constant),
+        weights=weigh(action),
+        value_weights=weigh(valued),
         observation_weights=observation_weight
         * losses.aggregation_weights(read, mode="token_mean"),
     )

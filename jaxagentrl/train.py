@@ -221,15 +221,17 @@ def _reinforce(
                 temperature=config["rollout"]["temperature"],
             )
             clock.append(time.monotonic())
-            state, measured, credit = reinforce.learn(
-                state,
-                reference,
-                played.trajectories,
-                programs,
-                config,
-                iteration=iteration,
-                frozen=setup.frozen,
-            )
+            measured, credit = {}, []  # nothing to learn from where every environment failed
+            if played.trajectories:
+                state, measured, credit = reinforce.learn(
+                    state,
+                    reference,
+                    played.trajectories,
+                    programs,
+                    config,
+                    iteration=iteration,
+                    frozen=setup.frozen,
+                )
             state = dataclasses.replace(state, iteration=state.iteration + 1)
             clock.append(time.monotonic())
             values = measured | evaluate.summary("rollout", played)
@@ -355,6 +357,7 @@ def _play(
 ) -> rollout.Rollout:
     """Plays episodes with the policy; each process its share."""
     config, setup = session.config, session.setup
+    before = setup.pool.counters
     with _decoding(config, setup, params) as policy:
         played = rollout.collect(
             hosts.share(episodes),
@@ -369,7 +372,8 @@ def _play(
     return rollout.Rollout(
         trajectories=[trajectory for part, _ in parts for trajectory in part],
         failures=[failure for _, part in parts for failure in part],
-        ledger=played.ledger,
+        ledger=played.ledger
+        | {f"env_{key}": count - before[key] for key, count in setup.pool.counters.items()},
     )
 
 

@@ -120,6 +120,7 @@ def test_turn_ends_are_closed_and_counted():
     # Ends off the mask do not count; the last action token is always one.
     np.testing.assert_array_equal(closed, [[1, 0, 0, 0, 1, 0], [0] * 6])
     np.testing.assert_array_equal(masking.count_turns(acts, ends)[0], [0, 1, 1, 1, 1, 2])
+    np.testing.assert_array_equal(masking.turn_firsts(acts, ends), [[1, 1, 0, 0, 0, 0], [0] * 6])
 
 
 def test_turn_sums_drop_what_belongs_to_no_turn():

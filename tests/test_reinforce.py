@@ -12,7 +12,7 @@ import pytest
 from records import make_task, make_trajectory, make_turn
 
 from envs_host.types import StopReason
-from jaxagentrl import engine, estimate, imitate, learner, reinforce, train
+from jaxagentrl import batching, engine, estimate, imitate, learner, reinforce, rewards, train
 from jaxagentrl.models import decoder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -177,6 +177,64 @@ def test_every_algorithm_updates_and_reports(name):
     assert moved["policy"]["embed"]["embedding"]
     if critic != "none":
         assert moved["value_head"]["kernel"] and measured["loss/value"] > 0
+
+
+def test_turn_gae_trains_the_value_of_a_turn_on_its_first_token():
+    advantage = dict(name="turn_gae", whiten=False, negative_weight=1.0)
+    config = make_config(advantage=advantage, critic="head")
+    state, reference, programs = make_state(config, "head")
+    state.params["value_head"]["kernel"] += 0.1  # values that differ from token to token
+    made = make_trajectories()
+    turn_rewards = [rewards.turn_rewards(t, **config["reward"]) for t in made]
+    batch = batching.to_batch(
+        made, turn_rewards, discount=0.9, length_buckets=[48], row_multiple=1
+    )
+    scores = programs.score(state.params, batch.tokens, [(np.arange(len(made)), 48)])
+    anchors = batching.anchor_ids(made, num_rows=len(made), max_turns=8)
+    credit, returns, mask = programs.estimate(batch, scores, scores.logprobs, anchors)
+    assert int(mask.sum()) == sum(t.num_turns for t in made)
+    for row, trajectory in enumerate(made):
+        starts = np.cumsum([0] + [t.num_tokens for t in trajectory.turns])[:-1]
+        firsts = starts + [len(turn.prompt_ids) for turn in trajectory.turns]
+        np.testing.assert_array_equal(np.flatnonzero(mask[row]), firsts)
+        np.testing.assert_allclose(
+            returns[row, firsts], credit[row, firsts] + scores.values[row, firsts], rtol=1e-6
+        )
+    assert not np.any(np.where(mask, 0, returns))
+
+
+@pytest.mark.parametrize(
+    "surrogate, expected",
+    [
+        # Ratios 2, 1, 1/2 and 1; advantages +, +, -, -: the first and the third have nothing to gain.
+        ("clipped", [True, False, True, False]),
+        ("cispo", [True, False, True, False]),
+        ("gspo", [False] * 4),  # the sequence's ratio is 1
+        ("policy_gradient", [False] * 4),
+    ],
+)
+def test_what_counts_as_clipped(surrogate, expected):
+    log_ratio = np.log(np.array([[2.0, 1.0, 0.5, 1.0]], np.float32))
+    signs, mask = np.array([[1.0, 1.0, -1.0, -1.0]], np.float32), np.ones((1, 4), bool)
+    clips = dict(clip_low=0.2, clip_high=0.28)
+    got = learner._is_clipped(surrogate, log_ratio, signs, mask, **clips)
+    np.testing.assert_array_equal(got[0], expected)
+    turned = learner._is_clipped(surrogate, log_ratio, -signs, mask, **clips)
+    assert np.any(turned) == (surrogate == "cispo")
+
+
+@pytest.mark.parametrize("num_minibatches, steps", [(3, 3), (6, 4)])
+def test_rows_without_credit_make_minibatches_smaller(num_minibatches, steps):
+    # Four of the six rows have credit: three minibatches of 2, 1 and 1, or, of six, four of one row.
+    config = make_config(
+        num_minibatches=num_minibatches, skip_zero_signal=True, advantage=dict(name="leave_one_out")
+    )
+    state, reference, programs = make_state(config)
+    state, measured, credit = reinforce.learn(
+        state, reference, make_trajectories(), programs, config, iteration=0
+    )
+    assert sum(bool(np.any(row)) for row in credit) == 4
+    assert int(state.step) == steps and measured["batch/rows_used_share"] == 4 / 6
 
 
 @pytest.mark.parametrize(

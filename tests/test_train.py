@@ -13,8 +13,11 @@ import types
 
 import jax.numpy as jnp
 import pytest
+from records import make_task
 
-from jaxagentrl import metrics, train
+from envs_host.types import EnvFailure
+from jaxagentrl import metrics, rollout, train
+from jaxagentrl.types import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -71,6 +74,8 @@ def test_a_run_leaves_what_the_design_promises(finished):
     for prefix in ("random", "walkthrough", "eval"):
         assert baseline[f"{prefix}/episodes"] == 8
         assert baseline[f"{prefix}/success_low"] <= baseline[f"{prefix}/success_high"]
+    first = next(line for line in metrics.read(finished / "metrics.jsonl") if line["phase"] == "rl")
+    assert first["ledger/env_crashes"] == first["ledger/env_replays"] == 0
     gaps = [line["policy/sampler_gap_max"] for line in lines if line["phase"] == "rl"]
     assert max(gaps) <= 1e-4  # promise 2, on every run
     episodes = [json.loads(row) for row in (finished / "trajectories" / "eval_rl.jsonl").open()]
@@ -207,6 +212,30 @@ def test_a_workdir_of_another_config_is_refused_and_untouched(finished, cache):
     assert done.returncode != 0 and "another config" in done.stderr and "seed" in done.stderr
     assert "Traceback" not in done.stderr
     assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_an_iteration_whose_environments_all_fail_is_counted_and_passed(monkeypatch):
+    config = smoke_config()
+    config["rl"] |= dict(num_iterations=2, tasks_per_iteration=1, group_size=2)
+    failed = [(episode, EnvFailure("crash", "gone")) for episode in range(2)]
+    ledger = {f"{part}_share": 0.0 for part in ("extend", "decode", "transfer", "compile", "environment")}
+    played = rollout.Rollout([], failed, ledger | {"host_share": 1.0, "seconds": 1.0})
+    written = []
+    monkeypatch.setattr(train, "_play", lambda *_, **__: played)
+    for unused in ("_evaluate", "_keep", "_save"):
+        monkeypatch.setattr(train, unused, lambda *_, **__: {})
+    session = types.SimpleNamespace(
+        config=config,
+        setup=types.SimpleNamespace(splits={"train": [make_task("game", 0)]}, frozen=None),
+        writer=types.SimpleNamespace(write=lambda *line: written.append(line)),
+    )
+    state = TrainState(jnp.int32(0), jnp.int32(0), params={"policy": jnp.ones(2)}, opt_state=())
+    programs = types.SimpleNamespace(needs_reference=False)
+    host = {"step": 0, "sampler": {}}
+    after = train._reinforce(session, state, host, programs)
+    assert after.iteration == 2 and after.params is state.params
+    assert [(phase, step) for phase, step, _ in written] == [("rl", 1), ("rl", 2)]
+    assert written[0][2]["rollout/env_failures"] == 2
 
 
 def test_the_sampler_decodes_in_the_dtype_that_the_learner_computes_in():

@@ -98,6 +98,7 @@ def make_batch(config: decoder.DecoderConfig, lengths: np.ndarray):
         old_values=zeros,
         ref_logprobs=zeros,
         weights=(action / action.sum()).astype(np.float32),
+        value_weights=(action / action.sum()).astype(np.float32),
         observation_weights=zeros,
     )
     return jax.device_put((batch, targets))

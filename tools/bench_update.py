@@ -122,7 +122,10 @@ def run_jax(args: argparse.Namespace, size: str, folder: str) -> dict:
         zeros, zeros, zeros, np.zeros(args.rows, np.int32),
     )
     targets = learner.Targets(
-        *[zeros] * 5, weights=(action / action.sum()).astype(np.float32), observation_weights=zeros
+        *[zeros] * 5,
+        weights=(action / action.sum()).astype(np.float32),
+        value_weights=zeros,
+        observation_weights=zeros,
     )
     whole, targets = jax.device_put((whole, targets))
     chain = optimizer.make(**OPTIMIZER)
