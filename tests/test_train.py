@@ -1,5 +1,6 @@
 """The whole run through the real command line: what it leaves, and that kill -9 changes nothing."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -217,6 +218,7 @@ def test_a_workdir_of_another_config_is_refused_and_untouched(finished, cache):
 def test_an_iteration_whose_environments_all_fail_is_counted_and_passed(monkeypatch):
     config = smoke_config()
     config["rl"] |= dict(num_iterations=2, tasks_per_iteration=1, group_size=2)
+    task = dataclasses.replace(make_task("game", 0), digest="0" * 64)
     failed = [(episode, EnvFailure("crash", "gone")) for episode in range(2)]
     ledger = {f"{part}_share": 0.0 for part in ("extend", "decode", "transfer", "compile", "environment")}
     played = rollout.Rollout([], failed, ledger | {"host_share": 1.0, "seconds": 1.0})
@@ -226,7 +228,7 @@ def test_an_iteration_whose_environments_all_fail_is_counted_and_passed(monkeypa
         monkeypatch.setattr(train, unused, lambda *_, **__: {})
     session = types.SimpleNamespace(
         config=config,
-        setup=types.SimpleNamespace(splits={"train": [make_task("game", 0)]}, frozen=None),
+        setup=types.SimpleNamespace(splits={"train": [task]}, frozen=None),
         writer=types.SimpleNamespace(write=lambda *line: written.append(line)),
     )
     state = TrainState(jnp.int32(0), jnp.int32(0), params={"policy": jnp.ones(2)}, opt_state=())
