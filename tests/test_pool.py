@@ -266,6 +266,12 @@ def test_unknown_environment():
         envs_host.make("chess")
 
 
+@pytest.mark.parametrize("name", ["Scripted", ""])
+def test_unknown_class(name):
+    with pytest.raises(ValueError, match=rf"'fakes'.* no class '{name}'.*'ScriptedEnv'"):
+        envs_host.make(f"fakes:{name}")
+
+
 def test_wrong_calls():
     with make_pool() as pool:
         with pytest.raises(ValueError, match="not live"):
