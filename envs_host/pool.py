@@ -64,9 +64,9 @@ class EnvPool:
             ("worker_memory_mb", worker_memory_mb),
         ):
             if not value > 0:
-                raise ValueError(f"{name} must be more than 0, got {value}.")
+                raise ValueError(f"pool.{name} must be more than 0, got {value}.")
         if max_replays < 0:
-            raise ValueError(f"max_replays must be 0 or more, got {max_replays}.")
+            raise ValueError(f"pool.max_replays must be 0 or more, got {max_replays}.")
         self._server = Server(
             lambda: Worker(env, env_kwargs, step_limit_s, reset_limit_s),
             num_workers=num_workers,

@@ -247,7 +247,7 @@ class Server:
         memory = worker.memory_mb()
         if memory > self._worker_memory_mb:
             raise PoolError(
-                f"worker_memory_mb={self._worker_memory_mb} is less than a worker process of "
+                f"pool.worker_memory_mb={self._worker_memory_mb} is less than a worker process of "
                 f"{worker.env!r} takes before its first episode ({memory:.0f} MB): raise it."
             )
 

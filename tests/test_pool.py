@@ -240,7 +240,7 @@ def test_processes_that_keep_dying_while_they_start_are_an_error(tmp_path):
     [
         ({"env_kwargs": {"mkae": "x"}}, "mkae"),
         ({"env_kwargs": {"make": "raise"}}, "cannot be started"),
-        ({"worker_memory_mb": 1.0}, "worker_memory_mb"),
+        ({"worker_memory_mb": 1.0}, r"pool\.worker_memory_mb=1\.0"),
     ],
 )
 def test_an_environment_that_cannot_start_is_an_error(options, message):
@@ -257,7 +257,8 @@ def test_an_environment_that_cannot_start_is_an_error(options, message):
     [{"num_workers": 0}, {"step_limit_s": 0.0}, {"worker_memory_mb": -1.0}, {"max_replays": -1}],
 )
 def test_numbers_out_of_range(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
+    [(name, value)] = bad.items()
+    with pytest.raises(ValueError, match=rf"^pool\.{name} must be .*, got {value}"):
         make_pool(**bad)
 
 
