@@ -3,11 +3,13 @@
 Requests are queued and answers collected; a thread of the pool moves them in batches, so that
 environments step while the caller computes. What a worker process can do, and what happens then:
 
-- crash (a segfault in an interpreter written in C, or an exception): the process is replaced. The
-  episode that was being stepped gets its commands replayed in the new process and its request
-  tried again, `max_replays` times; then it is answered with an `EnvFailure`. The others on that
-  worker are replayed as well, with their next command, and notice nothing;
+- crash (a segfault in an interpreter written in C, an exception, an answer that cannot be
+  pickled): the process is replaced. The episode that was being stepped gets its commands replayed
+  in the new process and its request tried again, `max_replays` times; then it is answered with an
+  `EnvFailure`. The others on that worker are replayed as well, with their next command, and notice
+  nothing;
 - hang past the time limit: the process is killed, then as above;
+- die between requests: replaced as well, and an error if that happens again and again;
 - grow past the memory limit: the process is replaced between two batches, its episodes replayed.
 
 Environments must be deterministic: the same commands bring back the same state.
@@ -124,7 +126,8 @@ class EnvPool:
             answered with an `EnvFailure` is not live any more.
 
         Raises:
-            PoolError: the worker processes cannot be started, or the pool is closed.
+            PoolError: the worker processes cannot be started or keep dying between requests, or
+                the pool is closed.
         """
         end = None if limit_s is None else time.monotonic() + limit_s
         results: list[tuple[Hashable, Result]] = []

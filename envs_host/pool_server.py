@@ -6,6 +6,7 @@ that) and the reading of `counters` and `workers`.
 
 import dataclasses
 import os
+import pickle
 import queue
 import tempfile
 import time
@@ -15,12 +16,13 @@ from multiprocessing.connection import wait
 
 import psutil
 
-from envs_host.pool_worker import READY, Activity, Request
+from envs_host.pool_worker import READY, Activity, Answer, Request
 from envs_host.processes import Child
 from envs_host.types import EnvFailure, Task
 
 _START_LIMIT_S = 120.0
 _MAX_FAILED_STARTS = 3
+_MAX_IDLE_DEATHS = 3
 _MEMORY_CHECK_S = 0.2
 _LONGEST_WAIT_S = 0.5
 _SHORTEST_WAIT_S = 0.01
@@ -67,6 +69,8 @@ class Worker:
         self.ready = False
         self.failed_starts = 0  # Of processes in this place, since one of them was ready.
         self.start_deadline = time.monotonic() + _START_LIMIT_S
+        # Deaths of processes in this place that no request is to blame for, since an answer came.
+        self.idle_deaths = 0
         self.queue: list[Request] = []
         self.in_flight: dict[int, Request] = {}
         self.memory_checked_at = 0.0
@@ -251,12 +255,14 @@ class Server:
                 f"{worker.env!r} takes before its first episode ({memory:.0f} MB): raise it."
             )
 
-    def _take(self, worker: Worker, answers: list) -> None:
-        for number, result in answers:
-            request = worker.in_flight.pop(number)
+    def _take(self, worker: Worker, answers: list[Answer]) -> None:
+        worker.idle_deaths = 0
+        for answer in answers:
+            request = worker.in_flight.pop(answer.number)
             episode = self._episodes.get(request.episode)
             if episode is None:
                 continue  # Released meanwhile, or this is the answer to the release.
+            result = pickle.loads(answer.pickled)
             if isinstance(result, EnvFailure):
                 self._fail(episode, result)
                 continue
@@ -303,14 +309,21 @@ class Server:
             raise PoolError(
                 f"the environment {worker.env!r} cannot be started in a worker process: {message}"
             )
+        request = worker.in_flight.get(worker.activity.read()[0])
+        idle_deaths = worker.idle_deaths + (worker.ready and request is None)
+        if idle_deaths >= _MAX_IDLE_DEATHS:
+            raise PoolError(
+                f"a worker process of the environment {worker.env!r} died {idle_deaths} times in a "
+                "row between requests, so that no episode is to blame. Look for threads or "
+                "libraries of the environment that end its process or close its files, and for a "
+                f"machine short of memory. The last one: {message}"
+            )
         self.counters["crashes" if reason == "crash" else "time_limits"] += 1
-        number, _, _ = worker.activity.read()
-        request = worker.in_flight.get(number)
         culprit = self._episodes.get(request.episode) if request is not None else None
         if culprit is not None:
             culprit.deaths += 1
         fresh = self._replace(worker, culprit)
-        fresh.failed_starts = failed_starts
+        fresh.failed_starts, fresh.idle_deaths = failed_starts, idle_deaths
         if culprit is None:
             return
         if culprit.deaths > self._max_replays:

@@ -1,10 +1,13 @@
 """What runs inside a worker process of the pool: environments, stepped in batches of requests.
 
 The worker notes in a small shared file what it is at and since when, so that after a crash or
-during a hang the pool knows the one episode to blame although answers travel in batches.
+during a hang the pool knows the one episode to blame although answers travel in batches. Each
+result is pickled while its request is still noted: one that cannot be pickled is a crash like any
+other exception of its environment.
 """
 
 import mmap
+import pickle
 import struct
 import time
 from multiprocessing.connection import Connection
@@ -31,7 +34,11 @@ class Request(NamedTuple):
     text: str | None = None
 
 
-Answer = tuple[int, ResetResult | StepResult | EnvFailure | None]
+class Answer(NamedTuple):
+    """What came of a request: a pickled result, None for a release."""
+
+    number: int
+    pickled: bytes
 
 
 class Activity:
@@ -95,7 +102,7 @@ class _Worker:
         answers: list[Answer] = []
         sent_at = time.monotonic()
         for request in batch:
-            answers.append((request.number, self._answer(request)))
+            answers.append(Answer(request.number, pickle.dumps(self._result(request))))
             if time.monotonic() - sent_at > _SEND_EVERY_S:
                 # Sending may block while the pool's owner is busy: that is not the env's fault.
                 self._activity.write(Activity.IDLE)
@@ -105,7 +112,7 @@ class _Worker:
         if answers:
             connection.send(answers)
 
-    def _answer(self, request: Request) -> ResetResult | StepResult | EnvFailure | None:
+    def _result(self, request: Request) -> ResetResult | StepResult | EnvFailure | None:
         if request.task is None and request.text is None:
             self._note(request, is_reset=False)
             env = self._live.pop(request.episode, None)

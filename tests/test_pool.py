@@ -84,7 +84,14 @@ def test_episodes_of_one_task_share_a_process_and_tasks_spread():
         assert len(processes(pool, range(30))) == 2
 
 
-@pytest.mark.parametrize(("fatal", "quoted"), [("crash", "SIGSEGV"), ("raise", "made to fail")])
+@pytest.mark.parametrize(
+    ("fatal", "quoted"),
+    [
+        ("crash", "SIGSEGV"),
+        ("raise", "made to fail"),
+        ("unpicklable", "cannot pickle 'dict_keys' object"),
+    ],
+)
 def test_a_crash_fails_one_episode_and_spares_the_others(fatal, quoted):
     with make_pool() as pool:
         start(pool, "abc")
@@ -233,6 +240,23 @@ def test_processes_that_keep_dying_while_they_start_are_an_error(tmp_path):
         with pytest.raises(PoolError, match="(?s)cannot be started.*needed"):
             say(pool, dict.fromkeys("ab", "one"))
         assert pool.counters["crashes"] == 3
+
+
+def test_a_process_that_keeps_dying_between_requests_is_an_error():
+    with make_pool() as pool:
+        start(pool, "ab")
+        with pytest.raises(PoolError, match="(?s)3 times in a row between requests.*Bad file desc"):
+            say(pool, {"a": "close_files", "b": "one"})
+        assert pool.counters["crashes"] == 2
+
+
+def test_deaths_between_requests_with_answers_between_them_are_healed():
+    with make_pool() as pool:
+        start(pool, "a")
+        for turn in range(4):
+            os.kill(pool.worker_pids[0], signal.SIGKILL)
+            assert isinstance(say(pool, {"a": f"turn {turn}"})["a"], StepResult)
+        assert pool.counters == QUIET | {"crashes": 4, "replays": 4}
 
 
 @pytest.mark.parametrize(
