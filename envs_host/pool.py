@@ -9,6 +9,9 @@ environments step while the caller computes. What a worker process can do, and w
   `EnvFailure`. The others on that worker are replayed as well, with their next command, and notice
   nothing;
 - hang past the time limit: the process is killed, then as above;
+- be at a command whose episode was released: it is left alone, unless others wait for the process
+  and the command has gone on for longer than replacing the process takes (its start, and what its
+  other episodes took so far). Then it is replaced, its other episodes replayed;
 - die between requests: replaced as well, and an error if that happens again and again;
 - grow past the memory limit: the process is replaced between two batches, its episodes replayed.
 
@@ -154,8 +157,17 @@ class EnvPool:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Since the start: `crashes` and `time_limits` of worker processes, `recycles` for memory,
-        `replays` of episodes, and `failures` (requests answered with an `EnvFailure`)."""
+        """Counts since the start, by name:
+
+        - `crashes`: worker processes that died by themselves or were killed from outside the pool;
+        - `time_limits`: worker processes killed because a reset or step took too long;
+        - `abandoned`: worker processes killed at a request of a released episode, because other
+          episodes waited;
+        - `recycles`: worker processes replaced because of their memory;
+        - `replays`: episodes brought back in another process by their commands, and resets tried
+          again because they killed theirs;
+        - `failures`: requests answered with an `EnvFailure`, whatever the reason.
+        """
         return dict(self._server.counters)
 
     @property

@@ -16,7 +16,9 @@ from envs_host import textworld
 from envs_host.pool import EnvPool, PoolError
 from envs_host.types import EnvFailure, ResetResult, StepResult
 
-QUIET = {"crashes": 0, "time_limits": 0, "replays": 0, "recycles": 0, "failures": 0}
+QUIET = dict.fromkeys(
+    ("crashes", "time_limits", "abandoned", "replays", "recycles", "failures"), 0
+)
 
 
 def make_pool(num_workers=1, **overrides):
@@ -334,6 +336,44 @@ def test_released_and_reset_handles_get_no_stale_answers():
         pool.reset("b", fakes.task("new"))
         assert collect(pool, 1) == {"b": ResetResult("new", fakes.ScriptedEnv()._info(""))}
         pool.release("never there")
+
+
+def test_a_released_episode_that_hangs_does_not_hold_up_the_others():
+    with make_pool(step_limit_s=60.0) as pool:
+        start(pool, "abc")
+        say(pool, {"b": "one", "c": "one"})
+        began = time.monotonic()
+        pool.step("a", "sleep 30")
+        assert pool.poll(0.3) == []
+        pool.step("b", "two")  # Waits already when "a" is given up; "c" comes later.
+        pool.release("a")
+        pool.step("c", "two")
+        answers = collect(pool, 2)
+        assert time.monotonic() - began < 15
+        assert {answers[h].observation for h in "bc"} == {"b | one | two", "c | one | two"}
+        assert pool.counters == QUIET | {"abandoned": 1, "replays": 2}
+
+
+def test_a_released_episode_runs_on_while_nobody_waits():
+    with make_pool() as pool:
+        start(pool, "ab")
+        pool.step("a", "sleep 1")
+        assert pool.poll(0.3) == []
+        pool.release("a")
+        time.sleep(2)
+        assert say(pool, {"b": "one"})["b"].observation == "b | one"
+        assert pool.counters == QUIET
+
+
+def test_a_released_episode_runs_on_while_replays_would_take_longer():
+    with make_pool() as pool:
+        start(pool, "ab")
+        say(pool, {"b": "sleep 2"})
+        pool.step("a", "sleep 1")
+        assert pool.poll(0.3) == []
+        pool.release("a")
+        assert say(pool, {"b": "one"})["b"].observation == "b | sleep 2 | one"
+        assert pool.counters == QUIET
 
 
 def test_environments_step_while_the_caller_computes():
