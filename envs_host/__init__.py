@@ -19,7 +19,7 @@ def make(name: str, **kwargs) -> TextEnv:
         **kwargs: options of that environment.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or its module has no such class.
     """
     target = name if ":" in name else ENVIRONMENTS.get(name)
     if target is None:
@@ -28,4 +28,15 @@ def make(name: str, **kwargs) -> TextEnv:
             "of your own as 'package.module:Class'."
         )
     module, _, attribute = target.partition(":")
-    return vars(importlib.import_module(module))[attribute](**kwargs)
+    members = vars(importlib.import_module(module))
+    if attribute not in members:
+        own = [
+            key
+            for key, value in members.items()
+            if isinstance(value, type) and value.__module__ == module
+        ]
+        raise ValueError(
+            f"environment {name!r}: the module {module!r} has no class {attribute!r}: name one of "
+            f"its classes {sorted(own)} after the colon, or another module before it."
+        )
+    return members[attribute](**kwargs)

@@ -3,11 +3,16 @@
 Requests are queued and answers collected; a thread of the pool moves them in batches, so that
 environments step while the caller computes. What a worker process can do, and what happens then:
 
-- crash (a segfault in an interpreter written in C, or an exception): the process is replaced. The
-  episode that was being stepped gets its commands replayed in the new process and its request
-  tried again, `max_replays` times; then it is answered with an `EnvFailure`. The others on that
-  worker are replayed as well, with their next command, and notice nothing;
+- crash (a segfault in an interpreter written in C, an exception, an answer that cannot be
+  pickled): the process is replaced. The episode that was being stepped gets its commands replayed
+  in the new process and its request tried again, `max_replays` times; then it is answered with an
+  `EnvFailure`. The others on that worker are replayed as well, with their next command, and notice
+  nothing;
 - hang past the time limit: the process is killed, then as above;
+- be at a command whose episode was released: it is left alone, unless others wait for the process
+  and the command has gone on for longer than replacing the process takes (its start, and what its
+  other episodes took so far). Then it is replaced, its other episodes replayed;
+- die between requests: replaced as well, and an error if that happens again and again;
 - grow past the memory limit: the process is replaced between two batches, its episodes replayed.
 
 Environments must be deterministic: the same commands bring back the same state.
@@ -64,9 +69,9 @@ class EnvPool:
             ("worker_memory_mb", worker_memory_mb),
         ):
             if not value > 0:
-                raise ValueError(f"{name} must be more than 0, got {value}.")
+                raise ValueError(f"pool.{name} must be more than 0, got {value}.")
         if max_replays < 0:
-            raise ValueError(f"max_replays must be 0 or more, got {max_replays}.")
+            raise ValueError(f"pool.max_replays must be 0 or more, got {max_replays}.")
         self._server = Server(
             lambda: Worker(env, env_kwargs, step_limit_s, reset_limit_s),
             num_workers=num_workers,
@@ -124,7 +129,8 @@ class EnvPool:
             answered with an `EnvFailure` is not live any more.
 
         Raises:
-            PoolError: the worker processes cannot be started, or the pool is closed.
+            PoolError: the worker processes cannot be started or keep dying between requests, or
+                the pool is closed.
         """
         end = None if limit_s is None else time.monotonic() + limit_s
         results: list[tuple[Hashable, Result]] = []
@@ -151,8 +157,17 @@ class EnvPool:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Since the start: `crashes` and `time_limits` of worker processes, `recycles` for memory,
-        `replays` of episodes, and `failures` (requests answered with an `EnvFailure`)."""
+        """Counts since the start, by name:
+
+        - `crashes`: worker processes that died by themselves or were killed from outside the pool;
+        - `time_limits`: worker processes killed because a reset or step took too long;
+        - `abandoned`: worker processes killed at a request of a released episode, because other
+          episodes waited;
+        - `recycles`: worker processes replaced because of their memory;
+        - `replays`: episodes brought back in another process by their commands, and resets tried
+          again because they killed theirs;
+        - `failures`: requests answered with an `EnvFailure`, whatever the reason.
+        """
         return dict(self._server.counters)
 
     @property

@@ -6,6 +6,7 @@ that) and the reading of `counters` and `workers`.
 
 import dataclasses
 import os
+import pickle
 import queue
 import tempfile
 import time
@@ -15,12 +16,13 @@ from multiprocessing.connection import wait
 
 import psutil
 
-from envs_host.pool_worker import READY, Activity, Request
+from envs_host.pool_worker import READY, Activity, Answer, Note, Request
 from envs_host.processes import Child
 from envs_host.types import EnvFailure, Task
 
 _START_LIMIT_S = 120.0
 _MAX_FAILED_STARTS = 3
+_MAX_IDLE_DEATHS = 3
 _MEMORY_CHECK_S = 0.2
 _LONGEST_WAIT_S = 0.5
 _SHORTEST_WAIT_S = 0.01
@@ -44,6 +46,7 @@ class Episode:
     waiting: bool = True  # An answer is owed: to the reset, or to `text`.
     text: str | None = None
     deaths: int = 0  # Of processes, at the request that is owed an answer.
+    replay_s: float = 0.0  # What its reset and its commands took, so about what a replay takes.
 
 
 class Worker:
@@ -54,7 +57,8 @@ class Worker:
         self._note = tempfile.TemporaryFile()
         self._note.truncate(Activity.SIZE)
         self.activity = Activity(self._note.fileno())
-        self.activity.write(Activity.IDLE)
+        self.activity.write(Note(Activity.IDLE))
+        self.began = time.monotonic()
         self.child = Child(
             "envs_host.pool_worker:work",
             env,
@@ -65,8 +69,10 @@ class Worker:
             pass_fds=(self._note.fileno(),),
         )
         self.ready = False
+        self.start_s = 0.0  # How long it took to be ready.
         self.failed_starts = 0  # Of processes in this place, since one of them was ready.
-        self.start_deadline = time.monotonic() + _START_LIMIT_S
+        # Deaths of processes in this place that no request is to blame for, since an answer came.
+        self.idle_deaths = 0
         self.queue: list[Request] = []
         self.in_flight: dict[int, Request] = {}
         self.memory_checked_at = 0.0
@@ -107,7 +113,7 @@ class Server:
         # Holds (episode number, handle, answer), or the PoolError that ended the thread.
         self.outbox: queue.SimpleQueue = queue.SimpleQueue()
         self.counters = dict.fromkeys(
-            ("crashes", "time_limits", "replays", "recycles", "failures"), 0
+            ("crashes", "time_limits", "abandoned", "replays", "recycles", "failures"), 0
         )
         self.workers: list[Worker] = [make_worker() for _ in range(num_workers)]
         self._has_worked = False  # Some worker was ready, so that the environment can be made.
@@ -125,7 +131,7 @@ class Server:
         try:
             while not self._closing:
                 self._receive()
-                self._check_time_limits()
+                self._check_hangs()
                 self._dispatch()
         except PoolError as error:
             self.outbox.put(error)
@@ -237,26 +243,29 @@ class Server:
             return None
         patience = _LONGEST_WAIT_S
         for worker in self.workers:
-            number, deadline, _ = worker.activity.read()
-            if number != Activity.IDLE:
-                patience = min(patience, deadline - time.monotonic())
+            note = worker.activity.read()
+            if note.number != Activity.IDLE:
+                patience = min(patience, note.deadline - time.monotonic())
         return max(patience, _SHORTEST_WAIT_S)
 
     def _started(self, worker: Worker) -> None:
         worker.ready = self._has_worked = True
+        worker.start_s = time.monotonic() - worker.began
         memory = worker.memory_mb()
         if memory > self._worker_memory_mb:
             raise PoolError(
-                f"worker_memory_mb={self._worker_memory_mb} is less than a worker process of "
+                f"pool.worker_memory_mb={self._worker_memory_mb} is less than a worker process of "
                 f"{worker.env!r} takes before its first episode ({memory:.0f} MB): raise it."
             )
 
-    def _take(self, worker: Worker, answers: list) -> None:
-        for number, result in answers:
-            request = worker.in_flight.pop(number)
+    def _take(self, worker: Worker, answers: list[Answer]) -> None:
+        worker.idle_deaths = 0
+        for answer in answers:
+            request = worker.in_flight.pop(answer.number)
             episode = self._episodes.get(request.episode)
             if episode is None:
                 continue  # Released meanwhile, or this is the answer to the release.
+            result = pickle.loads(answer.pickled)
             if isinstance(result, EnvFailure):
                 self._fail(episode, result)
                 continue
@@ -266,6 +275,7 @@ class Server:
             episode.waiting = False
             episode.text = None
             episode.deaths = 0
+            episode.replay_s = answer.seconds + (episode.replay_s if request.task is None else 0.0)
             self.outbox.put((episode.number, episode.handle, result))
         now = time.monotonic()
         if not worker.in_flight and now - worker.memory_checked_at > _MEMORY_CHECK_S:
@@ -281,20 +291,40 @@ class Server:
 
     # Deaths.
 
-    def _check_time_limits(self) -> None:
-        """Kills the workers that hang."""
+    def _check_hangs(self) -> None:
+        """Kills the workers that hang, or are at something that nobody waits for any more."""
         now = time.monotonic()
         for worker in list(self.workers):
-            if not worker.ready and now > worker.start_deadline:
+            if not worker.ready and now > worker.began + _START_LIMIT_S:
                 raise PoolError(
                     f"a worker process of {worker.env!r} did not start within {_START_LIMIT_S:.0f} "
                     f"s: {worker.child.last_words()}"
                 )
-            number, deadline, is_reset = worker.activity.read()
-            if number != Activity.IDLE and now > deadline:
+            note = worker.activity.read()
+            if note.number == Activity.IDLE:
+                continue
+            if now > note.deadline:
                 worker.child.kill()
-                reason = "reset time limit" if is_reset else "step time limit"
+                reason = "reset time limit" if note.is_reset else "step time limit"
                 self._died(worker, reason, "the process did not answer in time and was killed")
+            elif self._is_held_up(worker, note.number, now - note.since):
+                self.counters["abandoned"] += 1
+                self._replace(worker, culprit=None)
+
+    def _is_held_up(self, worker: Worker, number: int, seconds: float) -> bool:
+        """Whether others should not wait any longer for a request of a released episode.
+
+        Nothing but its death interrupts a process, and then it has to be started and its other
+        episodes brought back. So others wait for as long as that would take, and no longer:
+        together that is at most twice the cheaper of the two, however long the request goes on.
+        """
+        request = worker.in_flight.get(number)
+        if request is None or request.episode in self._episodes:
+            return False
+        others = [episode for episode in self._episodes.values() if episode.worker is worker]
+        if not any(episode.waiting for episode in others):
+            return False
+        return seconds > worker.start_s + sum(episode.replay_s for episode in others)
 
     def _died(self, worker: Worker, reason: str, message: str) -> None:
         """Replaces a dead worker; the episode to blame is tried again or given up."""
@@ -303,14 +333,21 @@ class Server:
             raise PoolError(
                 f"the environment {worker.env!r} cannot be started in a worker process: {message}"
             )
+        request = worker.in_flight.get(worker.activity.read().number)
+        idle_deaths = worker.idle_deaths + (worker.ready and request is None)
+        if idle_deaths >= _MAX_IDLE_DEATHS:
+            raise PoolError(
+                f"a worker process of the environment {worker.env!r} died {idle_deaths} times in a "
+                "row between requests, so that no episode is to blame. Look for threads or "
+                "libraries of the environment that end its process or close its files, and for a "
+                f"machine short of memory. The last one: {message}"
+            )
         self.counters["crashes" if reason == "crash" else "time_limits"] += 1
-        number, _, _ = worker.activity.read()
-        request = worker.in_flight.get(number)
         culprit = self._episodes.get(request.episode) if request is not None else None
         if culprit is not None:
             culprit.deaths += 1
         fresh = self._replace(worker, culprit)
-        fresh.failed_starts = failed_starts
+        fresh.failed_starts, fresh.idle_deaths = failed_starts, idle_deaths
         if culprit is None:
             return
         if culprit.deaths > self._max_replays:

@@ -1,10 +1,13 @@
 """What runs inside a worker process of the pool: environments, stepped in batches of requests.
 
 The worker notes in a small shared file what it is at and since when, so that after a crash or
-during a hang the pool knows the one episode to blame although answers travel in batches.
+during a hang the pool knows the one episode to blame although answers travel in batches. Each
+result is pickled while its request is still noted: one that cannot be pickled is a crash like any
+other exception of its environment.
 """
 
 import mmap
+import pickle
 import struct
 import time
 from multiprocessing.connection import Connection
@@ -31,31 +34,48 @@ class Request(NamedTuple):
     text: str | None = None
 
 
-Answer = tuple[int, ResetResult | StepResult | EnvFailure | None]
+class Answer(NamedTuple):
+    """What came of a request: a pickled result (None for a release), and the seconds it took."""
+
+    number: int
+    pickled: bytes
+    seconds: float
+
+
+class Note(NamedTuple):
+    """What a worker is at; times are of the system-wide monotonic clock.
+
+    Attributes:
+        number: of the request being worked on, or `Activity.IDLE`.
+        since: when that request was begun.
+        deadline: when its current reset or step must have ended.
+        is_reset: whether that is a reset.
+    """
+
+    number: int
+    since: float = 0.0
+    deadline: float = 0.0
+    is_reset: bool = False
 
 
 class Activity:
-    """The shared note: number of the request being worked on, since when, and until when at most.
+    """The shared file that holds a `Note`."""
 
-    Times are of the system-wide monotonic clock.
-    """
-
-    _FORMAT = struct.Struct("qd?")
+    _FORMAT = struct.Struct("qdd?")
     SIZE = _FORMAT.size
     IDLE = -1
 
     def __init__(self, fd: int):
         self._memory = mmap.mmap(fd, self.SIZE)
 
-    def write(self, number: int, deadline: float = 0.0, is_reset: bool = False) -> None:
-        self._memory[:] = self._FORMAT.pack(number, deadline, is_reset)
+    def write(self, note: Note) -> None:
+        self._memory[:] = self._FORMAT.pack(*note)
 
-    def read(self) -> tuple[int, float, bool]:
-        """Returns (request number or IDLE, deadline, whether it is a reset)."""
+    def read(self) -> Note:
         while True:  # Until two readings agree: a reading may fall into a writing.
             first = self._memory[:]
             if first == self._memory[:]:
-                return self._FORMAT.unpack(first)
+                return Note(*self._FORMAT.unpack(first))
 
     def close(self) -> None:
         self._memory.close()
@@ -95,19 +115,24 @@ class _Worker:
         answers: list[Answer] = []
         sent_at = time.monotonic()
         for request in batch:
-            answers.append((request.number, self._answer(request)))
-            if time.monotonic() - sent_at > _SEND_EVERY_S:
+            began = time.monotonic()
+            pickled = pickle.dumps(self._result(request, began))
+            now = time.monotonic()
+            answers.append(Answer(request.number, pickled, now - began))
+            if now - sent_at > _SEND_EVERY_S:
                 # Sending may block while the pool's owner is busy: that is not the env's fault.
-                self._activity.write(Activity.IDLE)
+                self._activity.write(Note(Activity.IDLE))
                 connection.send(answers)
                 answers, sent_at = [], time.monotonic()
-        self._activity.write(Activity.IDLE)
+        self._activity.write(Note(Activity.IDLE))
         if answers:
             connection.send(answers)
 
-    def _answer(self, request: Request) -> ResetResult | StepResult | EnvFailure | None:
+    def _result(
+        self, request: Request, began: float
+    ) -> ResetResult | StepResult | EnvFailure | None:
         if request.task is None and request.text is None:
-            self._note(request, is_reset=False)
+            self._note(request, began, is_reset=False)
             env = self._live.pop(request.episode, None)
             if env is not None:
                 env.close()
@@ -115,7 +140,7 @@ class _Worker:
             return None
         result = None
         if request.task is not None:
-            self._note(request, is_reset=True)
+            self._note(request, began, is_reset=True)
             env = self._spare.pop() if self._spare else self._make()
             self._live[request.episode] = env
             try:
@@ -125,13 +150,14 @@ class _Worker:
         env = self._live[request.episode]
         texts = request.commands if request.text is None else (*request.commands, request.text)
         for text in texts:
-            self._note(request, is_reset=False)
+            self._note(request, began, is_reset=False)
             try:
                 result = env.step(text)
             except GameFileError as error:
                 return EnvFailure("game file", str(error))
         return result
 
-    def _note(self, request: Request, is_reset: bool) -> None:
+    def _note(self, request: Request, began: float, is_reset: bool) -> None:
         limit = self._reset_limit_s if is_reset else self._step_limit_s
-        self._activity.write(request.number, time.monotonic() + limit, is_reset)
+        deadline = time.monotonic() + limit
+        self._activity.write(Note(request.number, began, deadline, is_reset))

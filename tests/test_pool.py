@@ -16,7 +16,9 @@ from envs_host import textworld
 from envs_host.pool import EnvPool, PoolError
 from envs_host.types import EnvFailure, ResetResult, StepResult
 
-QUIET = {"crashes": 0, "time_limits": 0, "replays": 0, "recycles": 0, "failures": 0}
+QUIET = dict.fromkeys(
+    ("crashes", "time_limits", "abandoned", "replays", "recycles", "failures"), 0
+)
 
 
 def make_pool(num_workers=1, **overrides):
@@ -84,7 +86,14 @@ def test_episodes_of_one_task_share_a_process_and_tasks_spread():
         assert len(processes(pool, range(30))) == 2
 
 
-@pytest.mark.parametrize(("fatal", "quoted"), [("crash", "SIGSEGV"), ("raise", "made to fail")])
+@pytest.mark.parametrize(
+    ("fatal", "quoted"),
+    [
+        ("crash", "SIGSEGV"),
+        ("raise", "made to fail"),
+        ("unpicklable", "cannot pickle 'dict_keys' object"),
+    ],
+)
 def test_a_crash_fails_one_episode_and_spares_the_others(fatal, quoted):
     with make_pool() as pool:
         start(pool, "abc")
@@ -235,12 +244,29 @@ def test_processes_that_keep_dying_while_they_start_are_an_error(tmp_path):
         assert pool.counters["crashes"] == 3
 
 
+def test_a_process_that_keeps_dying_between_requests_is_an_error():
+    with make_pool() as pool:
+        start(pool, "ab")
+        with pytest.raises(PoolError, match="(?s)3 times in a row between requests.*Bad file desc"):
+            say(pool, {"a": "close_files", "b": "one"})
+        assert pool.counters["crashes"] == 2
+
+
+def test_deaths_between_requests_with_answers_between_them_are_healed():
+    with make_pool() as pool:
+        start(pool, "a")
+        for turn in range(4):
+            os.kill(pool.worker_pids[0], signal.SIGKILL)
+            assert isinstance(say(pool, {"a": f"turn {turn}"})["a"], StepResult)
+        assert pool.counters == QUIET | {"crashes": 4, "replays": 4}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"env_kwargs": {"mkae": "x"}}, "mkae"),
         ({"env_kwargs": {"make": "raise"}}, "cannot be started"),
-        ({"worker_memory_mb": 1.0}, "worker_memory_mb"),
+        ({"worker_memory_mb": 1.0}, r"pool\.worker_memory_mb=1\.0"),
     ],
 )
 def test_an_environment_that_cannot_start_is_an_error(options, message):
@@ -257,13 +283,20 @@ def test_an_environment_that_cannot_start_is_an_error(options, message):
     [{"num_workers": 0}, {"step_limit_s": 0.0}, {"worker_memory_mb": -1.0}, {"max_replays": -1}],
 )
 def test_numbers_out_of_range(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
+    [(name, value)] = bad.items()
+    with pytest.raises(ValueError, match=rf"^pool\.{name} must be .*, got {value}"):
         make_pool(**bad)
 
 
 def test_unknown_environment():
     with pytest.raises(ValueError, match="chess.*textworld"):
         envs_host.make("chess")
+
+
+@pytest.mark.parametrize("name", ["Scripted", ""])
+def test_unknown_class(name):
+    with pytest.raises(ValueError, match=rf"'fakes'.* no class '{name}'.*'ScriptedEnv'"):
+        envs_host.make(f"fakes:{name}")
 
 
 def test_wrong_calls():
@@ -303,6 +336,44 @@ def test_released_and_reset_handles_get_no_stale_answers():
         pool.reset("b", fakes.task("new"))
         assert collect(pool, 1) == {"b": ResetResult("new", fakes.ScriptedEnv()._info(""))}
         pool.release("never there")
+
+
+def test_a_released_episode_that_hangs_does_not_hold_up_the_others():
+    with make_pool(step_limit_s=60.0) as pool:
+        start(pool, "abc")
+        say(pool, {"b": "one", "c": "one"})
+        began = time.monotonic()
+        pool.step("a", "sleep 30")
+        assert pool.poll(0.3) == []
+        pool.step("b", "two")  # Waits already when "a" is given up; "c" comes later.
+        pool.release("a")
+        pool.step("c", "two")
+        answers = collect(pool, 2)
+        assert time.monotonic() - began < 15
+        assert {answers[h].observation for h in "bc"} == {"b | one | two", "c | one | two"}
+        assert pool.counters == QUIET | {"abandoned": 1, "replays": 2}
+
+
+def test_a_released_episode_runs_on_while_nobody_waits():
+    with make_pool() as pool:
+        start(pool, "ab")
+        pool.step("a", "sleep 1")
+        assert pool.poll(0.3) == []
+        pool.release("a")
+        time.sleep(2)
+        assert say(pool, {"b": "one"})["b"].observation == "b | one"
+        assert pool.counters == QUIET
+
+
+def test_a_released_episode_runs_on_while_replays_would_take_longer():
+    with make_pool() as pool:
+        start(pool, "ab")
+        say(pool, {"b": "sleep 2"})
+        pool.step("a", "sleep 1")
+        assert pool.poll(0.3) == []
+        pool.release("a")
+        assert say(pool, {"b": "one"})["b"].observation == "b | sleep 2 | one"
+        assert pool.counters == QUIET
 
 
 def test_environments_step_while_the_caller_computes():
