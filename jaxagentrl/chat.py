@@ -383,7 +383,7 @@ def first_user_text(
     if style == "brief":
         return _joined([objective, observation, *_admissible_lines(admissible, "Commands: ", "; ")])
     opening = (
-        "You are an expert at text adventure games made with TextWorld. Given the state of the "
+        "You are an expert at text adventure games. Given the state of the "
         "game, choose the next command that brings you closest to winning.\n"
         'Answer with one command only. It starts with a verb, for example "open box".\n\n'
         f"How to win: {objective.strip()}\n\n"

@@ -226,6 +226,8 @@ class Engine:
         waiting = self._waiting[wave]
         if not waiting:
             return
+        self.counters.turns_launched += len(waiting)
+        self.counters.slots_launched += self.slots_per_wave
         self._find_leaders(wave)
         markers: list[jax.Array] = []
         slots: list[int] = []

@@ -149,6 +149,8 @@ class _Player:
 
         Seconds are the host's: waiting for extend, for decode, for transfers, for environments,
         compiling; what is left is its own work. Work that overlaps another's shows in neither.
+        `slot_occupancy` is the share of slots that had a turn on its way when their wave was launched,
+        `decode_occupancy` that of the places of decode steps which sampled a token.
         """
         used = self.engine.counters.since(self.counters)
         total = time.monotonic() - self.began
@@ -168,7 +170,8 @@ class _Player:
             "tokens_prefilled": used.tokens_extended,
             "tokens_forked": used.tokens_forked,
             "tokens_reprefill": used.tokens_reprefill,
-            "slot_occupancy": used.tokens_decoded / max(1, used.decode_places),
+            "slot_occupancy": used.turns_launched / max(1, used.slots_launched),
+            "decode_occupancy": used.tokens_decoded / max(1, used.decode_places),
             "padding_share": used.tokens_padded / max(1, placed),
             "compiles": used.compiles,
         }

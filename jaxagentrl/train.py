@@ -259,15 +259,19 @@ def _reinforce(
 
 
 def _note(values: Mapping[str, float]) -> str:
-    """What stands beside the bar: how well it goes, and what sampling waited for."""
-    shares = {
-        name: values[f"ledger/{name}_share"]
-        for name in ("extend", "decode", "transfer", "compile", "environment", "host")
-    }
+    """What stands beside the bar: how well it goes, what sampling waited for, and how full it was."""
+    ledger = {key[7:]: value for key, value in values.items() if key.startswith("ledger/")}
     success = values.get("rollout/success_rate")
     told = "no episode ended" if success is None else f"success {success:.2f}"
-    parts = [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.05]
-    return f"{told}, sampling {values['ledger/seconds']:.1f} s: {', '.join(parts)}"
+    parts = ("extend", "decode", "transfer", "compile", "environment", "host")
+    shares = [f"{name} {ledger[f'{name}_share']:.0%}" for name in parts]
+    return (
+        f"{told}, sampling {ledger['seconds']:.1f} s: "
+        + ", ".join(share for share, name in zip(shares, parts) if ledger[f"{name}_share"] >= 0.05)
+        + f"; tokens {ledger['tokens_decoded']:,.0f} sampled, {ledger['tokens_prefilled']:,.0f} prefilled"
+        f" (again each turn: {ledger['tokens_reprefill']:,.0f}); slots {ledger['slot_occupancy']:.0%} taken,"
+        f" padding {ledger['padding_share']:.0%}"
+    )
 
 
 def _timed(values: dict[str, float], measure: Any, *arguments: Any) -> dict[str, float]:

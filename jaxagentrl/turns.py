@@ -40,6 +40,8 @@ class Counters:
     tokens_decoded: int = 0
     tokens_reprefill: int = 0  # what prefilling every turn's history again would have computed
     turns: int = 0
+    turns_launched: int = 0  # slots with a turn on its way, summed over launches
+    slots_launched: int = 0  # slots of the wave, summed over launches
     decode_steps: int = 0
     decode_places: int = 0  # rows of all decode steps; tokens_decoded of these were used
     compiles: int = 0

@@ -50,7 +50,7 @@ def user_text(
         history: how many of `past` to show, the latest.
     """
     lines = [
-        "You are an expert agent who acts in a household by text commands. "
+        "You are an expert agent who acts in a text world by commands. "
         f"Your task is: {objective.strip()}"
     ]
     shown = list(past)[len(past) - min(history, len(past)):]

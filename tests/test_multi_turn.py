@@ -252,6 +252,7 @@ def test_the_ledger_accounts_for_all_seconds(reference):
     shares.remove(reference.ledger["padding_share"])
     np.testing.assert_allclose(sum(shares), 1.0, atol=1e-6)
     assert 0 < reference.ledger["slot_occupancy"] <= 1
+    assert 0 < reference.ledger["decode_occupancy"] <= 1
 
 
 def test_a_turn_can_be_forked_and_goes_on_from_the_same_state(chat_format, reference):

@@ -215,13 +215,28 @@ def test_a_workdir_of_another_config_is_refused_and_untouched(finished, cache):
     assert (finished / "metrics.jsonl").read_text() == before
 
 
+LEDGER = {
+    **{f"{part}_share": 0.0 for part in ("extend", "transfer", "compile", "environment", "padding")},
+    **dict(seconds=2.5, decode_share=0.75, host_share=0.25, slot_occupancy=0.9),
+    **dict(tokens_decoded=1234, tokens_prefilled=2345, tokens_reprefill=9999),
+}
+
+
+def test_the_bar_tells_the_ledger():
+    values = {f"ledger/{key}": value for key, value in LEDGER.items()} | {"rollout/success_rate": 0.5}
+    assert train._note(values) == (
+        "success 0.50, sampling 2.5 s: decode 75%, host 25%; tokens 1,234 sampled, 2,345 prefilled "
+        "(again each turn: 9,999); slots 90% taken, padding 0%"
+    )
+
+
 def test_an_iteration_whose_environments_all_fail_is_counted_and_passed(monkeypatch):
     config = smoke_config()
     config["rl"] |= dict(num_iterations=2, tasks_per_iteration=1, group_size=2)
     task = dataclasses.replace(make_task("game", 0), digest="0" * 64)
     failed = [(episode, EnvFailure("crash", "gone")) for episode in range(2)]
-    ledger = {f"{part}_share": 0.0 for part in ("extend", "decode", "transfer", "compile", "environment")}
-    played = rollout.Rollout([], failed, ledger | {"host_share": 1.0, "seconds": 1.0})
+    ledger = LEDGER
+    played = rollout.Rollout([], failed, ledger)
     written = []
     monkeypatch.setattr(train, "_play", lambda *_, **__: played)
     for unused in ("_evaluate", "_keep", "_save"):
