@@ -41,7 +41,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.pool = dict(
         num_workers=2, step_limit_s=10.0, reset_limit_s=30.0, worker_memory_mb=2000.0
     )
-    config.prompt = dict(style="brief", show_admissible=False)
+    config.prompt = dict(
+        style="brief",
+        show_admissible=False,
+        # A system message, and variables of the tokenizer's chat template such as enable_thinking=False.
+        system=ml_collections.config_dict.placeholder(str),
+        template_options=dict(),
+    )
     config.tokenizer = dict(
         directory=ml_collections.config_dict.placeholder(str),
         vocab_size=768,

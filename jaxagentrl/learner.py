@@ -63,13 +63,6 @@ class Targets:
     observation_weights: Array  # of prompt and observation tokens in the auxiliary loss
 
 
-def init_params(config: decoder.DecoderConfig, key: jax.Array, *, critic: str) -> Params:
-    """Policy parameters, and with a critic its own: "head" shares the trunk, "separate" does not."""
-    if critic not in CRITICS:
-        raise ValueError(f"critic must be one of {', '.join(CRITICS)}, got {critic!r}.")
-    return with_critic({"policy": decoder.init(config, key)}, config, critic=critic)
-
-
 def with_critic(params: Params, config: decoder.DecoderConfig, *, critic: str) -> Params:
     """Adds a critic that predicts 0 everywhere; a separate one starts as a copy of the policy."""
     if critic == "none":

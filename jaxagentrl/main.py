@@ -10,6 +10,7 @@ if __name__ == "__main__":
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from envs_host.pool import PoolError
 from jaxagentrl import demos, hosts, metrics, train
 
 
@@ -52,10 +53,10 @@ def main(argv: list[str]) -> None:
         if _DISTRIBUTED.value or _COORDINATOR.value is not None:
             hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         train.run(config, _WORKDIR.value)
-    except (ValueError, metrics.NonFiniteError, demos.DemonstrationError) as error:
+    except (ValueError, metrics.NonFiniteError, demos.DemonstrationError, PoolError) as error:
         if _DEBUG.value:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}\n(--debug shows where)")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues from the last checkpoint")
 

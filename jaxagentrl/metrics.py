@@ -76,7 +76,7 @@ class Writer:
             phase: "sft", "rl", ...; steps count within it.
             step: larger than the phase's last one.
             values: numbers (Python, numpy or jax scalars) by key. A mean over nothing has no value:
-                leave its key out (`means` does).
+                leave its key out.
 
         Raises:
             NonFiniteError: a value is NaN or infinite; raised after the line is on disk.
@@ -207,22 +207,6 @@ def success_metrics(prefix: str, successes: int, n: int) -> dict[str, float]:
 def mean(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The mean of every value over steps that measured the same; at least one."""
     return {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
-
-
-def add_sums(
-    total: Mapping[str, tuple[float, float]], part: Mapping[str, tuple[float, float]]
-) -> dict[str, tuple[float, float]]:
-    """Adds (sum, count) pairs key by key, so that means over parts weigh every item the same."""
-    result = dict(total)
-    for key, (value, count) in part.items():
-        old_value, old_count = result.get(key, (0.0, 0.0))
-        result[key] = (old_value + value, old_count + count)
-    return result
-
-
-def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """(sum, count) pairs to means. A key whose count is 0 has no mean and is left out."""
-    return {key: value / count for key, (value, count) in sums.items() if count}
 
 
 def _number(key: str, value: Any) -> int | float:

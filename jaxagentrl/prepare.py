@@ -108,7 +108,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
                 splits["demo"], pool, advance=advance
             )
         loaded = _tokenizer(config, replays, workdir)
-        chat_format = chat.make(loaded)
+        chat_format = make_chat(loaded, config["prompt"])
         model, policy = _model(config["model"], len(loaded), jax.random.key(config["seed"]), mesh)
         trainable, frozen = _with_lora(policy, config)
         with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
@@ -129,6 +129,14 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             engine=decoding,
             mesh=mesh,
         )
+
+
+def make_chat(loaded: Any, prompt: Mapping[str, Any]) -> chat.ChatFormat:
+    """The chat format of a tokenizer, with the config's system message and template variables."""
+    made = chat.make(loaded, system=prompt["system"], template_options=prompt["template_options"])
+    for difference in made.differences:
+        progress.notice(f"chat: {difference}")
+    return made
 
 
 def make_pool(config: Mapping[str, Any], **env_options: Any) -> EnvPool:

@@ -33,13 +33,6 @@ def write(root: str | os.PathLike, *, console: rich.console.Console | None = Non
     print_table(run, console=console)
 
 
-def write_curves(root: str | os.PathLike) -> pathlib.Path:
-    """Only curves.png, quickly; a notebook calls this while the run goes on."""
-    path = pathlib.Path(root) / "curves.png"
-    workdir.write_atomic(path, report_curves.draw(report_data.read(root)))
-    return path
-
-
 def print_table(run: report_data.Run, *, console: rich.console.Console | None = None) -> None:
     """The result on one screen: who won how often, what RL added, where the time went."""
     if console is None:

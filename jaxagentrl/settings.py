@@ -21,7 +21,7 @@ from jaxagentrl.chat import PROMPT_STYLES
 from jaxagentrl.models import decoder, lora, sharding
 
 # Every key, by section; "?" marks those that may be None, which docs/config.md explains. What stands in
-# env.params, env.options, splits and namings is theirs to say.
+# one of `_WHOLE` is not ours to say.
 _OPTIMIZER = (
     "learning_rate warmup_steps decay_steps? final_fraction b1 b2 weight_decay max_grad_norm moment_dtype"
 )
@@ -29,7 +29,7 @@ _SECTIONS = {
     "": "seed compilation_cache_dir? memory_limit_gb? splits namings",
     "env": "name params cache_dir options num_workers?",
     "pool": "num_workers step_limit_s reset_limit_s worker_memory_mb",
-    "prompt": "style show_admissible",
+    "prompt": "style show_admissible system? template_options",
     "tokenizer": "directory? vocab_size names phrases glue_tokens lexicon",
     "model": "directory? hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size",
     "sampling": "num_slots num_waves max_length max_turn_tokens filled_buckets width_buckets "
@@ -62,7 +62,7 @@ OPTIONAL = tuple(path.removesuffix("?") for path in _MARKED if path.endswith("?"
 _FURTHER = (
     "pool.max_replays", *(f"model.{field.name}" for field in dataclasses.fields(decoder.DecoderConfig)),
 )
-_WHOLE = ("env.params", "env.options", "splits", "namings")
+_WHOLE = ("env.params", "env.options", "splits", "namings", "prompt.template_options")
 
 Config = Mapping[str, Any]
 

@@ -173,11 +173,5 @@ def test_success_metrics():
     assert "eval/success_rate" not in metrics.success_metrics("eval", 0, 0)   # no rate of nothing
 
 
-def test_means_weigh_every_item_the_same():
-    total = metrics.add_sums({}, {"turns": (6.0, 2.0), "tokens": (10.0, 1.0)})
-    total = metrics.add_sums(total, {"turns": (1.0, 1.0), "none": (0.0, 0.0)})
-    assert metrics.means(total) == {"turns": 7.0 / 3.0, "tokens": 10.0}
-
-
 def test_a_mean_over_steps():
     assert metrics.mean([{"a": np.float32(1), "b": 2.0}, {"a": 3, "b": 4.0}]) == {"a": 2.0, "b": 3.0}

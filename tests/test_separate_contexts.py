@@ -1,15 +1,19 @@
 """Episodes of several contexts: each is learned from as it was sampled, and nothing sees another."""
 
+import pathlib
+import runpy
+
 import jax
 import numpy as np
 import pytest
 
 from envs_host.types import StopReason, Task
-from jaxagentrl import batching, imitate, learner, prepare
+from jaxagentrl import batching, imitate, learner, settings
 from jaxagentrl.models import decoder
 from jaxagentrl.models.decoder import DecoderConfig
 from jaxagentrl.trajectory import Trajectory, Turn
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODEL = DecoderConfig(
     vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
     intermediate_size=32)
@@ -84,16 +88,15 @@ def test_one_text_each_needs_no_packing(played):
 
 
 def test_a_config_whose_rows_are_too_short_is_refused():
-    config = {
-        "rollout": {"context": "last_turns", "max_turns": 10},
-        "sampling": {"max_length": 100},
-        "learner": {"length_buckets": (100, 999)},
-        "rl": {"loss": {"surrogate": "clipped"}},
-    }
+    load = runpy.run_path(str(ROOT / "configs" / "textworld_quickstart.py"))["get_config"]
+    config = load().to_dict()
+    config["rollout"] |= {"context": "last_turns", "max_turns": 10}
+    config["sampling"] |= {"max_length": 100, "filled_buckets": (100,)}
+    config["learner"]["length_buckets"] = (100, 999)
     with pytest.raises(ValueError, match="= 1000 tokens: add a bucket"):
-        prepare._check_contexts(config)
+        settings.check(config)
     config["learner"]["length_buckets"] = (100, 1000)
-    prepare._check_contexts(config)
+    settings.check(config)
     config["rl"]["loss"]["surrogate"] = "gspo"
-    with pytest.raises(ValueError, match="gspo"):
-        prepare._check_contexts(config)
+    with pytest.raises(ValueError, match="rollout.context is 'last_turns', which puts several"):
+        settings.check(config)

@@ -100,7 +100,9 @@ def data() -> tuple[TrajectoryBatch, learner.Targets]:
 
 @functools.cache
 def params(model: decoder.DecoderConfig) -> learner.Params:
-    made = learner.init_params(model, jax.random.key(0), critic="head")
+    made = learner.with_critic(
+        {"policy": decoder.init(model, jax.random.key(0))}, model, critic="head"
+    )
     made["value_head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(1), (model.hidden_size,))
     return jax.device_get(made)
 
