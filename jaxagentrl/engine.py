@@ -155,6 +155,7 @@ class Engine:
         # The last sampled token of a slot's previous turn, which no cache holds yet; −1 for none.
         self._carry = np.full(shape, -1, np.int32)
         self._waiting: list[dict[int, Waiting]] = [{} for _ in range(num_waves)]
+        self._openings: list[dict[int, bytes]] = [{} for _ in range(num_waves)]  # first prompts
         self._launched: list[_Launched | None] = [None] * num_waves
 
     def length(self, wave: int, slot: int) -> int:
@@ -169,6 +170,7 @@ class Engine:
         """Gives the slot back. What its cache row holds is junk from here on."""
         self._check_settled(wave)
         self._waiting[wave].pop(slot, None)
+        self._openings[wave].pop(slot, None)
         self._lengths[wave, slot] = 0
         self._carry[wave, slot] = -1
 
@@ -177,6 +179,7 @@ class Engine:
         for wave in range(self.num_waves):
             self.receive(wave)
             self._waiting[wave].clear()
+            self._openings[wave].clear()
         self._lengths[:] = 0
         self._carry[:] = -1
 
@@ -212,6 +215,8 @@ class Engine:
                 f"slot {slot}: {positions} positions needed but a slot has {self.max_length} "
                 "(sampling.max_length). Check budgets before submitting."
             )
+        if self.length(wave, slot) == 0:
+            self._openings[wave][slot] = new.tobytes()
         self._carry[wave, slot] = -1
         self._waiting[wave][slot] = Waiting(request, new)
 
@@ -219,8 +224,8 @@ class Engine:
         """Sends the wave's queued work to the device; returns before it is done.
 
         A prompt longer than the widest bucket is appended one bucket a launch while other rows have
-        something to decode, so that it does not hold them up. Equal first prompts are computed
-        once and copied.
+        something to decode, so that it does not hold them up. A first prompt that another slot of
+        the wave holds, or is about to, is copied from there.
         """
         self._check_settled(wave)
         waiting = self._waiting[wave]
@@ -312,37 +317,45 @@ class Engine:
             raise RuntimeError(f"wave {wave} is on the device: receive it first.")
 
     def _find_leaders(self, wave: int) -> None:
-        """Among turns that open an episode, the first of each prompt computes it for all."""
-        first: dict[bytes, tuple[int, Waiting]] = {}
-        for slot, item in sorted(self._waiting[wave].items()):
+        """Of turns that open an episode, those whose prompt a slot holds wait for a copy; of the others
+        the first of each prompt computes it for all."""
+        waiting = self._waiting[wave]
+        first: dict[bytes, tuple[int, Waiting | None]] = {
+            prompt: (slot, None)
+            for slot, prompt in self._openings[wave].items()
+            if slot not in waiting or len(waiting[slot].ids) == 1
+        }
+        for slot, item in sorted(waiting.items()):
             if item.leader is not None:
                 leader_slot, leader = item.leader
-                if self._waiting[wave].get(leader_slot) is not leader:
+                if waiting.get(leader_slot) is not leader:
                     item.leader = None  # it was released in the middle of its prompt
             if item.leader is None and self._lengths[wave, slot] == 0 and len(item.ids) > 1:
                 found = first.setdefault(item.ids.tobytes(), (slot, item))
                 item.leader = None if found[1] is item else found
 
     def _copy_leaders(self, wave: int) -> list[jax.Array]:
-        """Copies the cache of every leader that is ready to its followers."""
+        """Copies the prompt of every leader that has it in its cache to its followers."""
+        waiting = self._waiting[wave]
         copies = [
             (item.leader[0], slot)
-            for slot, item in sorted(self._waiting[wave].items())
-            if item.leader is not None and len(item.leader[1].ids) == 1
+            for slot, item in sorted(waiting.items())
+            if item.leader is not None and (item.leader[1] is None or len(item.leader[1].ids) == 1)
         ]
-        markers = []
-        for rows in _chunks(copies, self._row_buckets[-1]):
+        markers, most = [], self._row_buckets[-1]
+        for start in range(0, len(copies), most):
+            rows = copies[start : start + most]
             num_rows = tiling.bucket(len(rows), self._row_buckets)
             sources = np.zeros(num_rows, np.int32)
             targets = np.full(num_rows, self.slots_per_wave, np.int32)
             sources[: len(rows)], targets[: len(rows)] = np.array(rows, np.int32).T
-            longest = int(self._lengths[wave, sources[: len(rows)]].max())
+            longest = max(len(waiting[target].ids) - 1 for _, target in rows)
             markers.append(self._run_fork(wave, sources, targets, self._filled(longest)))
-        for source, target in copies:
-            item = self._waiting[wave][target]
+        for _, target in copies:
+            item = waiting[target]
+            self._lengths[wave, target] = len(item.ids) - 1
+            self.counters.tokens_forked += len(item.ids) - 1
             item.ids, item.leader = item.ids[-1:], None
-            self._lengths[wave, target] = self._lengths[wave, source]
-            self.counters.tokens_forked += int(self._lengths[wave, target])
         return markers
 
     def _append(self, params: decoder.Params, wave: int) -> list[jax.Array]:
@@ -486,7 +499,3 @@ class Engine:
 
     def _filled(self, length: int) -> int:
         return tiling.bucket(length, self._filled_buckets)
-
-
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))

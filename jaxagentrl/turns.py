@@ -69,8 +69,8 @@ class Waiting:
     request: TurnRequest
     ids: np.ndarray
     pieces: list[TurnSample] = dataclasses.field(default_factory=list)
-    # The slot, and its turn, that computes the same first prompt for this one to copy.
-    leader: tuple[int, "Waiting"] | None = None
+    # The slot whose first prompt is this one's, to be copied, and its turn while that computes it.
+    leader: tuple[int, "Waiting | None"] | None = None
 
     @property
     def budget(self) -> int:

@@ -1,5 +1,7 @@
 """The engine: decode = teacher forcing, slots do not matter, buckets do not recompile."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -88,6 +90,33 @@ def play(eng: engine.Engine, params, talks, temperature=1.0):
             for slot in range(eng.slots_per_wave):
                 eng.release(wave, slot)
     return results
+
+
+def test_a_later_member_copies_the_prompt_of_one_that_is_in_the_middle_of_its_episode(params):
+    eng, prompt = make_engine(2), np.arange(10, 30, dtype=np.int32)
+
+    def request(slot, member, turn, ids):
+        return engine.TurnRequest(slot, ids, 4, (member, turn))
+
+    (first,) = act(eng, params, 0, [request(0, 0, 0, prompt)]).values()
+    act(eng, params, 0, [request(0, 0, 1, prompt[:3])])
+    before = dataclasses.replace(eng.counters)
+    (copied,) = act(eng, params, 0, [request(1, 1, 0, prompt)]).values()
+    used = eng.counters.since(before)
+    assert used.tokens_extended == 0 and used.tokens_forked == len(prompt) - 1
+    # What a fork may not do: take in what the other has said since.
+    (alone,) = act(make_engine(2), params, 0, [request(1, 1, 0, prompt)]).values()
+    np.testing.assert_array_equal(copied.ids, alone.ids)
+    np.testing.assert_allclose(copied.logprobs, alone.logprobs, atol=1e-5)
+    # Another prompt is no copy, nor one whose slot was given back.
+    before = dataclasses.replace(eng.counters)
+    eng.release(0, 1)
+    act(eng, params, 0, [request(1, 2, 0, prompt[1:])])
+    eng.release(0, 0)
+    act(eng, params, 0, [request(0, 3, 0, prompt)])
+    assert eng.counters.since(before).tokens_forked == 0
+    (again,) = act(make_engine(2), params, 0, [request(0, 0, 0, prompt)]).values()
+    np.testing.assert_array_equal(first.ids, again.ids)
 
 
 def test_decode_equals_teacher_forcing(params):
