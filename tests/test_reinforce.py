@@ -1,9 +1,11 @@
 """Learning: the gradient knows nothing of micro-batches, every algorithm runs, and one of them learns."""
 
 import copy
+import dataclasses
 import functools
 import pathlib
 import runpy
+import types
 
 import jax
 import jax.numpy as jnp
@@ -329,6 +331,50 @@ def test_minibatches_and_epochs_take_their_steps_and_clip():
     )
     assert int(state.step) == 6
     assert measured["policy/clip_fraction"] > 0 and measured["policy/old_kl"] > 0
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 2, 3])
+@pytest.mark.parametrize(
+    "num_played, skip, used",
+    [
+        (6, False, [0, 1, 2, 3, 4, 5]),
+        (6, True, [2, 3, 4, 5]),  # the first group has no signal
+        (5, False, [0, 1, 2, 3, 4]),  # not a multiple of the minibatches; row 5 is padding
+    ],
+)
+def test_every_used_row_is_in_one_minibatch_of_every_epoch(num_minibatches, num_played, skip, used):
+    config = make_config(
+        num_minibatches=num_minibatches,
+        num_epochs=2,
+        skip_zero_signal=skip,
+        advantage=dict(name="leave_one_out"),
+    )
+    programs, _ = reinforce.make_programs(config, MODEL)
+    steps = []
+
+    def record(state, batch, targets, work, frozen):
+        action, weights = np.asarray(batch.action_mask), np.asarray(targets.weights)
+        weighed = np.any(weights != 0, axis=1)
+        np.testing.assert_array_equal(weights != 0, action & weighed[:, None])  # whole rows
+        np.testing.assert_array_equal(targets.value_weights, weights)
+        np.testing.assert_allclose(np.sum(weights), 1.0, rtol=1e-6)
+        computed = [row for rows, _ in work for row in rows.tolist() if row < len(weights)]
+        assert sorted(computed) == np.flatnonzero(weighed).tolist()
+        steps.append(sorted(computed))
+        return state, {}
+
+    recorded = dataclasses.replace(
+        programs,
+        score=lambda params, tokens, work: learner.empty_scores(tokens.shape),
+        update=record,
+    )
+    state = types.SimpleNamespace(params={})
+    played = make_trajectories()[:num_played]
+    reinforce.learn(state, {}, played, recorded, config, iteration=0)
+    epochs = steps[: len(steps) // 2], steps[len(steps) // 2 :]
+    for epoch in epochs:
+        assert sorted(sum(epoch, [])) == used
+    assert (epochs[0] != epochs[1]) == (num_minibatches > 1)
 
 
 def test_negative_weight_scales_only_what_is_below_the_baseline():
