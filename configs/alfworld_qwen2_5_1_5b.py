@@ -8,7 +8,8 @@ The recipe of GiGPO (arXiv 2505.10978): no imitation; every turn is a conversati
 two observations and actions and the admissible commands, and answers in think and action tags; 16 games
 of 8 episodes of at most 50 turns per iteration, 150 iterations; a win is worth 1 and an invalid turn costs
 0.01 (10 and 0.1 there); KL 0.01 in the loss. It reports 0.867 for all types on valid_seen, and later
-work 0.824 on valid_unseen: both are evaluated here.
+work 0.824 on valid_unseen: both are evaluated here. One optimizer step an iteration; there the turns of an
+iteration are cut into minibatches of 256.
 
 Not run with these weights so far; for two to eight accelerators of 80 GB. What is checked on a CPU is
 this config with random weights of a tiny shape (tests/test_alfworld_recipes.py).
@@ -54,7 +55,13 @@ def get_config() -> ml_collections.ConfigDict:
         kind="single", intermediate_scale=None, invalid_penalty=0.01, no_end_of_turn_penalty=0.01
     )
     # An episode's turns lie one after the other: 50 of them, each with its own prompt.
-    config.learner.update(length_buckets=(2560, 128_000), tokens_per_part=40_960)
+    config.learner.update(
+        length_buckets=(2560, 128_000),
+        tokens_per_part=40_960,
+        compute_dtype="bfloat16",
+        remat="full",
+    )
+    config.mesh.update(fsdp=-1)
     config.sft.update(num_steps=0, target_loss=None, observation_weight=0.0)
     config.rl.update(
         num_iterations=150,

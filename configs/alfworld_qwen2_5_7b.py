@@ -51,7 +51,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.reward.update(
         kind="single", intermediate_scale=None, invalid_penalty=0.0, no_end_of_turn_penalty=0.0
     )
-    config.learner.update(length_buckets=(1024, 2048, 4096), tokens_per_part=32_768)
+    config.learner.update(
+        length_buckets=(1024, 2048, 4096),
+        tokens_per_part=32_768,
+        compute_dtype="bfloat16",
+        remat="full",
+    )
+    config.mesh.update(fsdp=-1)
     config.sft.update(
         num_steps=18, target_loss=None, batch_size=16, observation_weight=0.0
     )
@@ -64,11 +70,12 @@ def get_config() -> ml_collections.ConfigDict:
         tasks_per_iteration=256,
         group_size=1,
         critic="separate",
+        critic_learning_rate=1e-5,
         eval_every=20,
         save_every=20,
     )
     config.rl.advantage.update(name="gae", whiten=True, negative_weight=1.0, gae_lambda=1.0)
-    config.rl.loss.update(clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    config.rl.loss.update(clip_low=0.2, clip_high=0.2, dual_clip=3.0, value_coefficient=1.0)
     config.rl.kl.update(placement="reward", estimator="k1", coefficient=0.01)
     config.rl.optimizer.update(
         learning_rate=1e-6, warmup_steps=0, decay_steps=None, b2=0.999, weight_decay=0.01

@@ -143,6 +143,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_minibatches=1,
         discount=1.0,
         critic="none",
+        critic_learning_rate=ml_collections.config_dict.placeholder(float),
         aggregation="token_mean",
         aggregation_constant=ml_collections.config_dict.placeholder(float),
         observation_weight=0.0,

@@ -67,6 +67,19 @@ def make(
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), rule)
 
 
+def with_critic(
+    policy: optax.GradientTransformation, critic: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """A chain for the policy and one for the critic ("critic", "value_head"), of parameters that are a
+    dict of those: each has its rate, and clips the norm of its own gradient, so that the policy's steps
+    do not shrink where the critic's error is large."""
+
+    def labels(params: optax.Params) -> dict[str, str]:
+        return {key: "critic" if key in ("critic", "value_head") else "policy" for key in params}
+
+    return optax.partition({"policy": policy, "critic": critic}, labels)
+
+
 class SmallAdamState(NamedTuple):
     count: jax.Array  # [] int32
     mu: optax.Updates  # bfloat16

@@ -102,6 +102,7 @@ def _check_values(rl: Mapping[str, Any]) -> None:
         ("discount", rl["discount"], 0, 1),
         ("observation_weight", rl["observation_weight"], 0, infinity),
         ("aggregation_constant", rl["aggregation_constant"], 1e-6, infinity),
+        ("critic_learning_rate", rl["critic_learning_rate"], 0, infinity),
         ("advantage.negative_weight", advantage["negative_weight"], 0, infinity),
         ("advantage.gae_lambda", advantage["gae_lambda"], 0, 1),
         ("advantage.turn_discount", advantage["turn_discount"], 0, 1),
@@ -145,7 +146,7 @@ def make_programs(
     check(rl)
     kl = rl["kl"]
     once = rl["num_epochs"] * rl["num_minibatches"] == 1
-    chain = optimizer.make(**rl["optimizer"])
+    chain = make_optimizer(rl)
     loss = learner.make_rl_loss(
         model,
         **rl["loss"],
@@ -174,6 +175,14 @@ def make_programs(
         mesh=mesh,
     )
     return programs, chain
+
+
+def make_optimizer(rl: Mapping[str, Any]) -> Any:
+    """The optimizer of RL; with a `critic_learning_rate` the critic has one of its own."""
+    policy, rate = optimizer.make(**rl["optimizer"]), rl["critic_learning_rate"]
+    if rate is None:
+        return policy
+    return optimizer.with_critic(policy, optimizer.make(**rl["optimizer"] | {"learning_rate": rate}))
 
 
 def learn(

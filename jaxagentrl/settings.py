@@ -43,6 +43,7 @@ _SECTIONS = {
     "sft": "num_steps target_loss? batch_size observation_weight log_every save_every",
     "sft.optimizer": _OPTIMIZER,
     "rl": "num_iterations tasks_per_iteration group_size num_epochs num_minibatches discount critic "
+    "critic_learning_rate? "
     "aggregation aggregation_constant? observation_weight skip_zero_signal eval_every save_every",
     "rl.advantage": "name whiten negative_weight gae_lambda group_scale turn_horizon turn_discount "
     "step_weight",
@@ -274,7 +275,8 @@ def _check_model(config: Config) -> None:
 
 
 def unused(config: Config) -> list[str]:
-    """Paths of the keys that this run does not read because of what others say, in the config's order."""
+    """Paths of the keys that this run does not read because of what others say, in the config's order;
+    "sft.*" where that is all of a section but the key that says so."""
     rl, rollout = config["rl"], config["rollout"]
     name, surrogate = rl["advantage"]["name"], rl["loss"]["surrogate"]
     has_critic = rl["critic"] != "none"
@@ -287,6 +289,7 @@ def unused(config: Config) -> list[str]:
         "rollout.history_turns": rollout["context"] == "last_turns",
         "lora": config["lora"]["rank"] > 0,
         "sft": config["sft"]["num_steps"] > 0,
+        "rl.critic_learning_rate": has_critic or rl["critic_learning_rate"] is None,
         "rl.advantage.gae_lambda": has_critic,
         "rl.advantage.group_scale": name in ("group_normalized", "rewards_to_go_group", "gigpo"),
         "rl.advantage.turn_horizon": name == "rewards_to_go_group",
@@ -303,10 +306,13 @@ def unused(config: Config) -> list[str]:
         "rl.loss.value_clip": has_critic and clips,
         "rl.kl.estimator": rl["kl"]["placement"] != "none",
     }
-    named = ("tokenizer.directory", "model.directory", "lora.rank", "sft.num_steps")
-
-    def is_read(path: str) -> bool:
+    deciding = ("tokenizer.directory", "model.directory", "lora.rank", "sft.num_steps")
+    found: dict[str, None] = {}  # in order, each once
+    for path, _ in flat(config):
         section = path.partition(".")[0]
-        return readers.get(path, True) and (readers.get(section, True) or path in named)
-
-    return [path for path, _ in flat(config) if not is_read(path)]
+        if not readers.get(section, True):
+            if path not in deciding:
+                found[f"{section}.*"] = None
+        elif not readers.get(path, True):
+            found[path] = None
+    return list(found)

@@ -403,7 +403,7 @@ def _start_sft(config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
 def _start_rl(state: TrainState, config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
     """The imitated policy with a fresh critic and a fresh optimizer."""
     params = learner.with_critic(state.params, setup.model, critic=config["rl"]["critic"])
-    return _fresh_state(params, optimizer.make(**config["rl"]["optimizer"]), setup.mesh)
+    return _fresh_state(params, reinforce.make_optimizer(config["rl"]), setup.mesh)
 
 
 def _fresh_state(params: learner.Params, chain: Any, mesh: Any = None) -> TrainState:

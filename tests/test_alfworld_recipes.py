@@ -53,6 +53,8 @@ def tiny(name, weights, cache, **rl):
     config.sft.update(batch_size=2, log_every=1)
     config = json.loads(json.dumps(config.to_dict()))  # As a workdir keeps it.
     config["compilation_cache_dir"] = None
+    config["mesh"] = dict(data=1, fsdp=1, tensor=1)
+    config["learner"] |= dict(compute_dtype="float32", remat="none")
     return config
 
 

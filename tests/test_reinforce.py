@@ -205,6 +205,45 @@ def test_turn_gae_trains_the_value_of_a_turn_on_its_first_token():
     assert not np.any(np.where(mask, 0, returns))
 
 
+def test_a_critic_can_have_a_rate_and_a_clip_of_its_own():
+    params = {"policy": {"kernel": jnp.ones((2, 2))}, "value_head": {"kernel": jnp.ones(2)}}
+    small = {"policy": {"kernel": jnp.full((2, 2), 1e-3)}, "value_head": {"kernel": jnp.ones(2)}}
+    large = small | {"value_head": {"kernel": jnp.full(2, 1e6)}}
+    rl = make_config(
+        critic="head", critic_learning_rate=0.5,
+        optimizer=dict(learning_rate=0.1, warmup_steps=0, decay_steps=None, max_grad_norm=1.0),
+    )["rl"]
+
+    def step(rl, grads):
+        # Plain Adam forgets the scale of a first gradient: two steps show what the clip did.
+        chain = reinforce.make_optimizer(rl)
+        state = chain.init(params)
+        _, state = chain.update(small, state, params)
+        return chain.update(grads, state, params)[0]
+
+    apart, apart_large = step(rl, small), step(rl, large)
+    together = step(rl | {"critic_learning_rate": None}, small)
+    together_large = step(rl | {"critic_learning_rate": None}, large)
+    np.testing.assert_allclose(apart["policy"]["kernel"], apart_large["policy"]["kernel"])
+    assert np.any(together["policy"]["kernel"] != together_large["policy"]["kernel"])
+    np.testing.assert_allclose(apart["policy"]["kernel"], -0.1, rtol=1e-3)
+    np.testing.assert_allclose(apart["value_head"]["kernel"], -0.5, rtol=1e-3)
+
+
+def test_a_critic_of_its_own_rate_is_trained():
+    config = make_config(
+        advantage=dict(name="gae"), critic="separate", critic_learning_rate=0.0,
+        optimizer=dict(learning_rate=0.01),
+    )
+    state, reference, programs = make_state(config, "separate")
+    before = jax.device_get(state.params)
+    state, measured, _ = reinforce.learn(
+        state, reference, make_trajectories(), programs, config, iteration=0
+    )
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(state.params))
+    assert moved["policy"]["embed"]["embedding"] and not any(jax.tree.leaves(moved["critic"]))
+
+
 @pytest.mark.parametrize(
     "surrogate, expected",
     [

@@ -114,6 +114,17 @@ def fresh_state(model, mesh):
     return sharding.place(state, mesh)
 
 
+def test_the_moments_of_two_optimizers_lie_where_their_parameters_do():
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
+    weights = jax.tree.map(jnp.asarray, params(UNTIED))
+    chain = optimizer.with_critic(optimizer.make(**OPTIMIZER), optimizer.make(**OPTIMIZER))
+    placed = sharding.place((weights, chain.init(weights)), mesh)
+    where = {x.shape: x.sharding for x in jax.tree.leaves(placed[0]["policy"])}
+    moments = [x for x in jax.tree.leaves(placed[1]) if x.ndim >= 2]
+    assert len(moments) == 2 * sum(x.ndim >= 2 for x in jax.tree.leaves(weights))
+    assert all(x.sharding == where[x.shape] for x in moments if x.ndim == 3)
+
+
 def gradients(model, mesh, loss_fn):
     """(metrics, gradient) of a loss on a mesh."""
     accumulate = learner.make_accumulate(loss_fn)
