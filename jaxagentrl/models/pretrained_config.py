@@ -99,7 +99,7 @@ def _query_scale(settings: Mapping[str, Any], family: Family) -> float | None:
 
 def _text_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The language part of a Gemma 3 that also sees images, whose image part is not used here."""
-    if settings.get("model_type") != "gemma3" or not isinstance(settings.get("text_config"), dict):
+    if not _sees_images(settings):
         return settings
     return {"model_type": "gemma3_text"} | settings["text_config"]
 
@@ -115,6 +115,21 @@ def _unsupported_settings(settings: Mapping[str, Any], family: Family) -> list[s
     if settings.get(key, family.activation) != family.activation:
         problems.append(f"{key} is {settings[key]!r}, expected {family.activation!r}")
     for key, allowed in off.items():
+def _sees_images(settings: Mapping[str, Any]) -> bool:
+    return settings.get("model_type") == "gemma3" and isinstance(settings.get("text_config"), dict)
+
+
+def layers_module(directory: str | os.PathLike) -> str:
+    """Where transformers has the layers of a folder's model: what adapters for it are named after.
+
+    A folder without config.json, or a name that is no folder, is taken for a model of text alone.
+    """
+    path = pathlib.Path(directory) / FILE
+    if path.exists() and _sees_images(read_object(path)):
+        return "model.language_model.layers"
+    return "model.layers"
+
+
         if key in settings and settings[key] not in allowed:
             problems.append(f"{key} is {settings[key]!r}, expected {allowed[0]!r}")
     known = _READ | NEUTRAL | set(OFF) | family.more_keys | {family.activation_key}
