@@ -205,6 +205,43 @@ def make(
     )
 
 
+_MAX_LISTED = 8
+
+
+def check_vocabulary(made: ChatFormat, vocab_size: int) -> None:
+    """Refuses a tokenizer with ids that a text may come to and that the model has no embedding for.
+
+    A special token that neither the prompts nor the tokenizer itself write may have any id: messages
+    cannot spell it (`ChatFormat` breaks it up), and no sampler gives it. Gemma 3 of 1B and below has
+    one for images, which those models do not see.
+
+    Raises:
+        ValueError: with the ids.
+    """
+    tokenizer = made.tokenizer
+    written = made.before_first + made.between + made.header + made.action_prefix + made.end_of_turn
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    idle = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and token.content not in written and token.content not in named
+    }
+    surplus = sorted(
+        (id, token)
+        for token, id in tokenizer.get_vocab().items()
+        if id >= vocab_size and token not in idle
+    )
+    if not surplus:
+        return
+    shown = ", ".join(f"{id} {token!r}" for id, token in surplus[:_MAX_LISTED])
+    rest = len(surplus) - _MAX_LISTED
+    raise ValueError(
+        f"the model knows the ids below {vocab_size}, but its tokenizer may also give {shown}"
+        f"{f' and {rest} more' if rest > 0 else ''}: use the tokenizer that was published with the "
+        "model (tokenizer.directory)."
+    )
+
+
 _USER = ("first user probe", "second user probe", "third user probe")
 _ACTION = ("first action probe", "second action probe")
 # What templates of reasoning models look for and remove from earlier turns.

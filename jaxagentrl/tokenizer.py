@@ -18,7 +18,9 @@ What makes a trained tokenizer cheap in a text world (each can be switched off):
 """
 
 import json
+import os
 import pathlib
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
@@ -80,7 +82,8 @@ def train(
         texts: what user messages and actions look like, without template glue.
         vocab_size: ids in all, special tokens and the 256 bytes included. The text may have
             fewer merges to offer, then the vocabulary is smaller.
-        directory: where `tokenizer.json` and `tokenizer_config.json` go; made when missing.
+        directory: where `tokenizer.json` and `tokenizer_config.json` go; made when missing, and then
+            a kill at any moment leaves either no folder or the whole one.
         names: "whole" or "parts", see above.
         phrases: whether merges may cross spaces, see above.
         glue_tokens: whether the fixed text between messages is made of single tokens.
@@ -159,7 +162,12 @@ def load(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
             raise ValueError(
                 f"{file} is not readable JSON ({error}); train or copy it again"
             ) from error
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    # Beside the config.json of some models (Qwen2) the automatic choice is a class that builds parts
+    # of the tokenizer as that model has them, whatever the files say.
+    declared = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    as_it_stands = declared.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    reader = transformers.PreTrainedTokenizerFast if as_it_stands else transformers.AutoTokenizer
+    tokenizer = reader.from_pretrained(str(directory), local_files_only=True)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer in {directory} has no chat template; add `chat_template` to its "
@@ -194,18 +202,29 @@ class _Counted:
 def _save(
     bpe: tokenizers.Tokenizer, directory: pathlib.Path
 ) -> transformers.PreTrainedTokenizerFast:
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = directory.absolute()
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
     # Written by hand, not by save_pretrained, whose file differs between releases.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TURN,
         "pad_token": PADDING,
         "additional_special_tokens": [START_OF_TURN],
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000,  # the model's own limit is the model's to know
         "chat_template": CHATML_TEMPLATE,
     }
-    bpe.save(str(directory / "tokenizer.json"))
+    bpe.save(str(temporary / "tokenizer.json"))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    (temporary / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    if directory.exists():   # other files may be in it
+        for file in temporary.iterdir():
+            os.replace(file, directory / file.name)
+        temporary.rmdir()
+    else:
+        os.rename(temporary, directory)
     return load(directory)

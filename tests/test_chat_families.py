@@ -1,8 +1,11 @@
 """Append-only conversations in the published families' templates and tokenizers."""
 
+import copy
+
 import numpy as np
 import pytest
 import their_tokenizers
+import tokenizers
 
 from jaxagentrl import chat, tokenizer
 
@@ -146,3 +149,40 @@ def test_the_date_does_not_depend_on_the_day(folders):
     other = chat.make(tokenizer.load(folders["llama3"]),
                       template_options={"date_string": "1 Jan 2026"})
     assert "1 Jan 2026" in other.before_first
+
+
+def with_token(loaded, text, **options):
+    """The tokenizer with one more token; its id is the last."""
+    more = copy.deepcopy(loaded)
+    assert more.add_tokens(tokenizers.AddedToken(text, **options)) == 1
+    return more
+
+
+def test_ids_that_a_text_may_come_to_need_an_embedding(loaded):
+    made, size = chat.make(loaded), len(loaded)
+    last = loaded.convert_ids_to_tokens(size - 1)
+    loaded.add_special_tokens({"pad_token": last})   # so that it is in use, whatever it is
+    chat.check_vocabulary(made, size)
+    chat.check_vocabulary(made, size + 100)   # embeddings are padded
+    with pytest.raises(ValueError, match=f"below {size - 1}, .* may also give {size - 1} "):
+        chat.check_vocabulary(made, size - 1)
+    with pytest.raises(ValueError, match=r"give 3\d\d '.*', .* and \d+ more: use the tokenizer"):
+        chat.check_vocabulary(made, 300)
+
+
+def test_a_special_token_that_nothing_writes_needs_none(loaded):
+    """Gemma 3 of 1B and below: `<image_soft_token>` is the id after the last embedding."""
+    size = len(loaded)
+    image = with_token(loaded, "<image_soft_token>", special=True)
+    made = chat.make(image)
+    chat.check_vocabulary(made, size)
+    assert (made.first_prompt("see <image_soft_token>") < size).all()
+    for used in (
+        with_token(loaded, "<image_soft_token>", special=False),   # then a user's text may hold it
+        with_token(loaded, made.before_first, special=True),       # a part of every prompt
+    ):
+        with pytest.raises(ValueError, match=f"may also give {size} "):
+            chat.check_vocabulary(chat.make(used), size)
+    image.pad_token = "<image_soft_token>"
+    with pytest.raises(ValueError, match=f"may also give {size} '<image_soft_token>':"):
+        chat.check_vocabulary(made, size)

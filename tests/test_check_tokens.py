@@ -4,15 +4,17 @@ import dataclasses
 import importlib.util
 import pathlib
 
+import jax
 import numpy as np
 import pytest
+import tokenizers
 
 pytest.importorskip("torch")
 
 import their_models  # noqa: E402  (after the check that torch is there)
 import their_tokenizers  # noqa: E402
 
-from jaxagentrl import batching, chat, tokenizer  # noqa: E402
+from jaxagentrl import batching, chat, engine, learner, tokenizer  # noqa: E402
 from jaxagentrl.models import attention  # noqa: E402
 
 _FILE = pathlib.Path(__file__).resolve().parent.parent / "tools" / "check_tokens.py"
@@ -36,10 +38,23 @@ def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("qwen3"), "qwen3")
 
 
-def test_soft_caps_act_in_both_passes(tmp_path, capsys):
-    """Gemma 2 caps its logits, in the sampler's program and in that of training."""
-    assert check_tokens.main([str(make_folder(tmp_path, "gemma2")), *SMALL]) == 0
+def test_soft_caps_act_in_both_passes_and_a_surplus_special_token_is_no_fault(tmp_path, capsys):
+    """Gemma 2 caps its logits, in the sampler's program and in that of training. In Gemma 3 of 1B the
+    last special token, for images, has no embedding."""
+    their_tokenizers.make("gemma2", tmp_path)
+    words = tokenizer.load(tmp_path)
+    size = len(words)
+    words.add_tokens(tokenizers.AddedToken("<image_soft_token>", special=True))
+    words.save_pretrained(tmp_path)
+    assert len(tokenizer.load(tmp_path)) == size + 1
+    their_models.make("gemma2", vocab_size=size).save_pretrained(tmp_path)
+    assert check_tokens.main([str(tmp_path), *SMALL]) == 0
     assert "chat family gemma" in capsys.readouterr().out
+
+    # Now the last of the ordinary ones too.
+    their_models.make("gemma2", vocab_size=size - 1).save_pretrained(tmp_path)
+    assert check_tokens.main([str(tmp_path), *SMALL]) == 1
+    assert f"FAIL vocabulary: the model knows the ids below {size - 1}" in capsys.readouterr().out
 
 
 def test_a_good_model_passes(folder, capsys):
@@ -48,8 +63,37 @@ def test_a_good_model_passes(folder, capsys):
     assert lines[0].startswith("chat family chatml, end of turn '<|im_end|>'")
     assert lines[1] == "note: the template drops the thinking of earlier turns; here it stays"
     assert [line.split(":")[0] for line in lines[2:]] == [
-        "ok   first prompt", "ok   append-only", "ok   masks", "ok   log-probs"]
+        "ok   first prompt", "ok   append-only", "ok   masks", "ok   log-probs, in rows",
+        "ok   log-probs, packed"]
     assert "worst token" in lines[-1] and "sampler -" in lines[-1]
+
+
+def test_the_programs_are_those_of_a_run(folder, monkeypatch):
+    """float32 weights, and both passes in the dtype that is asked for, the sampler's from its copy."""
+    asked, sampled_with = [], []
+    make_score, launch = learner.make_score, engine.Engine.launch
+
+    def recorded(config, **options):
+        score = make_score(config, **options)
+
+        def scored(params, *rest):
+            asked.append((options["compute_dtype"], dtypes(params)))
+            return score(params, *rest)
+
+        return scored
+
+    def dtypes(params):
+        return {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+
+    def launched(self, params, *rest, **options):
+        sampled_with.append(dtypes(params))
+        return launch(self, params, *rest, **options)
+
+    monkeypatch.setattr(learner, "make_score", recorded)
+    monkeypatch.setattr(engine.Engine, "launch", launched)
+    assert check_tokens.main([str(folder), *SMALL, "--dtype=bfloat16"]) == 0
+    assert asked == [("bfloat16", {"float32"})] * 2   # in rows and packed
+    assert sampled_with and all(found == {"bfloat16"} for found in sampled_with)
 
 
 def test_a_scoring_path_that_differs_from_decoding_is_caught(folder, capsys, monkeypatch):
@@ -60,7 +104,7 @@ def test_a_scoring_path_that_differs_from_decoding_is_caught(folder, capsys, mon
 
     monkeypatch.setattr(attention, "attend", wrong)
     assert check_tokens.main([str(folder), *SMALL]) == 1
-    assert "FAIL log-probs: largest gap" in capsys.readouterr().out
+    assert "FAIL log-probs, in rows: largest gap" in capsys.readouterr().out
 
 
 def test_prompts_that_are_not_the_templates_are_caught(folder):

@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 import their_models  # noqa: E402  (after the check that torch is there)
 import their_tokenizers  # noqa: E402
+from published_configs import PUBLISHED  # noqa: E402
 
 # As deep models do it.
 pytestmark = pytest.mark.usefixtures("looped_layers")
@@ -25,8 +26,8 @@ TOKENS = np.random.default_rng(0).integers(1, 97, (2, LENGTH)).astype(np.int32)
 
 
 # One for each family and each thing that a family may set; the others differ in leaves alone.
-SCORED = ("llama_untied", "llama_3", "mistral_window", "qwen2_untied", "qwen3_windows", "gemma2",
-          "gemma3", "gemma3_seven")
+SCORED = ("llama_untied", "llama_3", "mistral", "mistral_window", "qwen2_untied", "qwen2_windows",
+          "qwen3_windows", "gemma2", "gemma2_no_caps", "gemma3", "gemma3_seven")
 
 
 @pytest.fixture(scope="module", params=SCORED)
@@ -236,76 +237,6 @@ def test_settings_that_no_family_has_together_are_refused_on_export(tmp_path):
         pretrained.save(tmp_path / "model", config, params)
 
 
-# The files that publishers wrote, without what says nothing about the numbers.
-PUBLISHED = {
-    "Qwen2.5-0.5B-Instruct": (
-        dict(model_type="qwen2", hidden_act="silu", hidden_size=896, intermediate_size=4864,
-             max_position_embeddings=32768, max_window_layers=21, num_attention_heads=14,
-             num_hidden_layers=24, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1e6,
-             sliding_window=32768, tie_word_embeddings=True, use_sliding_window=False,
-             vocab_size=151936),
-        dict(head_dim=64, attention_bias=True, rope_theta=1e6, sliding_window=None)),
-    "Qwen3-0.6B": (
-        dict(model_type="qwen3", attention_bias=False, head_dim=128, hidden_act="silu",
-             hidden_size=1024, intermediate_size=3072, max_position_embeddings=40960,
-             max_window_layers=28, num_attention_heads=16, num_hidden_layers=28,
-             num_key_value_heads=8, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=1000000,
-             sliding_window=None, tie_word_embeddings=True, use_sliding_window=False,
-             vocab_size=151936),
-        dict(head_dim=128, qk_norm=True, attention_bias=False)),
-    "Llama-3.2-1B-Instruct": (
-        dict(model_type="llama", attention_bias=False, head_dim=64, hidden_act="silu",
-             hidden_size=2048, intermediate_size=8192, max_position_embeddings=131072,
-             mlp_bias=False, num_attention_heads=32, num_hidden_layers=16, num_key_value_heads=8,
-             pretraining_tp=1, rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=True,
-             rope_scaling={"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-                           "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-             vocab_size=128256),
-        dict(rope_scaling=rope.Scaling("llama3", 32.0, 8192))),
-    "SmolLM2-360M-Instruct": (
-        dict(model_type="llama", attention_bias=False, hidden_act="silu", hidden_size=960,
-             intermediate_size=2560, is_llama_config=True, max_position_embeddings=8192,
-             mlp_bias=False, num_attention_heads=15, num_hidden_layers=32, num_key_value_heads=5,
-             pretraining_tp=1, rms_norm_eps=1e-5, rope_interleaved=False, rope_scaling=None,
-             rope_theta=100000, tie_word_embeddings=True, vocab_size=49152,
-             **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}}),
-        dict(head_dim=64, rope_theta=1e5, qk_norm=False)),
-    "Mistral-7B-v0.1": (
-        dict(model_type="mistral", hidden_act="silu", hidden_size=4096, intermediate_size=14336,
-             max_position_embeddings=32768, num_attention_heads=32, num_hidden_layers=32,
-             num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=10000.0, sliding_window=4096,
-             tie_word_embeddings=False, vocab_size=32000),
-        dict(sliding_window=4096, window_layers=None, tie_embeddings=False)),
-    "gemma-2-2b-it": (
-        dict(model_type="gemma2", attention_bias=False, attn_logit_softcapping=50.0,
-             cache_implementation="hybrid", final_logit_softcapping=30.0, head_dim=256,
-             hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh",
-             hidden_size=2304, intermediate_size=9216, max_position_embeddings=8192,
-             num_attention_heads=8, num_hidden_layers=26, num_key_value_heads=4,
-             query_pre_attn_scalar=256, rms_norm_eps=1e-6, rope_theta=10000.0, sliding_window=4096,
-             vocab_size=256000),
-        dict(sliding_window=4096, window_layers=(True, False) * 13, attention_softcap=50.0,
-             logit_softcap=30.0, tie_embeddings=True, local_rope_theta=None)),
-    "gemma-3-1b-it": (
-        dict(model_type="gemma3_text", attention_bias=False, attn_logit_softcapping=None,
-             cache_implementation="hybrid", final_logit_softcapping=None, head_dim=256,
-             hidden_activation="gelu_pytorch_tanh", hidden_size=1152, intermediate_size=6912,
-             max_position_embeddings=32768, num_attention_heads=4, num_hidden_layers=26,
-             num_key_value_heads=1, query_pre_attn_scalar=256, rms_norm_eps=1e-6,
-             rope_local_base_freq=10000, rope_scaling=None, rope_theta=1000000, sliding_window=512,
-             sliding_window_pattern=6, vocab_size=262144),
-        dict(window_layers=((True,) * 5 + (False,)) * 4 + (True, True), rope_theta=1e6,
-             local_rope_theta=1e4, qk_norm=True, logit_softcap=None)),
-    "gemma-3-4b-it": (
-        dict(model_type="gemma3", mm_tokens_per_image=256, vision_config={"hidden_size": 1152},
-             text_config=dict(hidden_size=2560, intermediate_size=10240, model_type="gemma3_text",
-                              num_hidden_layers=34, sliding_window=1024,
-                              rope_scaling={"factor": 8.0, "rope_type": "linear"})),
-        dict(vocab_size=262208, num_heads=8, num_kv_heads=4, head_dim=256, sliding_window=1024,
-             rope_scaling=rope.Scaling("linear", 8.0), rope_theta=1e6, local_rope_theta=1e4)),
-}
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_read(name, tmp_path):
     settings, expected = PUBLISHED[name]
@@ -314,10 +245,83 @@ def test_published_configs_are_read(name, tmp_path):
     assert {key: getattr(config, key) for key in expected} == expected
     written = pretrained_config.to_json(config, "bfloat16")
     (tmp_path / "config.json").write_text(json.dumps(written))
-    assert pretrained_config.read_config(tmp_path) == config
+    again = pretrained_config.read_config(tmp_path)
+    assert again == config
+    assert again.max_position_embeddings == config.max_position_embeddings
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     kind = settings["model_type"]
-    assert theirs.model_type == {"gemma3": "gemma3_text"}.get(kind, kind)
+    assert theirs.model_type == {"gemma3": "gemma3_text"}.get(kind, kind) == again.model_type
+
+
+def test_what_says_nothing_of_the_numbers_is_kept_beside_them(tmp_path):
+    """The longest text is known of a model that was read; of one made here where it is set."""
+    sizes = dict(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+                 intermediate_size=48)
+    made = decoder.DecoderConfig(**sizes)
+    assert made.max_position_embeddings is None and made.model_type is None
+    for config, length in ((made, 32_768), (decoder.DecoderConfig(
+            **sizes, max_position_embeddings=777), 777)):
+        settings = pretrained_config.to_json(config, "float32")
+        assert settings["model_type"] == "llama"
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        again = pretrained_config.read_config(tmp_path)
+        assert (again.max_position_embeddings, again.model_type) == (length, "llama")
+        # Neither has programs compiled anew.
+        assert again == config == made and hash(again) == hash(made)
+
+
+def test_a_family_is_kept_only_where_it_fits():
+    sizes = dict(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+                 intermediate_size=48, model_type="mistral")
+    kept = pretrained_config.to_json(decoder.DecoderConfig(**sizes), "float32")
+    assert (kept["model_type"], kept["architectures"]) == ("mistral", ["MistralForCausalLM"])
+    assert kept["sliding_window"] is None
+    other = pretrained_config.to_json(decoder.DecoderConfig(**sizes, qk_norm=True), "float32")
+    assert other["model_type"] == "qwen3"
+
+
+@pytest.mark.parametrize("changes, expected", [
+    (dict(sliding_window_size=4096), 4096),
+    (dict(sliding_window=..., sliding_window_size=1024), 1024),
+    (dict(sliding_window_size=1024), "sliding_window_size is 1024, expected that of sliding_window, 4096"),
+    (dict(sliding_window=None, sliding_window_size=4096), "sliding_window_size is 4096, expected .* None"),
+])
+def test_the_first_name_of_gemma2s_window(changes, expected, tmp_path):
+    settings = PUBLISHED["gemma-2-2b-it"][0] | changes
+    settings = {key: value for key, value in settings.items() if value is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    if isinstance(expected, int):
+        assert pretrained_config.read_config(tmp_path).sliding_window == expected
+        return
+    with pytest.raises(pretrained.PretrainedError, match=expected):
+        pretrained_config.read_config(tmp_path)
+
+
+def test_gemma_exports_are_spelled_for_older_readers(tmp_path):
+    """vLLM on transformers 4: hidden_act of Gemma 2, no rotations per kind of layer of Gemma 3."""
+    written = {}
+    for name in ("gemma2", "gemma3", "gemma3_seven"):
+        (tmp_path / "config.json").write_text(json.dumps(their_models.make(name).config.to_dict()))
+        written[name] = pretrained_config.to_json(
+            pretrained_config.read_config(tmp_path), "float32")
+    assert written["gemma2"]["hidden_act"] == written["gemma2"]["hidden_activation"]
+    assert "hidden_act" not in written["gemma3"]
+    for name in ("gemma3", "gemma3_seven"):
+        assert "rope_parameters" not in written[name]
+        assert written[name]["rope_local_base_freq"] == 1e4
+    assert written["gemma3"]["rope_theta"] == 1e6
+    assert written["gemma3"]["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+
+
+def test_a_scaled_gemma3_with_windows_everywhere_keeps_its_scaling(tmp_path):
+    """Which the older spelling would give to the layers without a window alone."""
+    config = decoder.DecoderConfig(
+        vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+        intermediate_size=48, sliding_window=4, qk_norm=True, activation="gelu_tanh",
+        norm_plus_one=True, post_norms=True, scale_embeddings=True, query_scale_dim=8.0,
+        rope_scaling=rope.Scaling("linear", 8.0))
+    (tmp_path / "config.json").write_text(json.dumps(pretrained_config.to_json(config, "float32")))
+    assert pretrained_config.read_config(tmp_path) == config
 
 
 @pytest.mark.parametrize("changes, named", [

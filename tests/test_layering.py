@@ -66,9 +66,10 @@ jaxagentrl.models.decode_kernel
 jaxagentrl.models.decoder
 jaxagentrl.models.decoding_layout
 jaxagentrl.models.pretrained_families
-jaxagentrl.models.lora
 jaxagentrl.models.pretrained_config
+jaxagentrl.models.lora
 jaxagentrl.models.tensor_files
+jaxagentrl.models.tokenizer_files
 jaxagentrl.models.pretrained
 jaxagentrl.hosts
 jaxagentrl.sampling

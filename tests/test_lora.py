@@ -1,9 +1,12 @@
 """Adapters: equal merged and apart, trained alone, exported so that others load them."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from test_sharding import LENGTH, ROWS, UNTIED, assert_close, assert_placed, data
 
 from jaxagentrl import learner, optimizer
@@ -104,6 +107,53 @@ def test_the_gradient_is_that_of_the_merged_model_projected(policy):
     leaves, found = adapters["layers"]["mlp"]["down"], apart["layers"]["mlp"]["down"]
     assert_close(found["lora_b"], scale * jnp.einsum("nir,nio->nro", leaves["lora_a"], kernel))
     assert_close(found["lora_a"], scale * jnp.einsum("nio,nro->nir", kernel, leaves["lora_b"]))
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_separate_export_over_a_model_with_images(prefix, tmp_path):
+    """Gemma 3 from 4B up: its layers lie deeper, beside an image part with projections of like names."""
+    import peft
+    import their_models
+    import torch
+    import transformers
+
+    text = their_models.make("gemma3").config.to_dict()
+    images = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                  image_size=28, patch_size=14)
+    torch.manual_seed(0)
+    whole = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4))
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.mul_(4.0)
+    whole.save_pretrained(tmp_path / "base")
+    rename_tensors(tmp_path / "base", prefix)
+    config, base = pretrained.load(tmp_path / "base")
+    adapters = trained(base)
+    lora.save(tmp_path / "adapters", adapters, alpha=ALPHA, base=str(tmp_path / "base"))
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)   # PEFT only warns of keys that it does not find
+        apart = peft.PeftModel.from_pretrained(model, tmp_path / "adapters").eval()
+    assert not [name for name, _ in apart.named_parameters() if "vision" in name and "lora" in name]
+    tokens = np.arange(1, 21, dtype=np.int32).reshape(2, 10)
+    with torch.no_grad():
+        theirs = apart(torch.tensor(tokens).long()).logits.numpy()
+    ours = decoder.logits(config, lora.attach(base, adapters, ALPHA / RANK), tokens)
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+    assert np.abs(decoder.logits(config, base, tokens) - ours).max() > 0.01
+
+
+def rename_tensors(folder, prefix):
+    """The tensors of the language part under one of the prefixes that are in use."""
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    for written in ("language_model.model.", "model.language_model."):
+        tensors = {prefix + name.removeprefix(written) if name.startswith(written) else name: tensor
+                   for name, tensor in tensors.items()}
+    assert any(name.startswith(prefix) for name in tensors)
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
 
 
 def test_settings_that_fit_nothing_are_refused(policy):

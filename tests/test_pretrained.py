@@ -109,6 +109,67 @@ def test_export_generates_the_same_text(attention_bias, tmp_path):
     assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
+# eos_token_id as published: in generation_config.json, in config.json, and what is to come of them.
+STOPS = {
+    "Qwen2.5-0.5B-Instruct": ([151645, 151643], 151645, (151645, 151643)),
+    "Llama-3.2-1B-Instruct": ([128001, 128008, 128009], [128001, 128008, 128009],
+                              (128001, 128008, 128009)),
+    "Mistral-7B-Instruct-v0.3": (2, 2, (2,)),
+    "no generation_config.json": (None, [2, 7], (2, 7)),
+    "neither": (None, None, ()),
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_where_the_publisher_stops(name, tmp_path):
+    generation, config, expected = STOPS[name]
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    assert pretrained.stop_ids(tmp_path) == (
+        () if config is None else tuple(config) if isinstance(config, list) else (config,))
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "eos_token_id": generation}))
+    assert pretrained.stop_ids(tmp_path) == expected
+
+
+def test_where_a_model_with_images_stops(tmp_path):
+    whole = {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": {"eos_token_id": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    assert pretrained.stop_ids(tmp_path) == (1, 106)
+    del whole["eos_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    assert pretrained.stop_ids(tmp_path) == (1,)
+
+
+@pytest.mark.parametrize("said", ["</s>", [1, None], True, -1, {"id": 3}])
+def test_what_is_no_id_is_named(said, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+    with pytest.raises(pretrained.PretrainedError, match="generation_config.json: eos_token_id is"):
+        pretrained.stop_ids(tmp_path)
+    with pytest.raises(pretrained.PretrainedError, match="config.json does not exist"):
+        pretrained.stop_ids(tmp_path / "nowhere")
+
+
+def test_an_export_stops_where_its_origin_did(folders, tmp_path):
+    """All ids in their order, and the tokenizer's own behind them."""
+    config, params = pretrained.load(folders / "llama_tied")
+    words = tokenizer_lib.train(["go north"], vocab_size=263, directory=tmp_path / "words")
+    end = words.eos_token_id
+    for given, tokenizer, expected in (
+        ((80, 70, 60), None, [80, 70, 60]), ((9,), None, 9), ((), None, None),
+        ((80, end, 60), words, [80, end, 60]), ((80, 70, 80), words, [80, 70, end]),
+        ((), words, end), ((end,), words, end),
+    ):
+        pretrained.save(tmp_path / "model", config, params, tokenizer=tokenizer, stop_ids=given)
+        for name in ("config.json", "generation_config.json"):
+            settings = json.loads((tmp_path / "model" / name).read_text())
+            assert settings.get("eos_token_id") == expected
+        ids = expected if isinstance(expected, list) else [expected] if expected is not None else []
+        assert pretrained.stop_ids(tmp_path / "model") == tuple(ids)
+        theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "model")
+        assert theirs.eos_token_id == expected
+
+
 def test_older_spelling_of_settings(folders, tmp_path):
     folder = copy_of(folders / "qwen2_tied", tmp_path)
     edit_config(folder, rope_parameters=..., rope_theta=5e4, rope_scaling=None, layer_types=...,
@@ -158,6 +219,41 @@ def test_all_wrong_tensors_are_listed_at_once(folders, tmp_path):
     assert "model.layers.3.mlp.up_proj.weight is surplus" in message
 
 
+def test_however_many_are_wrong_each_has_its_line(folders, tmp_path):
+    folder = copy_of(folders / "llama_untied", tmp_path)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    norms = [name for name in tensors if "norm" in name]
+    for name in norms:
+        del tensors[name]
+    surplus = [f"extra.{number}.weight" for number in range(40)]
+    tensors |= {name: np.zeros(2, np.float32) for name in surplus}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(pretrained.PretrainedError) as caught:
+        pretrained.load(folder)
+    assert sorted(str(caught.value).splitlines()[1:]) == sorted(
+        [f"  {name} is missing" for name in norms] + [f"  {name} is surplus" for name in surplus])
+
+    config, params = pretrained.load(folders / "llama_untied")
+    wrong = params | {f"head_{number}": jnp.ones(2) for number in range(20)}
+    with pytest.raises(pretrained.PretrainedError) as caught:
+        pretrained.save(tmp_path / "out", config, wrong)
+    assert len(str(caught.value).splitlines()) == 21
+
+
+def test_shards_that_are_not_what_the_index_says(folders, tmp_path):
+    config, params = pretrained.load(folders / "llama_untied")
+    pretrained.save(tmp_path / "model", config, params, max_shard_bytes=1)
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    names = list(content["weight_map"])
+    files = list(content["weight_map"].values())
+    content["weight_map"] = dict(zip(names, files[1:] + files[:1], strict=True))
+    index.write_text(json.dumps(content))
+    with pytest.raises(pretrained.PretrainedError, match="not what its index says") as caught:
+        pretrained.load(tmp_path / "model")
+    assert len(str(caught.value).splitlines()) == len(names) + 1
+
+
 def test_redundant_tensors_are_accepted_only_when_they_are(folders, tmp_path):
     folder = copy_of(folders / "llama_tied", tmp_path)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
@@ -190,7 +286,9 @@ def test_save_refuses_other_trees_and_other_peoples_files(folders, tmp_path):
         pretrained.save(tmp_path / "x", config, params | {"value_head": {"kernel": jnp.ones(3)}})
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("precious")
-    with pytest.raises(pretrained.PretrainedError, match="thesis.tex"):
+    for number in range(20):
+        (tmp_path / "home" / f"zzz{number}").touch()
+    with pytest.raises(pretrained.PretrainedError, match=r"\(thesis.tex, .* and 13 more\); saving"):
         pretrained.save(tmp_path / "home", config, params)
     assert (tmp_path / "home" / "thesis.tex").read_text() == "precious"
     assert not (tmp_path / "x").exists()

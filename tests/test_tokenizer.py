@@ -1,6 +1,7 @@
 """The trained tokenizer: exact, deterministic, cheap for game text, readable by transformers."""
 
 import json
+import pathlib
 
 import hypothesis
 import hypothesis.strategies as st
@@ -128,6 +129,48 @@ def test_same_texts_give_the_same_files(tmp_path):
         tokenizer.train(texts(), vocab_size=600, directory=tmp_path / name, phrases=True)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_a_kill_leaves_no_folder_or_the_whole_one(tmp_path, monkeypatch):
+    """`prepare` takes a folder that is there for a finished one."""
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments, **options):
+        raise Killed
+
+    folder = tmp_path / "tokenizer"
+    for target, name in ((pathlib.Path, "write_text"), (tokenizer.os, "rename")):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, killed)
+            with pytest.raises(Killed):
+                tokenizer.train(GAME, vocab_size=400, directory=folder)
+        assert not folder.exists()
+    trained = tokenizer.train(GAME, vocab_size=400, directory=folder)
+    assert trained.encode(GAME[0]) == tokenizer.load(folder).encode(GAME[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_other_files_in_the_folder_stay(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    first = tokenizer.train(GAME, vocab_size=400, directory=tmp_path)
+    second = tokenizer.train(GAME, vocab_size=300, directory=tmp_path)
+    assert len(second) == 300 < len(first)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "notes.txt", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])
+def test_beside_a_model_it_is_read_as_it_stands(trained, model_type, tmp_path):
+    """transformers 5 takes every tokenizer beside a Qwen2 for Qwen2's own, with its rules for cutting."""
+    trained.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    for declared in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps(config | {"tokenizer_class": declared}))
+        again = tokenizer.load(tmp_path)
+        assert [again.encode(text) for text in GAME] == [trained.encode(text) for text in GAME]
 
 
 def test_transformers_reads_and_writes_it(trained, tmp_path):

@@ -3,14 +3,18 @@
     python tools/check_tokens.py MODEL_DIR [--dtype bfloat16] [--system "Play well."]
 
 The model talks to itself through the sampler, as in a rollout (slots, a cache, turns of several
-lengths), and the same programs as in training score what it said. Checked are
+lengths), and the same programs as in training score what it said. As in a run the weights are float32,
+and both compute in --dtype (learner.compute_dtype) from copies of their own. Checked are
+
+vocabulary    the model has an embedding for every id that a text may come to
 
 append-only   the first prompt is, id for id, that of the tokenizer's own chat template; a later
               prompt only appends to what was consumed and sampled; the text of a conversation shows
               every turn once
 masks         the tokens that training would weigh are exactly those that were sampled, with the end
               of turn where one was sampled
-log-probs     of every sampled token as the sampler reported it and as the scoring pass has it: the
+log-probs     of every sampled token as the sampler reported it and as the scoring pass has it, each
+              conversation in a row of its own and several packed in one (learner.packing): the
               largest gap and the token where it is
 
 It prints one line for each and leaves with status 1 if any fails. A check that fails means that the
@@ -22,17 +26,19 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from envs_host.types import StopReason, Task
-from jaxagentrl import batching, chat, engine, learner, tokenizer
-from jaxagentrl.models import decoder, pretrained
+from jaxagentrl import batching, chat, engine, learner, packing, tokenizer
+from jaxagentrl.models import decoder, decoding_layout, pretrained
 from jaxagentrl.trajectory import Trajectory, Turn
 
 # In float32 the two passes differ by rounding. In bfloat16 a log-prob has about two decimals; the
 # limit is a guess at what several dozen layers add up to; it has not been measured.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.25}
+
+# Lengths of caches and rows are multiples of this: kernels want it of a run's lengths too.
+LENGTH_MULTIPLE = 128
 
 # Texts that environments say and that tokenizers stumble over.
 TEXTS = (
@@ -80,19 +86,20 @@ def converse(
     turn_tokens: int,
     cache_dtype: str,
     seed: int,
+    stop_ids: Sequence[int] = (),
 ) -> list[Trajectory]:
     """Conversations sampled at temperature 1, as the rollout's records. Budgets differ, so that some
-    turns are cut."""
+    turns are cut. `stop_ids` end a turn as the end of turn does."""
     prompts = [made.first_prompt(text) for text in TEXTS]
     longest = max(len(ids) for ids in prompts) + 64
-    length = turns * (longest + turn_tokens)
+    length = _rounded(turns * (longest + turn_tokens))
     sampler = engine.Engine(
         config,
         num_slots=conversations,
         num_waves=1,
         max_length=length,
         max_turn_tokens=turn_tokens,
-        stop_ids=[made.end_of_turn_id],
+        stop_ids=list(dict.fromkeys([made.end_of_turn_id, *stop_ids])),
         filled_buckets=(length // 2, length),
         width_buckets=(16, 64),
         cache_dtype=cache_dtype,
@@ -128,6 +135,10 @@ def converse(
                    stop_reason=StopReason.TURN_LIMIT, max_score=1.0)
         for slot, record in enumerate(records)
     ]
+
+
+def _rounded(length: int) -> int:
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
 def _turn(made: chat.ChatFormat, prompt_ids: np.ndarray, sample: engine.TurnSample) -> Turn:
@@ -190,15 +201,25 @@ def check_logprobs(
     params: decoder.Params,
     batch,
     tolerance: float,
+    *,
+    compute_dtype: str,
+    is_packed: bool,
 ) -> Finding:
     """Sampler against scoring pass, token by token."""
-    score = jax.jit(
-        lambda params, tokens: learner.forward(config, params, tokens, temperature=1.0).logprobs
-    )
-    scored = np.asarray(score({"policy": params}, batch.tokens), np.float32)
+    name = "log-probs, packed" if is_packed else "log-probs, in rows"
+    score = learner.make_score(config, temperature=1.0, compute_dtype=compute_dtype)
+    rows = np.arange(len(batch.tokens), dtype=np.int32)
+    work = [(rows, batch.tokens.shape[1])]
+    if is_packed:
+        lengths = batch.valid_mask.sum(axis=1)
+        work = packing.pack(
+            rows, lengths, shape=batch.tokens.shape, length=_rounded(int(lengths.sum())),
+            tokens_per_part=1, row_multiple=1,
+        )
+    scored = np.asarray(score({"policy": params}, batch.tokens, work).logprobs)
     gaps = np.where(batch.action_mask, np.abs(scored - batch.sampler_logprobs), 0.0)
     if not np.all(np.isfinite(scored[batch.action_mask])):
-        return Finding("log-probs", False, "the scoring pass gives non-finite log-probs")
+        return Finding(name, False, "the scoring pass gives non-finite log-probs")
     row, place = np.unravel_index(np.argmax(gaps), gaps.shape)
     token = int(batch.tokens[row, place])
     mean = float(gaps.sum() / batch.action_mask.sum())
@@ -208,29 +229,37 @@ def check_logprobs(
         f"{token} {text!r} in conversation {row}, turn {batch.turn_ids[row, place] + 1}, position "
         f"{place}: sampler {batch.sampler_logprobs[row, place]:.6f}, scoring {scored[row, place]:.6f}"
     )
-    return Finding("log-probs", bool(gaps.max() <= tolerance), said)
+    return Finding(name, bool(gaps.max() <= tolerance), said)
 
 
 def check(directory: str, options: argparse.Namespace) -> list[Finding]:
     """All findings for a model folder."""
     made = chat.make(tokenizer.load(directory), system=options.system)
-    config, params = pretrained.load(directory, dtype=options.dtype)
-    if len(made.tokenizer) > config.vocab_size:
-        return [Finding("vocabulary", False,
-                        f"the tokenizer has {len(made.tokenizer)} ids, the model {config.vocab_size}")]
+    config, params = pretrained.load(directory)
+    try:
+        chat.check_vocabulary(made, config.vocab_size)
+    except ValueError as error:
+        return [Finding("vocabulary", False, str(error))]
     talks = converse(
-        config, params, made, conversations=options.conversations, turns=options.turns,
-        turn_tokens=options.turn_tokens, cache_dtype=options.cache_dtype or options.dtype,
-        seed=options.seed,
+        config, decoding_layout.for_decoding(params, options.dtype), made,
+        conversations=options.conversations, turns=options.turns, turn_tokens=options.turn_tokens,
+        cache_dtype=options.cache_dtype or options.dtype, seed=options.seed,
+        stop_ids=pretrained.stop_ids(directory),
     )
-    length = max(talk.num_tokens for talk in talks)
+    length = _rounded(max(talk.num_tokens for talk in talks))
     batch = batching.to_batch(talks, None, discount=1.0, length_buckets=[length], row_multiple=1)
     tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
     return [
         check_first_prompts(made, options.system),
         check_append_only(made, talks),
         check_masks(made, talks, batch),
-        check_logprobs(made, config, params, batch, tolerance),
+        *(
+            check_logprobs(
+                made, config, params, batch, tolerance,
+                compute_dtype=options.dtype, is_packed=is_packed,
+            )
+            for is_packed in (False, True)
+        ),
     ]
 
 
@@ -238,8 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="a Hugging Face model folder with its tokenizer")
-    parser.add_argument("--dtype", choices=sorted(TOLERANCES), default="float32")
-    parser.add_argument("--cache_dtype", help="of keys and values; default that of the model")
+    parser.add_argument("--dtype", choices=sorted(TOLERANCES), default="float32",
+                        help="that the run computes in, learner.compute_dtype")
+    parser.add_argument("--cache_dtype", help="of keys and values; default --dtype")
     parser.add_argument("--system", help="a system message, as the run will use it")
     parser.add_argument("--conversations", type=int, default=4)
     parser.add_argument("--turns", type=int, default=4)

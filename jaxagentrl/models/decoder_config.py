@@ -22,7 +22,6 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     attention_bias: bool = False
-    max_position_embeddings: int = 32_768
     rope_scaling: rope.Scaling | None = None
     qk_norm: bool = False  # RMSNorm of every query and key head before rotation
     activation: str = "silu"  # of the feed-forward gate: "silu" or "gelu_tanh"
@@ -38,6 +37,11 @@ class DecoderConfig:
     query_scale_dim: float | None = None  # attention scores are divided by its root; None: head_dim
     attention_softcap: float | None = None  # scores become cap · tanh(scores / cap)
     logit_softcap: float | None = None  # and so do logits
+    # What follows changes no number, hence no program: configs that differ in it alone are equal.
+    # The longest text that the model was made for; None: nobody said.
+    max_position_embeddings: int | None = dataclasses.field(default=None, compare=False)
+    # The family it was read as, which an export keeps to if it can.
+    model_type: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

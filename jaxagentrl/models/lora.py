@@ -20,6 +20,7 @@ import numpy as np
 import safetensors.numpy
 
 from jaxagentrl import workdir
+from jaxagentrl.models import pretrained_config
 
 Params = dict[str, Any]
 
@@ -115,18 +116,20 @@ def save(
     Args:
         directory: replaced if it exists and holds adapters, created otherwise.
         alpha: α; PEFT scales by alpha / rank.
-        base: name or folder of the base model, for adapter_config.json.
+        base: name or folder of the base model, for adapter_config.json. Of a folder it is read where
+            transformers has the layers: those of a Gemma 3 with images lie deeper.
     """
+    layers = "model.layers" if base is None else pretrained_config.layers_module(base)
     tensors: dict[str, np.ndarray] = {}
     modules, rank = [], 0
     for block, projections in adapters["layers"].items():
         for name, leaves in projections.items():
             module = MODULES[f"{block}/{name}"]
-            modules.append(module.rsplit(".", 1)[1])
+            modules.append(module)
             for leaf, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
                 # Theirs are [out, in] of each of the two products.
                 for layer, matrix in enumerate(np.asarray(jax.device_get(leaves[leaf]))):
-                    key = f"base_model.model.model.layers.{layer}.{module}.{theirs}.weight"
+                    key = f"base_model.model.{layers}.{layer}.{module}.{theirs}.weight"
                     tensors[key] = np.ascontiguousarray(matrix.T)
             rank = leaves["lora_a"].shape[-1]
     config = {
@@ -138,13 +141,21 @@ def save(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": sorted(set(modules)),
+        "target_modules": _target_modules(layers, sorted(set(modules))),
     }
     with workdir.replacing_folder(pathlib.Path(directory).absolute()) as folder:
         safetensors.numpy.save_file(
             tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
         )
         workdir.write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _target_modules(layers: str, modules: Sequence[str]) -> list[str] | str:
+    """Last names of modules, or a regular expression where the image part has modules of that name."""
+    if layers == "model.layers":
+        return sorted({module.rsplit(".", 1)[1] for module in modules})
+    ends = "|".join(re.escape(module) for module in modules)
+    return rf".*{re.escape(layers)}\.\d+\.({ends})"
 
 
 def num_params(adapters: Params) -> int:

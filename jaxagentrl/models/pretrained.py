@@ -19,8 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxagentrl import workdir
-from jaxagentrl.models import decoder, pretrained_config, sharding, tensor_files
-from jaxagentrl.models.pretrained_config import PretrainedError, listed
+from jaxagentrl.models import (
+    decoder,
+    pretrained_config,
+    sharding,
+    tensor_files,
+    tokenizer_files,
+)
+from jaxagentrl.models.pretrained_config import PretrainedError
 
 Params = dict[str, Any]
 
@@ -28,11 +34,13 @@ _GENERATION = "generation_config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
+_MAX_STRANGERS = 8
+
 # Files that `save` may find in its target and replace; anything else is someone else's.
 _OUR_FILES = {
     pretrained_config.FILE, _GENERATION, _SINGLE, _INDEX, "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "tokenizer.model",
+    "chat_template.jinja", "additional_chat_templates", "tokenizer.model",
 }
 
 # A Gemma 3 with images keeps its language model under a prefix (of older and newer files), beside
@@ -84,7 +92,7 @@ def load(
 
     Raises:
         PretrainedError: no such folder, an unsupported architecture or setting, or tensors that
-            are missing, surplus or misshapen (all of them listed).
+            are missing, surplus or misshapen (all of them listed, one per line).
     """
     directory = pathlib.Path(directory)
     config = pretrained_config.read_config(directory)
@@ -116,10 +124,10 @@ def save(
         config: the decoder's shape.
         params: its parameters, exactly the tree of `decoder.init` (no value head); stored in the
             dtype they have.
-        tokenizer: a transformers tokenizer to save along, with its chat template; its
-            end-of-sequence and padding ids go into generation_config.json.
-        stop_ids: ids that end a turn, where these are not the tokenizer's end of sequence (Gemma's
-            `<end_of_turn>`): generation stops at them too.
+        tokenizer: a transformers tokenizer to save along, with its chat template; its padding and
+            beginning-of-sequence ids go into generation_config.json.
+        stop_ids: ids that end a turn, in the order in which they are written; the tokenizer's end of
+            sequence follows if it is not among them. Generation stops at all of them.
         max_shard_bytes: files are split before they grow larger.
 
     Raises:
@@ -128,24 +136,57 @@ def save(
     directory = pathlib.Path(directory).absolute()
     _check_params(config, params)
     _refuse_foreign_files(directory)
-    special = {} if tokenizer is None else _special_ids(tokenizer, stop_ids)
+    special = _special_ids(tokenizer, stop_ids)
     settings = pretrained_config.to_json(config, str(params["embed"]["embedding"].dtype))
     with workdir.replacing_folder(directory) as folder:
         _write_weights(folder, config, params, max_shard_bytes)
         pretrained_config.write_object(folder / pretrained_config.FILE, settings | special)
         pretrained_config.write_object(folder / _GENERATION, {"do_sample": False, **special})
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            tokenizer_files.write(folder, tokenizer)
+
+
+def stop_ids(directory: str | os.PathLike) -> tuple[int, ...]:
+    """The ids at which the publisher ends generation, in the order of the file.
+
+    From generation_config.json, else from config.json; () where neither says.
+
+    Raises:
+        PretrainedError: no config.json, or something that is no id.
+    """
+    directory = pathlib.Path(directory)
+    config = pretrained_config.read_object(directory / pretrained_config.FILE)
+    sources = [(pretrained_config.FILE, config)]
+    if isinstance(config.get("text_config"), dict):   # a model with images
+        sources.append((f"{pretrained_config.FILE}: text_config", config["text_config"]))
+    if (directory / _GENERATION).exists():
+        sources.insert(0, (_GENERATION, pretrained_config.read_object(directory / _GENERATION)))
+    for name, settings in sources:
+        said = settings.get("eos_token_id")
+        if said is None:
+            continue
+        ids = said if isinstance(said, list) else [said]
+        if any(type(id) is not int or id < 0 for id in ids):
+            raise PretrainedError(
+                f"{directory / name}: eos_token_id is {said!r}, expected an id or a list of ids."
+            )
+        return tuple(dict.fromkeys(ids))
+    return ()
 
 
 def _special_ids(tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
-    end = tokenizer.eos_token_id
-    ends = [id for id in dict.fromkeys([end, *map(int, stop_ids)]) if id is not None]
-    return {
-        "eos_token_id": ends if len(ends) > 1 else end,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-    }
+    ends = list(dict.fromkeys(map(int, stop_ids)))
+    special = {}
+    if tokenizer is not None:
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+            ends.append(tokenizer.eos_token_id)
+        special = {
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+        }
+    if not ends:
+        return special
+    return special | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
 def _table(config: decoder.DecoderConfig) -> list[_Entry]:
@@ -205,7 +246,10 @@ def _locate_tensors(directory: pathlib.Path) -> dict[str, tensor_files.StoredTen
         elsewhere = [f"{name} is not in {file}, where the index says it is"
                      for name, file in weight_map.items() if name not in shards[file]]
         if elsewhere:
-            raise PretrainedError(f"{directory}: {listed(elsewhere)}. Download the model again.")
+            raise PretrainedError(
+                f"{directory} is not what its index says; download the model again: "
+                f"{_lines(elsewhere)}"
+            )
         found = {name: shards[file][name] for name, file in weight_map.items()}
     elif single.exists():
         found = tensor_files.contents(single)
@@ -244,7 +288,7 @@ def _check_tensors(
     if problems:
         raise PretrainedError(
             f"{directory} does not hold the model that its {pretrained_config.FILE} describes: "
-            f"{listed(problems)}."
+            f"{_lines(problems)}"
         )
 
 
@@ -334,7 +378,7 @@ def _check_params(config: decoder.DecoderConfig, params: Params) -> None:
     if len(dtypes) > 1:
         problems.append(f"leaves have several dtypes {dtypes}, expected one")
     if problems:
-        raise PretrainedError(f"the parameters do not fit the config: {listed(problems)}.")
+        raise PretrainedError(f"the parameters do not fit the config: {_lines(problems)}")
 
 
 def _refuse_foreign_files(directory: pathlib.Path) -> None:
@@ -345,10 +389,18 @@ def _refuse_foreign_files(directory: pathlib.Path) -> None:
         if path.name not in _OUR_FILES and not path.match("model-*-of-*.safetensors")
     )
     if strangers:
+        shown = ", ".join(strangers[:_MAX_STRANGERS])
+        rest = len(strangers) - _MAX_STRANGERS
         raise PretrainedError(
-            f"{directory} holds files that are no model export ({listed(strangers)}); saving would "
-            "delete them. Give a new or empty folder."
+            f"{directory} holds files that are no model export ({shown}"
+            f"{f' and {rest} more' if rest > 0 else ''}); saving would delete them. Give a new or "
+            "empty folder."
         )
+
+
+def _lines(problems: Sequence[str]) -> str:
+    """All of them: which tensors differ often shows by what pattern they do."""
+    return "".join(f"\n  {problem}" for problem in problems)
 
 
 def _write_weights(

@@ -24,7 +24,10 @@ from jaxagentrl.models.pretrained_families import (
 )
 
 FILE = "config.json"
-_MAX_LISTED = 12
+
+# Written for models that say nothing of it: without the key transformers takes the family's default,
+# which may be less than the model was trained with.
+_UNSAID_LENGTH = 32_768
 
 # With the sizes, the keys that every family reads.
 _READ = {
@@ -56,6 +59,13 @@ def read_config(directory: str | os.PathLike) -> decoder_config.DecoderConfig:
     # A key that is null says "none", one that is absent says what the family always has.
     given = {key: value for key, value in settings.items()
              if value is not None or key not in ("head_dim", "rope_theta")}
+    # Gemma 2 was first published with this name, which transformers no longer reads.
+    named_first = given.pop("sliding_window_size", None)
+    if named_first is not None and given.setdefault("sliding_window", named_first) != named_first:
+        problems.append(
+            f"sliding_window_size is {named_first}, expected that of sliding_window, "
+            f"{given['sliding_window']}"
+        )
     settings = dict(family.defaults) | given
     problems += [
         f"{key} is missing" for key in (*SIZES, "rms_norm_eps") if settings.get(key) is None
@@ -66,7 +76,7 @@ def read_config(directory: str | os.PathLike) -> decoder_config.DecoderConfig:
         rotations = _read_rotations(settings, windows, problems)
     if problems:
         raise PretrainedError(
-            f"{path}: {listed(problems)}. The decoder would compute something else; use a model "
+            f"{path}: {'; '.join(problems)}. The decoder would compute something else; use a model "
             "without these settings, or correct the file."
         )
     heads = settings["num_attention_heads"]
@@ -83,6 +93,7 @@ def read_config(directory: str | os.PathLike) -> decoder_config.DecoderConfig:
             norm_eps=float(settings["rms_norm_eps"]),
             tie_embeddings=bool(settings.get("tie_word_embeddings", False)),
             max_position_embeddings=settings["max_position_embeddings"],
+            model_type=family.model_type,
             query_scale_dim=_query_scale(settings, family),
             **{name: value for name, value in softcaps.items() if name in family.free},
             **family.fixed,
@@ -99,9 +110,24 @@ def _query_scale(settings: Mapping[str, Any], family: Family) -> float | None:
 
 def _text_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The language part of a Gemma 3 that also sees images, whose image part is not used here."""
-    if settings.get("model_type") != "gemma3" or not isinstance(settings.get("text_config"), dict):
+    if not _sees_images(settings):
         return settings
     return {"model_type": "gemma3_text"} | settings["text_config"]
+
+
+def _sees_images(settings: Mapping[str, Any]) -> bool:
+    return settings.get("model_type") == "gemma3" and isinstance(settings.get("text_config"), dict)
+
+
+def layers_module(directory: str | os.PathLike) -> str:
+    """Where transformers has the layers of a folder's model: what adapters for it are named after.
+
+    A folder without config.json, or a name that is no folder, is taken for a model of text alone.
+    """
+    path = pathlib.Path(directory) / FILE
+    if path.exists() and _sees_images(read_object(path)):
+        return "model.language_model.layers"
+    return "model.layers"
 
 
 def _unsupported_settings(settings: Mapping[str, Any], family: Family) -> list[str]:
@@ -252,7 +278,8 @@ def _rotation(
 
 
 def to_json(config: decoder_config.DecoderConfig, dtype: str) -> dict[str, Any]:
-    """The settings of a config.json, with both spellings, for old and new transformers.
+    """The settings of a config.json, for transformers 4 and 5: where the two spell one thing
+    differently and neither minds the other's spelling, both are there.
 
     Raises:
         PretrainedError: no published family has these settings together.
@@ -266,13 +293,15 @@ def to_json(config: decoder_config.DecoderConfig, dtype: str) -> dict[str, Any]:
         "head_dim": config.head_dim,
         family.activation_key: family.activation,
         "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings or _UNSAID_LENGTH,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
         "torch_dtype": dtype,
     }
+    if family.second_activation_key is not None:
+        settings[family.second_activation_key] = family.activation
     settings |= {key: False for key in family.switches}
     if family.query_scale:
         scale = config.query_scale_dim or config.head_dim
@@ -283,6 +312,7 @@ def to_json(config: decoder_config.DecoderConfig, dtype: str) -> dict[str, Any]:
 
 
 def _family_of(config: decoder_config.DecoderConfig) -> Family:
+    """The family that the model was read as if it still fits, else the first that does."""
     gaps = {family.model_type: differences(family, config) for family in FAMILIES}
     fitting = [family for family in FAMILIES if not gaps[family.model_type]]
     if not fitting:
@@ -291,7 +321,7 @@ def _family_of(config: decoder_config.DecoderConfig) -> Family:
             f"no published family has these model settings together, so there is no config.json "
             f"for them. The nearest is {nearest}, which cannot have {gaps[nearest]}."
         )
-    return fitting[0]
+    return next((family for family in fitting if family.model_type == config.model_type), fitting[0])
 
 
 def _window_settings(config: decoder_config.DecoderConfig, family: Family) -> dict[str, Any]:
@@ -314,13 +344,16 @@ def _window_settings(config: decoder_config.DecoderConfig, family: Family) -> di
 def _rotation_settings(config: decoder_config.DecoderConfig, family: Family) -> dict[str, Any]:
     scaling = _scaling_settings(config.rope_scaling)
     full = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
-    settings = {"rope_theta": config.rope_theta, "rope_scaling": scaling, "rope_parameters": full}
-    if "rope_local_base_freq" in family.defaults:
-        # Where no layer has the window, or all have it, both kinds get the one rotation.
-        local = {"rope_theta": config.local_rope_theta, "rope_type": "default"}
-        local = full if config.local_rope_theta is None else local
-        settings["rope_local_base_freq"] = local["rope_theta"]
-        settings["rope_parameters"] = {_FULL: full, _LOCAL: local}
+    settings = {"rope_theta": config.rope_theta, "rope_scaling": scaling}
+    if "rope_local_base_freq" not in family.defaults:
+        return settings | {"rope_parameters": full}
+    # Where no layer has the window, or all have it, both kinds get the one rotation.
+    settings["rope_local_base_freq"] = config.local_rope_theta or config.rope_theta
+    all_local = config.sliding_window is not None and config.window_layers is None
+    if scaling is not None and all_local:
+        # The older spelling scales the layers without a window alone.
+        return settings | {"rope_parameters": {_FULL: full, _LOCAL: full}}
+    # The older spelling alone: vLLM on transformers 4 fails on entries per kind of layer.
     return settings
 
 
@@ -351,8 +384,3 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 def write_object(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def listed(problems: list[str]) -> str:
-    rest = len(problems) - _MAX_LISTED
-    return "; ".join(problems[:_MAX_LISTED]) + (f"; and {rest} more" if rest > 0 else "")

@@ -66,6 +66,7 @@ class Family:
     defaults: Mapping[str, Any]  # of keys that a config.json may leave out
     activation_key: str = "hidden_act"
     activation: str = "silu"  # the one value of that key
+    second_activation_key: str | None = None  # written too
     # Which of n layers have the window when `layer_types` does not say.
     pattern: str = "none"  # "all", "from max_window_layers", "every nth is full"
     query_scale: bool = False  # reads query_pre_attn_scalar
@@ -136,8 +137,9 @@ FAMILIES = (
                   "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
                   "final_logit_softcapping": 30.0},
         attention_softcap=True,
-        # Gemma 2 publishes hidden_act beside hidden_activation, which is the one that counts.
-        more_keys=frozenset({"hidden_act"}),
+        # Published beside hidden_activation, which is the one that counts; vLLM reads it all the same.
+        more_keys=frozenset({"hidden_act", "sliding_window_size"}),
+        second_activation_key="hidden_act",
         **_GEMMA_KEYS,
     ),
     Family(
