@@ -29,6 +29,7 @@ class Setup:
     pool: EnvPool
     replays: Sequence[demos.Replay]  # walkthroughs of "demo"
     chat_format: chat.ChatFormat
+    stop_ids: tuple[int, ...]  # that end a turn: the chat format's, then the others of the model's files
     model: decoder.DecoderConfig
     trainable: decoder.Params  # before training, on the mesh: {"policy"} or {"adapters"}
     frozen: decoder.Params | None  # what is not trained: the model under adapters
@@ -109,12 +110,14 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             )
         loaded = _tokenizer(config, replays, workdir)
         chat_format = make_chat(loaded, config["prompt"])
-        model, policy = _model(config["model"], len(loaded), jax.random.key(config["seed"]), mesh)
+        model, policy = _model(config["model"], chat_format, jax.random.key(config["seed"]), mesh)
+        stop_ids = _stop_ids(config["model"]["directory"], chat_format)
+        _note_long_texts(config["sampling"]["max_length"], model)
         trainable, frozen = _with_lora(policy, config)
         with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
             decoding = engine.Engine(
                 model,
-                stop_ids=[chat_format.end_of_turn_id],
+                stop_ids=stop_ids,
                 notice=progress.notice,
                 **config["sampling"],
             )
@@ -123,6 +126,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             pool=pool,
             replays=replays,
             chat_format=chat_format,
+            stop_ids=stop_ids,
             model=model,
             trainable=sharding.place(trainable, mesh),
             frozen=sharding.place(frozen, mesh),
@@ -168,20 +172,35 @@ def _tokenizer(config: Mapping[str, Any], replays: Sequence[demos.Replay], workd
 
 
 def _model(
-    options: Mapping[str, Any], vocab_size: int, key: jax.Array, mesh: jax.sharding.Mesh | None
+    options: Mapping[str, Any],
+    chat_format: chat.ChatFormat,
+    key: jax.Array,
+    mesh: jax.sharding.Mesh | None,
 ) -> tuple[decoder.DecoderConfig, decoder.Params]:
     options = dict(options)
     directory = options.pop("directory")
     if directory is not None:
         config, params = pretrained.load(directory, mesh=mesh)
-        if vocab_size > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {vocab_size} ids, but the model in {directory} knows "
-                f"{config.vocab_size}: set tokenizer.directory to the folder of that model."
-            )
+        chat.check_vocabulary(chat_format, config.vocab_size)
         return config, params
-    config = decoder.DecoderConfig(vocab_size=vocab_size, **options)
+    config = decoder.DecoderConfig(vocab_size=len(chat_format.tokenizer), **options)
     return config, decoder.init(config, key)
+
+
+def _stop_ids(directory: str | None, chat_format: chat.ChatFormat) -> tuple[int, ...]:
+    """A model may end its turn with another id than the template's, such as Qwen2.5's
+    `<|endoftext|>`: what it would say after that belongs to no answer."""
+    published = () if directory is None else pretrained.stop_ids(directory)
+    return tuple(dict.fromkeys((chat_format.end_of_turn_id, *published)))
+
+
+def _note_long_texts(max_length: int, model: decoder.DecoderConfig) -> None:
+    made_for = model.max_position_embeddings
+    if made_for is not None and max_length > made_for:
+        progress.notice(
+            f"sampling.max_length is {max_length}, but the model was made for texts of {made_for} tokens "
+            "(max_position_embeddings): what it says beyond them may make no sense."
+        )
 
 
 def _with_lora(

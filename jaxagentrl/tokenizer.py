@@ -145,7 +145,7 @@ def load(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
         ValueError: the folder or one of its files is missing, cannot be read, or has no chat
             template.
     """
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(directory).expanduser()
     if not directory.is_dir():
         raise ValueError(
             f"tokenizer folder {directory} does not exist; give a folder with tokenizer.json and "

@@ -24,13 +24,27 @@ def test_the_configs_system_message_and_template_variables_reach_the_prompt(trai
     assert told.template_options["enable_thinking"] is False
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
-    config = decoder.DecoderConfig(
-        vocab_size=64, hidden_size=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8,
-        intermediate_size=8,
+def test_a_models_folder_gives_its_vocabulary_its_stop_ids_and_its_longest_text(
+    trained, tmp_path, capsys
+):
+    shape = dict(
+        hidden_size=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, intermediate_size=8
     )
-    pretrained.save(tmp_path, config, decoder.init(config, jax.random.key(0)))
-    options = {"directory": str(tmp_path)}
-    assert prepare._model(options, 64, jax.random.key(0), None)[0].vocab_size == 64
-    with pytest.raises(ValueError, match="the tokenizer has 65 ids, but the model .* knows 64"):
-        prepare._model(options, 65, jax.random.key(0), None)
+    made = prepare.make_chat(trained, {"system": None, "template_options": {}})
+    key, size, other = jax.random.key(0), len(trained), 7
+    config = decoder.DecoderConfig(vocab_size=size, max_position_embeddings=64, **shape)
+    folder = tmp_path / "model"
+    pretrained.save(folder, config, decoder.init(config, key), tokenizer=trained, stop_ids=(other,))
+    loaded, _ = prepare._model({"directory": str(folder)}, made, key, None)
+    assert loaded.vocab_size == size
+    assert prepare._stop_ids(str(folder), made) == (made.end_of_turn_id, other)
+    assert prepare._stop_ids(None, made) == (made.end_of_turn_id,)
+    prepare._note_long_texts(64, loaded)
+    assert "max_position_embeddings" not in capsys.readouterr().err
+    prepare._note_long_texts(65, loaded)
+    assert "sampling.max_length is 65" in capsys.readouterr().err
+
+    small = decoder.DecoderConfig(vocab_size=size - 1, **shape)
+    pretrained.save(tmp_path / "small", small, decoder.init(small, key))
+    with pytest.raises(ValueError, match=f"knows the ids below {size - 1}"):
+        prepare._model({"directory": str(tmp_path / "small")}, made, key, None)

@@ -94,7 +94,7 @@ def load(
         PretrainedError: no such folder, an unsupported architecture or setting, or tensors that
             are missing, surplus or misshapen (all of them listed, one per line).
     """
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(directory).expanduser()
     config = pretrained_config.read_config(directory)
     stored = _locate_tensors(directory)
     _check_tensors(directory, config, stored)
@@ -154,7 +154,7 @@ def stop_ids(directory: str | os.PathLike) -> tuple[int, ...]:
     Raises:
         PretrainedError: no config.json, or something that is no id.
     """
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(directory).expanduser()
     config = pretrained_config.read_object(directory / pretrained_config.FILE)
     sources = [(pretrained_config.FILE, config)]
     if isinstance(config.get("text_config"), dict):   # a model with images
