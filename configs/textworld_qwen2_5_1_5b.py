@@ -49,6 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.learner.update(
         length_buckets=(512, 1024, 2048, 3072),
         tokens_per_part=24_576,
+        packing=True,
         compute_dtype="bfloat16",
         remat="full",
     )

@@ -92,16 +92,20 @@ def test_the_practitioners_recipe(tmp_path, weights, smoke_games):
 
 @pytest.mark.slow
 def test_the_recipe_of_gigpo(tmp_path, weights, smoke_games):
-    """Turns that are conversations of their own, commands listed, tags, KL in the loss."""
+    """Turns that are conversations of their own, commands listed, tags, KL in the loss; by adapters
+    here, whose reference is the adapters of the beginning."""
     config = tiny("alfworld_qwen2_5_1_5b", weights, smoke_games, group_size=2)
     config["sampling"] |= dict(num_slots=4, max_length=2560, max_turn_tokens=8,
                                filled_buckets=(2560,), width_buckets=(512,), row_divisors=(1,),
                                cache_dtype="float32")
     config["learner"] |= dict(length_buckets=(2560, 8192), tokens_per_part=8192, row_multiple=1)
+    config["lora"] |= dict(rank=2, export="separate")
     train.run(config, str(tmp_path / "run"))
     found = check(tmp_path / "run")
     assert found["rl"]["rollout/invalid_command_rate"] == 1.0  # Random weights write no tags.
     assert found["rl"]["loss/kl"] >= 0
+    assert (tmp_path / "run" / "adapters" / "adapter_config.json").exists()
+    assert not (tmp_path / "run" / "model").exists()  # the base is the folder that was given
     records = (tmp_path / "run" / "trajectories" / "rl_000001.jsonl").read_text().splitlines()
     turns = json.loads(records[0])["turns"]
     assert [turn["fresh"] for turn in turns] == [False] + [True] * (len(turns) - 1)

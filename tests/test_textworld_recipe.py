@@ -16,7 +16,8 @@ WORDS = "current state: You are in the kitchen. You can see a box. open take go 
 
 @pytest.mark.slow
 def test_the_practitioners_recipe(tmp_path, smoke_games):
-    """No imitation; PPO with a critic and an optimizer of its own, KL to the model it began from."""
+    """No imitation; PPO on packed rows, with a critic and an optimizer of its own, and KL to the model
+    it began from."""
     words = tokenizer.train([WORDS] * 4, vocab_size=400, directory=tmp_path / "tokenizer")
     shape = DecoderConfig(
         vocab_size=len(words), hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1,
