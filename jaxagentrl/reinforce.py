@@ -9,7 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxagentrl import batching, estimate, imitate, learner, losses, optimizer, rewards
+from jaxagentrl import (
+    batching,
+    diagnostics,
+    estimate,
+    imitate,
+    learner,
+    losses,
+    masking,
+    optimizer,
+    rewards,
+)
 from jaxagentrl.models import decoder, sharding
 from jaxagentrl.packing import Packed
 from jaxagentrl.trajectory import Trajectory
@@ -207,47 +217,29 @@ def learn(
         The new state; metrics (losses as means over optimizer steps, facts of the batch); and for
         each trajectory its tokens' advantages, for the record.
     """
-    rl, shapes = config["rl"], config["learner"]
+    rl, mesh = config["rl"], programs.mesh
     turn_rewards = [rewards.turn_rewards(t, **config["reward"]) for t in trajectories]
-    episodes = rl["tasks_per_iteration"] * rl["group_size"]
-    shards = sharding.num_row_shards(programs.mesh)
-    fixed = frozen or {}
-    host_batch = batching.to_batch(
-        trajectories,
-        turn_rewards,
-        discount=rl["discount"],
-        length_buckets=[max(shapes["length_buckets"])],
-        row_multiple=shards,
-        num_groups=rl["tasks_per_iteration"],
-        num_rows=-(-episodes // shards) * shards,
-    )
-    batch = sharding.place_rows(host_batch, programs.mesh)
-    lengths = np.array([trajectory.num_tokens for trajectory in trajectories])
+    host_batch = _to_batch(trajectories, turn_rewards, config, mesh)
+    batch = sharding.place_rows(host_batch, mesh)
     whole = batch.tokens.shape[0]
-
-    contexts = imitate.contexts_of(trajectories)
-
-    def split(rows: np.ndarray) -> learner.Work:
-        return imitate.split(
-            rows, lengths, shape=batch.tokens.shape, contexts=contexts, **part_shapes(shapes, programs.mesh)
-        )
-
-    everything = split(np.arange(len(lengths), dtype=np.int32))
-    scores = learner.empty_scores(batch.tokens.shape)
-    ref_logprobs = np.zeros(batch.tokens.shape, np.float32)
-    if programs.needs_scores:
-        scores = programs.score(fixed | state.params, batch.tokens, everything)
-    if programs.needs_reference:
-        ref_logprobs = programs.score(fixed | reference, batch.tokens, everything).logprobs
+    split = functools.partial(
+        imitate.split,
+        lengths=np.array([trajectory.num_tokens for trajectory in trajectories]),
+        shape=batch.tokens.shape,
+        contexts=imitate.contexts_of(trajectories),
+        **part_shapes(config["learner"], mesh),
+    )
+    used = np.arange(len(trajectories), dtype=np.int32)
+    work = split(used)
     anchor_ids = batching.anchor_ids(
         trajectories, num_rows=whole, max_turns=config["rollout"]["max_turns"]
     )
-    credit, returns, value_mask = programs.estimate(batch, scores, ref_logprobs, anchor_ids)
-    used = np.arange(len(lengths), dtype=np.int32)
+    fixed = frozen or {}
+    aims = _aim(batch, work, fixed | state.params, fixed | reference, anchor_ids, programs)
+    credit = sharding.fetch(aims.credit, mesh)
     if skips_rows(rl):
-        has_credit = np.any(sharding.fetch(credit, programs.mesh) != 0, axis=1)
-        used = used[has_credit[: len(lengths)]]
-        everything = split(used)
+        used = used[np.any(credit[: len(used)] != 0, axis=1)]
+        work = split(used)
 
     collected: list[dict[str, Any]] = []
     # Rows that are left out make minibatches smaller, not fewer.
@@ -258,26 +250,89 @@ def learn(
             targets = _targets(
                 batch,
                 np.isin(np.arange(whole), rows),
-                credit,
-                returns,
-                value_mask,
-                scores,
-                ref_logprobs,
+                aims,
                 aggregation=rl["aggregation"],
                 constant=rl["aggregation_constant"],
                 observation_weight=rl["observation_weight"],
             )
-            work = everything if rl["num_minibatches"] == 1 else split(rows)
-            state, metrics = programs.update(state, batch, targets, work, frozen)
+            mine = work if rl["num_minibatches"] == 1 else split(rows)
+            state, metrics = programs.update(state, batch, targets, mine, frozen)
             collected.append(metrics)
-    collected = jax.device_get(collected)
+    collected, diagnosed = jax.device_get((collected, _diagnose(batch, aims)))
     means = {
         key: float((max if key.endswith("_max") else np.mean)([m[key] for m in collected]))
         for key in (collected[0] if collected else {})  # nothing to learn from: no step was taken
     }
-    credit = sharding.fetch(credit, programs.mesh)
-    facts = _facts(host_batch, credit, turn_rewards, trajectories, everything, used)
-    return state, means | facts, [row[:end] for row, end in zip(credit, lengths)]
+    if programs.needs_reference and programs.needs_scores:
+        means["policy/reference_kl"] = float(diagnosed["reference_kl"])
+    if rl["critic"] != "none":
+        means["value/explained_variance"] = float(diagnosed["explained_variance"])
+    facts = _facts(host_batch, credit, turn_rewards, trajectories, work, used)
+    return state, means | facts, [row[: t.num_tokens] for row, t in zip(credit, trajectories)]
+
+
+def _to_batch(
+    trajectories: Sequence[Trajectory],
+    turn_rewards: Sequence[np.ndarray],
+    config: Mapping[str, Any],
+    mesh: jax.sharding.Mesh | None,
+) -> TrajectoryBatch:
+    """The host's batch, of one shape for all iterations."""
+    rl, shards = config["rl"], sharding.num_row_shards(mesh)
+    episodes = rl["tasks_per_iteration"] * rl["group_size"]
+    return batching.to_batch(
+        trajectories,
+        turn_rewards,
+        discount=rl["discount"],
+        length_buckets=[max(config["learner"]["length_buckets"])],
+        row_multiple=shards,
+        num_groups=rl["tasks_per_iteration"],
+        num_rows=-(-episodes // shards) * shards,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Aims:
+    """What an iteration's updates aim at; all [B, L]."""
+
+    scores: learner.Scores  # by the policy of before the first update
+    ref_logprobs: Any
+    credit: Any  # advantages
+    returns: Any
+    value_mask: Any  # where values are trained on the returns
+
+
+def _aim(
+    batch: TrajectoryBatch,
+    work: learner.Work,
+    params: Params,
+    reference: Params,
+    anchor_ids: np.ndarray,
+    programs: Programs,
+) -> _Aims:
+    """Scores the batch, as far as the algorithm needs it, and gives credit."""
+    scores = learner.empty_scores(batch.tokens.shape)
+    ref_logprobs = np.zeros(batch.tokens.shape, np.float32)
+    if programs.needs_scores:
+        scores = programs.score(params, batch.tokens, work)
+    if programs.needs_reference:
+        ref_logprobs = programs.score(reference, batch.tokens, work).logprobs
+    return _Aims(scores, ref_logprobs, *programs.estimate(batch, scores, ref_logprobs, anchor_ids))
+
+
+@jax.jit
+def _diagnose(batch: TrajectoryBatch, aims: _Aims) -> dict[str, jax.Array]:
+    """Before the updates: how far the policy is from the reference (k1), and what the critic explains."""
+    k1 = losses.kl(
+        aims.scores.logprobs, aims.ref_logprobs, estimator="k1", action_mask=batch.action_mask
+    )
+    return {
+        "reference_kl": masking.masked_mean(k1, batch.action_mask),
+        "explained_variance": diagnostics.explained_variance(
+            aims.scores.values, aims.returns, aims.value_mask
+        ),
+    }
 
 
 def records(
@@ -297,27 +352,23 @@ def records(
 def _targets(
     batch: TrajectoryBatch,
     mine: jax.Array,
-    credit: jax.Array,
-    returns: jax.Array,
-    value_mask: jax.Array,
-    scores: learner.Scores,
-    ref_logprobs: jax.Array,
+    aims: _Aims,
     *,
     aggregation: str,
     constant: float | None,
     observation_weight: float,
 ) -> learner.Targets:
     """Targets of one minibatch: `mine` [B] bool are its rows."""
-    action, valued = batch.action_mask & mine[:, None], value_mask & mine[:, None]
+    action, valued = batch.action_mask & mine[:, None], aims.value_mask & mine[:, None]
     read = batch.valid_mask & ~batch.action_mask & mine[:, None]
     read = read.at[:, 0].set(False)  # nothing predicts the first token
     weigh = functools.partial(losses.aggregation_weights, mode=aggregation, constant=constant)
     return learner.Targets(
-        advantages=credit,
-        returns=returns,
-        old_logprobs=scores.logprobs,
-        old_values=scores.values,
-        ref_logprobs=ref_logprobs,
+        advantages=aims.credit,
+        returns=aims.returns,
+        old_logprobs=aims.scores.logprobs,
+        old_values=aims.scores.values,
+        ref_logprobs=aims.ref_logprobs,
         weights=weigh(action),
         value_weights=weigh(valued),
         observation_weights=observation_weight

@@ -179,6 +179,8 @@ def test_every_algorithm_updates_and_reports(name):
     assert moved["policy"]["embed"]["embedding"]
     if critic != "none":
         assert moved["value_head"]["kernel"] and measured["loss/value"] > 0
+    # Of an untrained critic, which says 0 everywhere.
+    assert measured.get("value/explained_variance") == (None if critic == "none" else 0.0)
 
 
 def test_turn_gae_trains_the_value_of_a_turn_on_its_first_token():
@@ -294,8 +296,10 @@ def test_kl_to_the_reference_is_zero_at_the_start_and_grows(kl):
         state, measured, _ = reinforce.learn(
             state, reference, make_trajectories(), programs, config, iteration=iteration
         )
-        values.append(measured.get("loss/kl"))
-    if kl["placement"] == "loss":
+        values.append(measured.get("loss/kl", measured.get("policy/reference_kl")))
+    if kl["placement"] == "reward":
+        assert values[0] == 0.0 != values[2]
+    else:
         assert abs(values[0]) < 1e-9 < values[2]
 
 
