@@ -184,6 +184,7 @@ class Progress:
     def __enter__(self):
         if not self._show:
             return lambda: None
+        from rich import console as rich_console
         from rich import progress as rich_progress
 
         self._bar = rich_progress.Progress(
@@ -192,6 +193,7 @@ class Progress:
             rich_progress.MofNCompleteColumn(),
             rich_progress.TimeElapsedColumn(),
             rich_progress.TimeRemainingColumn(),
+            console=rich_console.Console(stderr=True),
         )
         self._bar.start()
         row = self._bar.add_task("games", total=self._total)
