@@ -253,7 +253,9 @@ def _sampling_bytes(
             options["cache_dtype"],
         )
     )
-    given = jax.eval_shape(learner.policy_of, (frozen or {}) | trainable)
+    given = sharding.abstract(
+        jax.eval_shape(learner.policy_of, (frozen or {}) | trainable), mesh
+    )
     with sharding.use(mesh):
         policy = jax.eval_shape(lambda x: decoding_layout.for_decoding(x, compute_dtype), given)
     if local is not None:
@@ -265,9 +267,7 @@ def _sampling_bytes(
         )
         policy = sharding.abstract(policy, local)
     cache_bytes = per_device(cache) * options["num_waves"]
-    is_copied = mesh is not None or policy != given
-    copy = per_device(policy) if is_copied else 0
-    needed = {"decoding copy": copy}
+    needed = {"decoding copy": _copy_bytes(given, policy, mesh)}
     if cache_bytes + per_device(policy) > _SMALL_SHARE * limit:
         with sharding.use(local):
             decode = sampling.make_decode(model, max_turn_tokens=options["max_turn_tokens"])
@@ -280,6 +280,19 @@ def _sampling_bytes(
             ).compile()
         needed["sampling"] = program_bytes(compiled)
     return cache_bytes, needed
+
+
+def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
+    """Of the decoder's parameters as sampling takes them, without those that are at hand so."""
+    if mesh is None:
+        return 0 if policy == given else per_device(policy)
+    places = sharding.decoding_shardings(given, mesh)
+    is_copied = jax.tree.map(
+        lambda x, y, where: x.dtype != y.dtype or not sharding.lies_at(x, where),
+        given, policy, places,
+    )
+    kept = jax.tree.map(lambda x, copied: x if copied else None, policy, is_copied)
+    return per_device(kept)
 
 
 def _decode_inputs(slots: int) -> tuple[Any, ...]:

@@ -3,6 +3,11 @@
 import dataclasses
 import functools
 import itertools
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxagentrl import learner, optimizer
+from jaxagentrl import hosts, learner, optimizer
 from jaxagentrl.models import decoder, kv_cache, sharding
 from jaxagentrl.packing import pack
 from jaxagentrl.types import TrainState, TrajectoryBatch
@@ -264,3 +269,54 @@ def test_meshes_that_cannot_be_are_refused(sizes, words):
 def test_a_mesh_of_one_device_is_none():
     assert sharding.make_mesh(data=1, fsdp=1, tensor=1) is None
     assert sharding.make_mesh(data=-1, fsdp=2, tensor=1).shape["data"] == 4
+
+
+def test_parameters_go_to_decoding_straight_into_their_places(monkeypatch):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    policy = sharding.place(params(UNTIED)["policy"], mesh)
+    whole = sum(x.nbytes for x in jax.tree.leaves(policy))
+
+    def refuse(*_):
+        raise AssertionError("whole on every device, or by way of the host")
+
+    # Two processes in all but name; each would take its own devices' shards.
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding, "gather", refuse)
+    monkeypatch.setattr(jax, "device_put", refuse)
+    with sharding.use(mesh):
+        copy = sharding.for_decoding(policy, mesh)
+    held = [
+        [x.addressable_shards[index].data for x in jax.tree.leaves(copy)] for index in range(8)
+    ]
+    norms = 3 * 4 * 2 * 32  # two scales of two layers and the final one, at most
+    assert all(sum(part.nbytes for part in parts) <= whole / 2 + norms for parts in held)
+    assert_placed(copy, sharding.decoding_mesh(mesh))
+    assert_close(jax.device_get(policy), jax.device_get(copy))
+
+
+def test_parameters_that_lie_as_decoding_wants_them_are_not_copied():
+    mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1)
+    policy = sharding.place(params(UNTIED)["policy"], mesh)
+    copy = sharding.for_decoding(policy, mesh)
+    for one, other in zip(jax.tree.leaves(policy), jax.tree.leaves(copy), strict=True):
+        for shard, part in zip(one.addressable_shards, other.addressable_shards, strict=True):
+            assert shard.data.unsafe_buffer_pointer() == part.data.unsafe_buffer_pointer()
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Enough of one to make meshes of."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "fake"
+
+
+def test_a_tensor_group_of_two_processes_is_refused():
+    """Also where every process has as many devices as a group."""
+    devices = np.array([Device(id, process_index=id % 2) for id in range(4)])
+    with pytest.raises(sharding.ShardingError, match="several processes in one tensor group"):
+        sharding.decoding_mesh(sharding._mesh(devices.reshape(2, 1, 2)))
+    local = sharding.decoding_mesh(sharding._mesh(devices[[0, 2, 1, 3]].reshape(2, 1, 2)))
+    assert [device.id for device in local.devices.flat] == [0, 2]
