@@ -177,6 +177,8 @@ def _plan(
     shapes = reinforce.part_shapes(config["learner"], setup.mesh)
     trainable = learner.with_critic(setup.trainable, setup.model, critic=rl["critic"])
     limit = config["memory_limit_gb"]
+    # The same for all processes, so that all of them refuse or none does.
+    limit = min(hosts.gather(plan.device_limit())) if limit is None else int(limit * 1e9)
     several = config["rollout"]["context"] != "end"
     longest_context = config["sampling"]["max_length"] if several else None
     made = plan.make(
@@ -187,11 +189,12 @@ def _plan(
         model=setup.model,
         mesh=setup.mesh,
         num_rows=num_rows,
-        work=plan.largest_work(num_rows, longest_context=longest_context, **shapes),
+        works=plan.largest_works(num_rows, longest_context=longest_context, **shapes),
         width=max(config["learner"]["length_buckets"]),
         sampling_options=config["sampling"],
+        needs_reference=programs.needs_reference,
         compute_dtype=config["learner"]["compute_dtype"],
-        limit=None if limit is None else int(limit * 1e9),
+        limit=limit,
     )
     progress.notice(made.text())
     made.check()
@@ -422,7 +425,7 @@ def _reference(session: Session, state: TrainState) -> learner.Params:
     Under adapters it is the adapters of then, over the model that is there anyway.
     """
     folder = session.folder.checkpoints / "reference"
-    kept = {key: state.params[key] for key in ("policy", "adapters") if key in state.params}
+    kept = {key: state.params[key] for key in plan.POLICY if key in state.params}
     if checkpoints.latest_step(folder) is None:
         kept = jax.tree.map(jnp.copy, kept)
         checkpoints.save(folder, step=0, state=kept, host={}, keep=1)
