@@ -474,23 +474,25 @@ def _restore(
 def _export(session: Session, state: TrainState) -> None:
     """The trained policy as a Hugging Face folder; adapters merged into it or in their own."""
     setup, options = session.setup, session.config["lora"]
-    params = sharding.fetch((setup.frozen or {}) | state.params, setup.mesh)
+    base = session.config["model"]["directory"]
+    is_apart = options["rank"] and options["export"] == "separate"
+    params = (setup.frozen or {}) | state.params
+    # No critic; nor the model under separate adapters, if that is in a folder already.
+    names = ["adapters"] if is_apart and base is not None else plan.POLICY
+    params = sharding.to_first({name: params[name] for name in names if name in params}, setup.mesh)
     if not hosts.is_first():
         return
-    policy = params["policy"]
-    if options["rank"]:
-        scale, adapters = options["alpha"] / options["rank"], params["adapters"]
-        if options["export"] == "separate":
-            base = session.config["model"]["directory"] or str(session.folder.model)
-            lora.save(session.folder.adapters, adapters, alpha=options["alpha"], base=base)
-            if session.config["model"]["directory"] is not None:
-                return
-        else:
-            policy = lora.merge(policy, adapters, scale)
-    pretrained.save(
-        session.folder.model,
-        setup.model,
-        policy,
-        tokenizer=setup.chat_format.tokenizer,
-        stop_ids=(setup.chat_format.end_of_turn_id,),
-    )
+    if is_apart:
+        base = base or str(session.folder.model)
+        lora.save(session.folder.adapters, params["adapters"], alpha=options["alpha"], base=base)
+    elif options["rank"]:
+        scale = options["alpha"] / options["rank"]
+        params["policy"] = lora.merge(params["policy"], params["adapters"], scale)
+    if "policy" in params:
+        pretrained.save(
+            session.folder.model,
+            setup.model,
+            params["policy"],
+            tokenizer=setup.chat_format.tokenizer,
+            stop_ids=(setup.chat_format.end_of_turn_id,),
+        )

@@ -320,3 +320,27 @@ def test_a_tensor_group_of_two_processes_is_refused():
         sharding.decoding_mesh(sharding._mesh(devices.reshape(2, 1, 2)))
     local = sharding.decoding_mesh(sharding._mesh(devices[[0, 2, 1, 3]].reshape(2, 1, 2)))
     assert [device.id for device in local.devices.flat] == [0, 2]
+
+
+def test_the_first_process_gets_one_tensor_after_another(monkeypatch):
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    policy = sharding.place(params(UNTIED)["policy"], mesh)
+    assert sharding.to_first(policy, mesh) is policy  # one process reads its devices anyway
+    sizes, gather = [], sharding.gather
+
+    def spy(leaf, mesh):
+        sizes.append(leaf.nbytes)
+        return gather(leaf, mesh)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding, "gather", spy)
+    found = sharding.to_first(policy, mesh)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(found))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(policy), found)
+    assert max(sizes) == policy["lm_head"]["kernel"].nbytes  # larger than any one layer's
+    assert len(sizes) == 3 + UNTIED.num_layers * 9
+    # The other takes part and keeps nothing.
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    sizes.clear()
+    assert jax.tree.leaves(sharding.to_first(policy, mesh)) == []
+    assert len(sizes) == 3 + UNTIED.num_layers * 9

@@ -288,6 +288,30 @@ def fetch(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(np.asarray, gather(tree, mesh))
 
 
+def to_first(tree: Any, mesh: Mesh | None) -> Any:
+    """The leaves within reach of the first process: numpy arrays in its memory, None elsewhere.
+
+    A collective, during which devices hold one tensor at a time whole, of stacked layers one layer's.
+
+    One process reaches all of its devices: the tree comes back as it is.
+    """
+    if mesh is None or jax.process_count() == 1:
+        return tree
+    is_first = jax.process_index() == 0
+
+    def collect(path: Any, leaf: jax.Array) -> np.ndarray | None:
+        stacked = any(key.key == "layers" for key in path)
+        found = np.empty(leaf.shape, leaf.dtype) if is_first else None
+        for index in np.ndindex(leaf.shape[:1] if stacked else ()):
+            # Waited for, lest a process that only takes part runs ahead and piles them up.
+            part = jax.block_until_ready(gather(_at(leaf, *index) if index else leaf, mesh))
+            if is_first:
+                found[index] = part.addressable_data(0)
+        return found
+
+    return jax.tree_util.tree_map_with_path(collect, tree)
+
+
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
     """Holds an activation to these axes of the mesh in use; axes that do not divide are left out."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -343,6 +367,11 @@ def _move(tree: Any, where: Any) -> Any:
 def _same(tree: Any) -> Any:
     """A function with a name: what is compiled for it is found again at the next call."""
     return tree
+
+
+@jax.jit
+def _at(stacked: jax.Array, layer: int) -> jax.Array:
+    return stacked[layer]
 
 
 def _own_part(x: jax.Array, where: NamedSharding) -> jax.Array:
