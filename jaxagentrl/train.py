@@ -73,8 +73,7 @@ def run(config: Mapping[str, Any], directory: str) -> None:
         programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
         _plan(config, setup, programs, chain)
         state, host = _restore(folder, config, setup)
-        with _decoding(config, setup, state.params) as policy:
-            setup.engine.warm_up(policy, restricted=rules.is_restricted(config["rollout"]))
+        _warm_up(config, setup, state.params)
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
             session = Session(config, folder, setup, writer)
             if host["stage"] == "start":
@@ -399,14 +398,30 @@ def _decoding(
         yield policy
 
 
-def _start_sft(config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
-    return _fresh_state(setup.trainable, optimizer.make(**config["sft"]["optimizer"]), setup.mesh)
+def _warm_up(config: Mapping[str, Any], setup: prepare.Setup, params: learner.Params) -> None:
+    """Compiles the programs of sampling. The decoder's copy of the parameters ends with the call."""
+    with _decoding(config, setup, params) as policy:
+        setup.engine.warm_up(policy, restricted=rules.is_restricted(config["rollout"]))
+
+
+def _sft_state(
+    params: learner.Params, config: Mapping[str, Any], setup: prepare.Setup
+) -> TrainState:
+    return _fresh_state(params, optimizer.make(**config["sft"]["optimizer"]), setup.mesh)
+
+
+def _rl_state(
+    params: learner.Params, config: Mapping[str, Any], setup: prepare.Setup
+) -> TrainState:
+    """The policy with a fresh critic and a fresh optimizer."""
+    params = learner.with_critic(params, setup.model, critic=config["rl"]["critic"])
+    return _fresh_state(params, reinforce.make_optimizer(config["rl"]), setup.mesh)
 
 
 def _start_rl(state: TrainState, config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
-    """The imitated policy with a fresh critic and a fresh optimizer."""
-    params = learner.with_critic(state.params, setup.model, critic=config["rl"]["critic"])
-    return _fresh_state(params, reinforce.make_optimizer(config["rl"]), setup.mesh)
+    """RL's first state, from the last one of imitation, which is not to be used any more."""
+    _free(state.opt_state)  # else there would be two while the new one is made
+    return _rl_state(state.params, config, setup)
 
 
 def _fresh_state(params: learner.Params, chain: Any, mesh: Any = None) -> TrainState:
@@ -417,6 +432,12 @@ def _fresh_state(params: learner.Params, chain: Any, mesh: Any = None) -> TrainS
         init = jax.jit(lambda params: sharding.constrain_params(chain.init(params)))
     counters = [sharding.place(jnp.zeros((), jnp.int32), mesh) for _ in range(2)]
     return TrainState(*counters, params=params, opt_state=init(params))
+
+
+def _free(tree: Any) -> None:
+    """Gives arrays' memory back now, whoever still refers to them."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.delete()
 
 
 def _reference(session: Session, state: TrainState) -> learner.Params:
@@ -458,16 +479,26 @@ def _save(
 def _restore(
     folder: workdir.Workdir, config: Mapping[str, Any], setup: prepare.Setup
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The newest checkpoint's state, or a new run's."""
-    state = _start_sft(config, setup)
+    """The newest checkpoint's state, or a new run's.
+
+    It takes the place of `setup.trainable`, which is not to be used any more.
+    """
     anywhere = dataclasses.replace(setup, mesh=None)
-    shapes = jax.eval_shape(lambda given: _start_rl(given, config, anywhere), state)
-    rl_like = sharding.abstract(shapes, setup.mesh)
-    for stage, like in (("rl", rl_like), ("sft", state)):
+
+    def shapes(start: Any, params: learner.Params) -> TrainState:
+        made = jax.eval_shape(lambda given: start(given, config, anywhere), params)
+        return sharding.abstract(made, setup.mesh)
+
+    sft_like = shapes(_sft_state, setup.trainable)
+    rl_like = shapes(_rl_state, sft_like.params)
+    for stage, like in (("rl", rl_like), ("sft", sft_like)):
+        if checkpoints.latest_step(folder.checkpoints / stage) is None:
+            continue
+        _free(setup.trainable)
         restored = checkpoints.restore(folder.checkpoints / stage, like)
-        if restored is not None:
-            progress.notice(f"continuing after {stage} step {restored[1]['step']}")
-            return restored
+        progress.notice(f"continuing after {stage} step {restored[1]['step']}")
+        return restored
+    state = _sft_state(setup.trainable, config, setup)
     return state, {"stage": "start", "step": 0, "is_over": False, "lines": 0, "sampler": {}}
 
 
