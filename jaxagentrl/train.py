@@ -70,6 +70,7 @@ def run(config: Mapping[str, Any], directory: str) -> None:
         progress.notice(f"package version differs from the run's first start: {change}")
     started = time.monotonic()
     with prepare.everything(config, folder) as setup, sharding.use(setup.mesh):
+        _name_idle_devices(setup.mesh)
         programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
         _plan(config, setup, programs, chain)
         state, host = _restore(folder, config, setup)
@@ -438,6 +439,15 @@ def _free(tree: Any) -> None:
     """Gives arrays' memory back now, whoever still refers to them."""
     for leaf in jax.tree.leaves(tree):
         leaf.delete()
+
+
+def _name_idle_devices(mesh: jax.sharding.Mesh | None) -> None:
+    """One process may leave devices idle, which is easily done without meaning it."""
+    used, there = 1 if mesh is None else mesh.size, jax.device_count()
+    if used < there:
+        progress.notice(
+            f"{used} of {there} devices are used: mesh.data=-1 takes all of them (docs/scale.md)"
+        )
 
 
 def _reference(session: Session, state: TrainState) -> learner.Params:

@@ -344,3 +344,53 @@ def test_the_first_process_gets_one_tensor_after_another(monkeypatch):
     sizes.clear()
     assert jax.tree.leaves(sharding.to_first(policy, mesh)) == []
     assert len(sizes) == 3 + UNTIED.num_layers * 9
+
+
+@pytest.mark.parametrize(
+    "variables, ids",
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "4"}, []),  # one task per node: all it sees
+        ({"SLURM_NTASKS": "32", "SLURM_STEP_NUM_NODES": "4"}, None),  # one of what they all see
+        # --gpus-per-task=1: that one, whatever the task's number
+        ({"SLURM_NTASKS": "32", "SLURM_STEP_NUM_NODES": "4", "CUDA_VISIBLE_DEVICES": "5"}, []),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, []),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_NODES": "1", "JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
+    ],
+)
+def test_which_devices_of_a_host_a_process_takes(variables, ids):
+    assert hosts._device_ids(variables) == ids
+
+
+def test_under_slurm_a_process_alone_on_its_node_sees_all_devices():
+    """jax's own detection of Slurm, in a process of its own, with the variables that srun sets."""
+    program = (
+        "import jax\n"
+        "from jaxagentrl import hosts\n"
+        "hosts.start()\n"
+        "print(jax.config.values['jax_cuda_visible_devices'], jax.local_device_count())\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    variables = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "JAX_COORDINATOR_PORT": str(port),
+        "JAX_NUM_CPU_DEVICES": "3",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=pathlib.Path(__file__).parents[1],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["all", "3"]

@@ -396,3 +396,54 @@ def test_an_export_brings_nothing_to_the_host_that_it_does_not_write(tmp_path, m
     session.setup = dataclasses.replace(setup, frozen=frozen)
     train._export(session, state)
     assert len(written) == 1 and (tmp_path / "adapters" / "adapter_model.safetensors").exists()
+
+
+def test_idle_devices_are_named(monkeypatch):
+    told = []
+    monkeypatch.setattr(progress, "notice", told.append)
+    train._name_idle_devices(sharding.make_mesh(data=-1, fsdp=2, tensor=1))
+    assert told == []
+    train._name_idle_devices(None)
+    train._name_idle_devices(sharding.make_mesh(data=2, fsdp=1, tensor=2))
+    assert told[0].startswith("1 of 8 devices are used: mesh.data=-1")
+    assert told[1].startswith("4 of 8 devices")
+
+
+def documented() -> list[str]:
+    """The arguments of every command of docs/scale.md."""
+    text = (ROOT / "docs" / "scale.md").read_text().replace("\\\n", " ")
+    return re.findall(r'jaxagentrl\.main([^"#\n]*)', text)
+
+
+def test_the_documented_commands_of_several_devices_pass_every_check(monkeypatch):
+    """Parsed by the real flags, on as many devices and processes as the text says."""
+    monkeypatch.chdir(ROOT)
+    # Box, pod slice, Slurm, two commands for anywhere, laptop: (processes, devices of each).
+    machines = [(1, 8), (4, 4), (4, 8), (2, 8), (2, 8), (1, 8)]
+    assert len(documented()) == len(machines)
+    text = (ROOT / "docs" / "scale.md").read_text()
+    assert "srun --nodes=4 --ntasks-per-node=1 --gpus-per-node=8" in text
+    known = set(flags.FLAGS)
+    for line, (num_processes, each) in zip(documented(), machines, strict=True):
+        rest = "--config=configs/textworld_quickstart.py --workdir=runs/a --config.mesh.data=-1"
+        line = line.replace("…", rest)
+        monkeypatch.setattr(sys, "argv", ["main", *shlex.split(line)])  # the config's flags read it
+        with flagsaver.flagsaver():
+            assert flags.FLAGS(sys.argv) == ["main"]
+            config = main._CONFIG.value.to_dict()
+            if not main._DISTRIBUTED.value:
+                assert (main._NUM_PROCESSES.value or 1) == num_processes
+            for name in set(flags.FLAGS) - known:
+                delattr(flags.FLAGS, name)
+        devices = [Device(id, process_index=id // each) for id in range(num_processes * each)]
+        monkeypatch.setattr(jax, "devices", lambda devices=devices: devices)
+        monkeypatch.setattr(jax, "process_count", lambda count=num_processes: count)
+        settings.check(config)
+        mesh = sharding.make_mesh(**config["mesh"])
+        assert mesh.size == len(devices)  # none is idle
+        assert sharding.decoding_mesh(mesh).size == each
+        shapes = reinforce.part_shapes(config["learner"], mesh)
+        num_rows = config["rl"]["tasks_per_iteration"] * config["rl"]["group_size"]
+        for rows in (num_rows, shapes["row_multiple"]):
+            assert rows % sharding.num_row_shards(mesh) == 0
+        assert plan.largest_works(num_rows, **shapes)
