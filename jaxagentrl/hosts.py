@@ -9,8 +9,9 @@ processes.
 
 import functools
 import itertools
+import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,7 +42,26 @@ def start(
             "--coordinator, --num_processes and --process_id go together: give all three, or none "
             f"and --distributed. Got {coordinator}, {num_processes}, {process_id}."
         )
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, local_device_ids=_device_ids(os.environ)
+    )
+
+
+def _device_ids(variables: Mapping[str, str]) -> list[int] | None:
+    """Which devices of its host are this process's, by the environment: [] all that it can see, None
+    as jax has it.
+
+    Under Slurm and Open MPI, jax gives the n-th process of a host the n-th device and no other. Where
+    several processes see the same devices that is right. A process that is alone on its host would
+    leave all others idle, and one that sees a device of its own (`--gpus-per-task=1`) not find it.
+    """
+    if "JAX_LOCAL_DEVICE_IDS" in variables:
+        return None
+    nodes = variables.get("SLURM_STEP_NUM_NODES")
+    is_alone = nodes is not None and variables.get("SLURM_NTASKS") == nodes
+    is_alone |= variables.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    sees_one = len(variables.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
+    return [] if is_alone or sees_one else None
 
 
 def connect(mesh: Mesh | None) -> None:

@@ -2,8 +2,8 @@
 
 Parameters, optimizer state and cache are counted from their shapes and places. What the programs
 need on top is what the compiler reserved for them (`memory_analysis`), read from the update at the
-largest shape of the run, which is compiled and executed here, before anything else: a run that fits
-now does not run out of memory in its third hour.
+shapes of the run that may be its largest. The largest is executed here, before anything else: a run
+that fits now does not run out of memory in its third hour.
 """
 
 import dataclasses
@@ -23,12 +23,16 @@ from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
 from jaxagentrl.packing import Packed
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
+# The policy among what is trained, of which a KL term keeps a copy: the model or its adapters.
+POLICY = ("policy", "adapters")
+
 # Below this share of the memory the decode program is not compiled twice only to be measured.
 _SMALL_SHARE = 0.05
 _CGROUP_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 ADVICE = {
     "parameters": "a larger mesh.fsdp or mesh.tensor",
+    "reference": "a larger mesh.fsdp, adapters (lora.rank), or rl.kl.placement='none'",
     "optimizer": "a larger mesh.fsdp, optimizer.moment_dtype='bfloat16', or adapters (lora.rank)",
     "gradients": "a larger mesh.fsdp, or adapters (lora.rank)",
     "update": "a smaller learner.tokens_per_part, learner.remat='full', or "
@@ -99,20 +103,22 @@ def make(
     model: decoder.DecoderConfig,
     mesh: jax.sharding.Mesh | None,
     num_rows: int,
-    work: learner.Work,
+    works: Sequence[learner.Work],
     width: int,
     sampling_options: Mapping[str, Any],
+    needs_reference: bool = False,
     compute_dtype: str = "float32",
     limit: int | None = None,
 ) -> Plan:
-    """Compiles and executes the largest update and adds everything up.
+    """Compiles the updates that may be the largest, executes the one that is, adds everything up.
 
     Args:
         update: the program of the run's updates.
         trainable: parameters to be trained, critic included; they are not changed.
         num_rows, width: shape of the run's batches.
-        work: the largest micro-batch, see `largest_work`.
+        works: micro-batches of which one is the largest, see `largest_works`.
         sampling_options: `config.sampling`.
+        needs_reference: whether a copy of the policy (of its adapters) is kept for a KL term.
         compute_dtype: `config.learner.compute_dtype`, which sampling shares.
         limit: bytes that a device has; None asks the device.
     """
@@ -124,20 +130,22 @@ def make(
     )
     state = sharding.abstract(state, mesh)
     batch, targets = sharding.place_rows(_nothing(num_rows, width), mesh)
+    limit = device_limit() if limit is None else limit
+    reference = [trainable[key] for key in POLICY if key in trainable and needs_reference]
     always = {
         "parameters": per_device(trainable) + per_device(frozen),
+        "reference": per_device(reference),
         "optimizer": per_device(state.opt_state),
-        "batch": per_device((batch, targets)),
+        "batch": per_device((batch, targets)) + max(map(_index_bytes, works)),
     }
-    updating = _update_bytes(update, state, trainable, batch, targets, work, frozen)
-    limit = device_limit() if limit is None else limit
+    updating = _update_bytes(update, state, trainable, batch, targets, works, frozen, limit=limit)
     always["cache"], at_sampling = _sampling_bytes(
         model, state.params, frozen, mesh, sampling_options, compute_dtype, limit=limit
     )
     return Plan(always, updating, at_sampling, limit)
 
 
-def largest_work(
+def largest_works(
     num_rows: int,
     *,
     length_buckets: Sequence[int],
@@ -145,28 +153,45 @@ def largest_work(
     row_multiple: int,
     packing: bool,
     longest_context: int | None = None,
-) -> learner.Work:
-    """A micro-batch of the longest trajectories there may be; see `imitate.split`.
+) -> list[learner.Work]:
+    """Micro-batches of which one takes the most memory of all that may come; see `imitate.split`.
+
+    Memory grows with a micro-batch's tokens (logits) and with the length of its rows (attention). A
+    shorter bucket has more rows, and with them more tokens where the longest does not fill
+    `tokens_per_part`: all buckets are candidates but those that a longer one has as many tokens as.
 
     `longest_context` are the most tokens of one text where episodes consist of several.
     """
     width = max(length_buckets)
-    if longest_context is not None:
-        part = batching.bucket(longest_context, length_buckets)
-        contexts = [[(0, longest_context)]] * num_rows
-    else:
-        part, contexts = width, None
-    rows = max(tokens_per_part // (part * row_multiple), 1) * row_multiple
-    return imitate.split(
-        np.arange(min(rows, num_rows), dtype=np.int32),
-        np.full(num_rows, width),
-        shape=(num_rows, width),
-        length_buckets=length_buckets,
-        tokens_per_part=tokens_per_part,
-        row_multiple=row_multiple,
-        packing=packing,
-        contexts=contexts,
-    )
+    longest = width if longest_context is None else batching.bucket(longest_context, length_buckets)
+    lengths = [width]
+    if longest_context is not None or not packing:
+        lengths = sorted({length for length in length_buckets if length <= longest}, reverse=True)
+    found: dict[int, learner.Work] = {}
+    for length in lengths:
+        contexts = None
+        if longest_context is not None:  # as many in a row as there may be of the longest
+            contexts = [[(0, length)] * (width // longest)] * num_rows
+        work = imitate.split(
+            np.arange(num_rows, dtype=np.int32),
+            np.full(num_rows, length),
+            shape=(num_rows, width),
+            length_buckets=length_buckets,
+            tokens_per_part=tokens_per_part,
+            row_multiple=row_multiple,
+            packing=packing,
+            contexts=contexts,
+        )
+        # One micro-batch is executed; how many there are is data, and the memory the same.
+        if isinstance(work, Packed):
+            work = dataclasses.replace(work, count=np.int32(1))
+            tokens = work.places[0].size
+        else:
+            work = work[:1]
+            tokens = work[0][0].size * length
+        if tokens > max(found, default=0):
+            found[tokens] = work
+    return list(found.values())
 
 
 def per_device(tree: Any) -> int:
@@ -204,30 +229,67 @@ def program_bytes(compiled: Any) -> int:
     )
 
 
+def _index_bytes(work: learner.Work) -> int:
+    """Of packed rows' index, which every device holds whole."""
+    return per_device(work) if isinstance(work, Packed) else 0
+
+
 def _update_bytes(
     update: learner.Update,
     state: TrainState,
     trainable: learner.Params,
     batch: TrajectoryBatch,
     targets: learner.Targets,
-    work: learner.Work,
+    works: Sequence[learner.Work],
     frozen: learner.Params | None,
+    *,
+    limit: int,
 ) -> dict[str, int]:
-    if isinstance(work, Packed):
-        # One program with one shape: the run's first step is its largest, so none is made up here.
-        step = update.step.lower(state, batch, targets, work, frozen).compile()
-        return {"update": program_bytes(step)}
-    rows, length = work[0]
+    if isinstance(works[0], Packed):
+        inputs = (trainable, batch, targets, works, frozen)
+        return {"update": _step_bytes(update, state, *inputs, limit=limit)}
     grads = learner.zeros_like(trainable)
-    inputs = (trainable, grads, batch, targets, rows)
-    options = {"length": length, "frozen": frozen}
-    part = update.accumulate.lower(*inputs, **options).compile()
+    sizes = []
+    for ((rows, length),) in works:
+        inputs = (trainable, grads, batch, targets, rows)
+        part = update.accumulate.lower(*inputs, length=length, frozen=frozen).compile()
+        sizes.append(program_bytes(part))
     apply = update.apply.lower(state, grads).compile()
-    jax.block_until_ready(update.accumulate(*inputs, **options))
+    ((rows, length),) = works[int(np.argmax(sizes))]
+    inputs = (trainable, grads, batch, targets, rows)
+    jax.block_until_ready(update.accumulate(*inputs, length=length, frozen=frozen))
     return {
         "gradients": per_device(state.params),
-        "update": max(program_bytes(part), program_bytes(apply)),
+        "update": max(*sizes, program_bytes(apply)),
     }
+
+
+def _step_bytes(
+    update: learner.Update,
+    state: TrainState,
+    trainable: learner.Params,
+    batch: TrajectoryBatch,
+    targets: learner.Targets,
+    works: Sequence[Packed],
+    frozen: learner.Params | None,
+    *,
+    limit: int,
+) -> int:
+    """Of a whole step on packed rows.
+
+    A step changes the state it is given, so that it is executed on one of zeros, beside the
+    parameters. Where only one of the two fits, the step is compiled and not executed.
+    """
+    sizes = [
+        program_bytes(update.step.lower(state, batch, targets, work, frozen).compile())
+        for work in works
+    ]
+    largest = int(np.argmax(sizes))
+    held = per_device((trainable, frozen, batch, targets, state, works[largest]))
+    if held + sizes[largest] <= limit:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), state)
+        jax.block_until_ready(update.step(zeros, batch, targets, works[largest], frozen))
+    return sizes[largest]
 
 
 def _sampling_bytes(
@@ -253,7 +315,9 @@ def _sampling_bytes(
             options["cache_dtype"],
         )
     )
-    given = jax.eval_shape(learner.policy_of, (frozen or {}) | trainable)
+    given = sharding.abstract(
+        jax.eval_shape(learner.policy_of, (frozen or {}) | trainable), mesh
+    )
     with sharding.use(mesh):
         policy = jax.eval_shape(lambda x: decoding_layout.for_decoding(x, compute_dtype), given)
     if local is not None:
@@ -265,9 +329,7 @@ def _sampling_bytes(
         )
         policy = sharding.abstract(policy, local)
     cache_bytes = per_device(cache) * options["num_waves"]
-    is_copied = mesh is not None or policy != given
-    copy = per_device(policy) if is_copied else 0
-    needed = {"decoding copy": copy}
+    needed = {"decoding copy": _copy_bytes(given, policy, mesh)}
     if cache_bytes + per_device(policy) > _SMALL_SHARE * limit:
         with sharding.use(local):
             decode = sampling.make_decode(model, max_turn_tokens=options["max_turn_tokens"])
@@ -280,6 +342,19 @@ def _sampling_bytes(
             ).compile()
         needed["sampling"] = program_bytes(compiled)
     return cache_bytes, needed
+
+
+def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
+    """Of the decoder's parameters as sampling takes them, without those that are at hand so."""
+    if mesh is None:
+        return 0 if policy == given else per_device(policy)
+    places = sharding.decoding_shardings(given, mesh)
+    is_copied = jax.tree.map(
+        lambda x, y, where: x.dtype != y.dtype or not sharding.lies_at(x, where),
+        given, policy, places,
+    )
+    kept = jax.tree.map(lambda x, copied: x if copied else None, policy, is_copied)
+    return per_device(kept)
 
 
 def _decode_inputs(slots: int) -> tuple[Any, ...]:

@@ -70,11 +70,11 @@ def run(config: Mapping[str, Any], directory: str) -> None:
         progress.notice(f"package version differs from the run's first start: {change}")
     started = time.monotonic()
     with prepare.everything(config, folder) as setup, sharding.use(setup.mesh):
+        _name_idle_devices(setup.mesh)
         programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
         _plan(config, setup, programs, chain)
         state, host = _restore(folder, config, setup)
-        with _decoding(config, setup, state.params) as policy:
-            setup.engine.warm_up(policy, restricted=rules.is_restricted(config["rollout"]))
+        _warm_up(config, setup, state.params)
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
             session = Session(config, folder, setup, writer)
             if host["stage"] == "start":
@@ -177,6 +177,8 @@ def _plan(
     shapes = reinforce.part_shapes(config["learner"], setup.mesh)
     trainable = learner.with_critic(setup.trainable, setup.model, critic=rl["critic"])
     limit = config["memory_limit_gb"]
+    # The same for all processes, so that all of them refuse or none does.
+    limit = min(hosts.gather(plan.device_limit())) if limit is None else int(limit * 1e9)
     several = config["rollout"]["context"] != "end"
     longest_context = config["sampling"]["max_length"] if several else None
     made = plan.make(
@@ -187,11 +189,12 @@ def _plan(
         model=setup.model,
         mesh=setup.mesh,
         num_rows=num_rows,
-        work=plan.largest_work(num_rows, longest_context=longest_context, **shapes),
+        works=plan.largest_works(num_rows, longest_context=longest_context, **shapes),
         width=max(config["learner"]["length_buckets"]),
         sampling_options=config["sampling"],
+        needs_reference=programs.needs_reference,
         compute_dtype=config["learner"]["compute_dtype"],
-        limit=None if limit is None else int(limit * 1e9),
+        limit=limit,
     )
     progress.notice(made.text())
     made.check()
@@ -396,14 +399,30 @@ def _decoding(
         yield policy
 
 
-def _start_sft(config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
-    return _fresh_state(setup.trainable, optimizer.make(**config["sft"]["optimizer"]), setup.mesh)
+def _warm_up(config: Mapping[str, Any], setup: prepare.Setup, params: learner.Params) -> None:
+    """Compiles the programs of sampling. The decoder's copy of the parameters ends with the call."""
+    with _decoding(config, setup, params) as policy:
+        setup.engine.warm_up(policy, restricted=rules.is_restricted(config["rollout"]))
+
+
+def _sft_state(
+    params: learner.Params, config: Mapping[str, Any], setup: prepare.Setup
+) -> TrainState:
+    return _fresh_state(params, optimizer.make(**config["sft"]["optimizer"]), setup.mesh)
+
+
+def _rl_state(
+    params: learner.Params, config: Mapping[str, Any], setup: prepare.Setup
+) -> TrainState:
+    """The policy with a fresh critic and a fresh optimizer."""
+    params = learner.with_critic(params, setup.model, critic=config["rl"]["critic"])
+    return _fresh_state(params, reinforce.make_optimizer(config["rl"]), setup.mesh)
 
 
 def _start_rl(state: TrainState, config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
-    """The imitated policy with a fresh critic and a fresh optimizer."""
-    params = learner.with_critic(state.params, setup.model, critic=config["rl"]["critic"])
-    return _fresh_state(params, reinforce.make_optimizer(config["rl"]), setup.mesh)
+    """RL's first state, from the last one of imitation, which is not to be used any more."""
+    _free(state.opt_state)  # else there would be two while the new one is made
+    return _rl_state(state.params, config, setup)
 
 
 def _fresh_state(params: learner.Params, chain: Any, mesh: Any = None) -> TrainState:
@@ -416,13 +435,28 @@ def _fresh_state(params: learner.Params, chain: Any, mesh: Any = None) -> TrainS
     return TrainState(*counters, params=params, opt_state=init(params))
 
 
+def _free(tree: Any) -> None:
+    """Gives arrays' memory back now, whoever still refers to them."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.delete()
+
+
+def _name_idle_devices(mesh: jax.sharding.Mesh | None) -> None:
+    """One process may leave devices idle, which is easily done without meaning it."""
+    used, there = 1 if mesh is None else mesh.size, jax.device_count()
+    if used < there:
+        progress.notice(
+            f"{used} of {there} devices are used: mesh.data=-1 takes all of them (docs/scale.md)"
+        )
+
+
 def _reference(session: Session, state: TrainState) -> learner.Params:
     """The frozen policy that RL started from: kept once, beside the checkpoints.
 
     Under adapters it is the adapters of then, over the model that is there anyway.
     """
     folder = session.folder.checkpoints / "reference"
-    kept = {key: state.params[key] for key in ("policy", "adapters") if key in state.params}
+    kept = {key: state.params[key] for key in plan.POLICY if key in state.params}
     if checkpoints.latest_step(folder) is None:
         kept = jax.tree.map(jnp.copy, kept)
         checkpoints.save(folder, step=0, state=kept, host={}, keep=1)
@@ -455,39 +489,51 @@ def _save(
 def _restore(
     folder: workdir.Workdir, config: Mapping[str, Any], setup: prepare.Setup
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The newest checkpoint's state, or a new run's."""
-    state = _start_sft(config, setup)
+    """The newest checkpoint's state, or a new run's.
+
+    It takes the place of `setup.trainable`, which is not to be used any more.
+    """
     anywhere = dataclasses.replace(setup, mesh=None)
-    shapes = jax.eval_shape(lambda given: _start_rl(given, config, anywhere), state)
-    rl_like = sharding.abstract(shapes, setup.mesh)
-    for stage, like in (("rl", rl_like), ("sft", state)):
+
+    def shapes(start: Any, params: learner.Params) -> TrainState:
+        made = jax.eval_shape(lambda given: start(given, config, anywhere), params)
+        return sharding.abstract(made, setup.mesh)
+
+    sft_like = shapes(_sft_state, setup.trainable)
+    rl_like = shapes(_rl_state, sft_like.params)
+    for stage, like in (("rl", rl_like), ("sft", sft_like)):
+        if checkpoints.latest_step(folder.checkpoints / stage) is None:
+            continue
+        _free(setup.trainable)
         restored = checkpoints.restore(folder.checkpoints / stage, like)
-        if restored is not None:
-            progress.notice(f"continuing after {stage} step {restored[1]['step']}")
-            return restored
+        progress.notice(f"continuing after {stage} step {restored[1]['step']}")
+        return restored
+    state = _sft_state(setup.trainable, config, setup)
     return state, {"stage": "start", "step": 0, "is_over": False, "lines": 0, "sampler": {}}
 
 
 def _export(session: Session, state: TrainState) -> None:
     """The trained policy as a Hugging Face folder; adapters merged into it or in their own."""
     setup, options = session.setup, session.config["lora"]
-    params = sharding.fetch((setup.frozen or {}) | state.params, setup.mesh)
+    base = session.config["model"]["directory"]
+    is_apart = options["rank"] and options["export"] == "separate"
+    params = (setup.frozen or {}) | state.params
+    # No critic; nor the model under separate adapters, if that is in a folder already.
+    names = ["adapters"] if is_apart and base is not None else plan.POLICY
+    params = sharding.to_first({name: params[name] for name in names if name in params}, setup.mesh)
     if not hosts.is_first():
         return
-    policy = params["policy"]
-    if options["rank"]:
-        scale, adapters = options["alpha"] / options["rank"], params["adapters"]
-        if options["export"] == "separate":
-            base = session.config["model"]["directory"] or str(session.folder.model)
-            lora.save(session.folder.adapters, adapters, alpha=options["alpha"], base=base)
-            if session.config["model"]["directory"] is not None:
-                return
-        else:
-            policy = lora.merge(policy, adapters, scale)
-    pretrained.save(
-        session.folder.model,
-        setup.model,
-        policy,
-        tokenizer=setup.chat_format.tokenizer,
-        stop_ids=(setup.chat_format.end_of_turn_id,),
-    )
+    if is_apart:
+        base = base or str(session.folder.model)
+        lora.save(session.folder.adapters, params["adapters"], alpha=options["alpha"], base=base)
+    elif options["rank"]:
+        scale = options["alpha"] / options["rank"]
+        params["policy"] = lora.merge(params["policy"], params["adapters"], scale)
+    if "policy" in params:
+        pretrained.save(
+            session.folder.model,
+            setup.model,
+            params["policy"],
+            tokenizer=setup.chat_format.tokenizer,
+            stop_ids=(setup.chat_format.end_of_turn_id,),
+        )

@@ -50,6 +50,23 @@ def test_fresh_adapters_change_nothing_and_merged_equals_attached(policy):
     assert np.abs(apart - hidden(policy)).max() > 0.01
 
 
+def test_merged_kernels_are_on_the_host(policy):
+    adapters = trained(policy)
+    before = jax.live_arrays()
+    merged = lora.merge(policy, adapters, 4.0)
+    for path in ("mlp/gate", "attention/q"):
+        block, name = path.split("/")
+        kernel, leaves = merged["layers"][block][name]["kernel"], adapters["layers"][block][name]
+        assert type(kernel) is np.ndarray
+        product = np.einsum("nir,nro->nio", leaves["lora_a"], leaves["lora_b"])
+        expected = policy["layers"][block][name]["kernel"] + 4 * product
+        np.testing.assert_allclose(kernel, expected, atol=1e-6)
+    assert merged["layers"]["attention"]["k"] is policy["layers"]["attention"]["k"]
+    assert len(jax.live_arrays()) <= len(before)
+    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)
+    assert lora.merge(small, adapters, 4.0)["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
+
+
 def test_the_cached_pass_has_the_adapters_too(policy):
     params = lora.attach(policy, trained(policy), 4.0)
     tokens = data()[0].tokens[:4, :8]

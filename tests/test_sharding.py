@@ -3,6 +3,11 @@
 import dataclasses
 import functools
 import itertools
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxagentrl import learner, optimizer
+from jaxagentrl import hosts, learner, optimizer
 from jaxagentrl.models import decoder, kv_cache, sharding
 from jaxagentrl.packing import pack
 from jaxagentrl.types import TrainState, TrajectoryBatch
@@ -264,3 +269,128 @@ def test_meshes_that_cannot_be_are_refused(sizes, words):
 def test_a_mesh_of_one_device_is_none():
     assert sharding.make_mesh(data=1, fsdp=1, tensor=1) is None
     assert sharding.make_mesh(data=-1, fsdp=2, tensor=1).shape["data"] == 4
+
+
+def test_parameters_go_to_decoding_straight_into_their_places(monkeypatch):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    policy = sharding.place(params(UNTIED)["policy"], mesh)
+    whole = sum(x.nbytes for x in jax.tree.leaves(policy))
+
+    def refuse(*_):
+        raise AssertionError("whole on every device, or by way of the host")
+
+    # Two processes in all but name; each would take its own devices' shards.
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding, "gather", refuse)
+    monkeypatch.setattr(jax, "device_put", refuse)
+    with sharding.use(mesh):
+        copy = sharding.for_decoding(policy, mesh)
+    held = [
+        [x.addressable_shards[index].data for x in jax.tree.leaves(copy)] for index in range(8)
+    ]
+    norms = 3 * 4 * 2 * 32  # two scales of two layers and the final one, at most
+    assert all(sum(part.nbytes for part in parts) <= whole / 2 + norms for parts in held)
+    assert_placed(copy, sharding.decoding_mesh(mesh))
+    assert_close(jax.device_get(policy), jax.device_get(copy))
+
+
+def test_parameters_that_lie_as_decoding_wants_them_are_not_copied():
+    mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1)
+    policy = sharding.place(params(UNTIED)["policy"], mesh)
+    copy = sharding.for_decoding(policy, mesh)
+    for one, other in zip(jax.tree.leaves(policy), jax.tree.leaves(copy), strict=True):
+        for shard, part in zip(one.addressable_shards, other.addressable_shards, strict=True):
+            assert shard.data.unsafe_buffer_pointer() == part.data.unsafe_buffer_pointer()
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Enough of one to make meshes of."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "fake"
+
+
+def test_a_tensor_group_of_two_processes_is_refused():
+    """Also where every process has as many devices as a group."""
+    devices = np.array([Device(id, process_index=id % 2) for id in range(4)])
+    with pytest.raises(sharding.ShardingError, match="several processes in one tensor group"):
+        sharding.decoding_mesh(sharding._mesh(devices.reshape(2, 1, 2)))
+    local = sharding.decoding_mesh(sharding._mesh(devices[[0, 2, 1, 3]].reshape(2, 1, 2)))
+    assert [device.id for device in local.devices.flat] == [0, 2]
+
+
+def test_the_first_process_gets_one_tensor_after_another(monkeypatch):
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    policy = sharding.place(params(UNTIED)["policy"], mesh)
+    assert sharding.to_first(policy, mesh) is policy  # one process reads its devices anyway
+    sizes, gather = [], sharding.gather
+
+    def spy(leaf, mesh):
+        sizes.append(leaf.nbytes)
+        return gather(leaf, mesh)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding, "gather", spy)
+    found = sharding.to_first(policy, mesh)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(found))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(policy), found)
+    assert max(sizes) == policy["lm_head"]["kernel"].nbytes  # larger than any one layer's
+    assert len(sizes) == 3 + UNTIED.num_layers * 9
+    # The other takes part and keeps nothing.
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    sizes.clear()
+    assert jax.tree.leaves(sharding.to_first(policy, mesh)) == []
+    assert len(sizes) == 3 + UNTIED.num_layers * 9
+
+
+@pytest.mark.parametrize(
+    "variables, ids",
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "4"}, []),  # one task per node: all it sees
+        ({"SLURM_NTASKS": "32", "SLURM_STEP_NUM_NODES": "4"}, None),  # one of what they all see
+        # --gpus-per-task=1: that one, whatever the task's number
+        ({"SLURM_NTASKS": "32", "SLURM_STEP_NUM_NODES": "4", "CUDA_VISIBLE_DEVICES": "5"}, []),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, []),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_NODES": "1", "JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
+    ],
+)
+def test_which_devices_of_a_host_a_process_takes(variables, ids):
+    assert hosts._device_ids(variables) == ids
+
+
+def test_under_slurm_a_process_alone_on_its_node_sees_all_devices():
+    """jax's own detection of Slurm, in a process of its own, with the variables that srun sets."""
+    program = (
+        "import jax\n"
+        "from jaxagentrl import hosts\n"
+        "hosts.start()\n"
+        "print(jax.config.values['jax_cuda_visible_devices'], jax.local_device_count())\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    variables = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "JAX_COORDINATOR_PORT": str(port),
+        "JAX_NUM_CPU_DEVICES": "3",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=pathlib.Path(__file__).parents[1],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["all", "3"]

@@ -1,10 +1,13 @@
 """The whole run through the real command line: what it leaves, and that kill -9 changes nothing."""
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
+import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,12 +15,29 @@ import sys
 import time
 import types
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from records import make_task
+from test_sharding import Device, assert_placed
 
 from envs_host.types import EnvFailure
-from jaxagentrl import metrics, rollout, train
+from jaxagentrl import (
+    checkpoints,
+    main,
+    metrics,
+    plan,
+    prepare,
+    progress,
+    reinforce,
+    rollout,
+    settings,
+    train,
+)
+from jaxagentrl.models import decoder, lora, pretrained, sharding
 from jaxagentrl.types import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -262,3 +282,168 @@ def test_the_sampler_decodes_in_the_dtype_that_the_learner_computes_in():
         config = {"learner": {"compute_dtype": dtype}}
         with train._decoding(config, setup, params) as policy:
             assert policy["embed"]["embedding"].dtype == dtype
+
+
+SMALL = decoder.DecoderConfig(
+    vocab_size=61,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+)
+NO_SETUP = {field.name: None for field in dataclasses.fields(prepare.Setup)}
+
+
+def small_setup(mesh=None, **options) -> prepare.Setup:
+    trainable = sharding.place({"policy": decoder.init(SMALL, jax.random.key(0))}, mesh)
+    given = {"model": SMALL, "trainable": trainable, "mesh": mesh}
+    return prepare.Setup(**NO_SETUP | given | options)
+
+
+def held() -> int:
+    """Bytes of all arrays on one device."""
+    gc.collect()
+    device = jax.devices()[0]
+    buffers = {
+        shard.data.unsafe_buffer_pointer(): shard.data.nbytes
+        for array in jax.live_arrays()
+        for shard in array.addressable_shards
+        if shard.device == device
+    }
+    return sum(buffers.values())
+
+
+@pytest.mark.parametrize("stage", ["rl", "sft"])
+@pytest.mark.parametrize("sizes", [None, (1, 2, 1)], ids=["one device", "mesh"])
+def test_continuing_needs_no_more_memory_than_the_state(tmp_path, monkeypatch, stage, sizes):
+    mesh = sizes and sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    config, setup = smoke_config(), small_setup(mesh)
+    with sharding.use(mesh):
+        start = {"sft": train._sft_state, "rl": train._rl_state}[stage]
+        state = start(jax.tree.map(jnp.copy, setup.trainable), config, setup)
+        saved = jax.device_get(state)
+        checkpoints.save(tmp_path / stage, step=7, state=state, host={"step": 7})
+        size = plan.per_device(state)
+        del state
+    before = held() - plan.per_device(setup.trainable)
+    seen = []
+    restore = checkpoints.restore
+
+    def spy(*arguments):
+        seen.append(held() - before)
+        return restore(*arguments)
+
+    monkeypatch.setattr(checkpoints, "restore", spy)
+    with sharding.use(mesh):
+        state, host = train._restore(types.SimpleNamespace(checkpoints=tmp_path), config, setup)
+    assert seen == [0] and host["step"] == 7  # what the run would start from has made room
+    assert held() - before == size
+    jax.tree.map(np.testing.assert_array_equal, saved, jax.device_get(state))
+    if mesh is not None:
+        assert_placed(state, mesh)
+
+
+def test_a_new_run_starts_with_what_was_prepared(tmp_path):
+    setup = small_setup()
+    before = held()
+    state, host = train._restore(types.SimpleNamespace(checkpoints=tmp_path), smoke_config(), setup)
+    assert host["stage"] == "start"
+    assert held() - before == plan.per_device((state.opt_state, state.step, state.iteration))
+
+
+def test_rl_makes_its_optimizer_when_that_of_imitation_is_gone(monkeypatch):
+    config, setup = smoke_config(), small_setup()
+    state = train._sft_state(setup.trainable, config, setup)
+    before, seen = held(), []
+    fresh = train._fresh_state
+    monkeypatch.setattr(train, "_fresh_state", lambda *x: seen.append(held() - before) or fresh(*x))
+    after = train._start_rl(state, config, setup)
+    assert seen == [-plan.per_device(state.opt_state)]
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+def test_the_copy_that_sampling_is_compiled_with_does_not_stay():
+    config, setup = smoke_config(), small_setup()
+    config["learner"]["compute_dtype"] = "bfloat16"
+    copy = plan.per_device(setup.trainable) // 2
+    before, seen = held(), []
+    engine = types.SimpleNamespace(warm_up=lambda *x, **y: seen.append(held() - before))
+    train._warm_up(config, dataclasses.replace(setup, engine=engine), setup.trainable)
+    assert seen == [copy] and held() == before
+
+
+def test_an_export_brings_nothing_to_the_host_that_it_does_not_write(tmp_path, monkeypatch):
+    config, mesh = smoke_config(), sharding.make_mesh(data=1, fsdp=2, tensor=1)
+    chat_format = types.SimpleNamespace(tokenizer=None, end_of_turn_id=3)
+    setup = small_setup(mesh, chat_format=chat_format)
+    folder = types.SimpleNamespace(model=tmp_path / "model", adapters=tmp_path / "adapters")
+    state = types.SimpleNamespace(params=setup.trainable | {"critic": "not to be touched"})
+    session = types.SimpleNamespace(config=config, setup=setup, folder=folder)
+    written, save = [], pretrained.save
+    monkeypatch.setattr(pretrained, "save", lambda *x, **_: written.append(x[2]) or save(*x))
+    train._export(session, state)
+    assert written[0] is setup.trainable["policy"]  # whose tensors are read one by one
+    _, params = pretrained.load(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, setup.trainable["policy"], params)
+    # Separate adapters over a model that is in a folder: the model stays where it is.
+    config["lora"].update(rank=2, export="separate")
+    config["model"]["directory"] = "some/model"
+    adapters = lora.init(setup.trainable["policy"], jax.random.key(1), rank=2, targets=["q"])
+    state = types.SimpleNamespace(params={"adapters": adapters})
+    frozen = {"policy": "not to be touched", "lora_scale": jnp.float32(1)}
+    session.setup = dataclasses.replace(setup, frozen=frozen)
+    train._export(session, state)
+    assert len(written) == 1 and (tmp_path / "adapters" / "adapter_model.safetensors").exists()
+
+
+def test_idle_devices_are_named(monkeypatch):
+    told = []
+    monkeypatch.setattr(progress, "notice", told.append)
+    train._name_idle_devices(sharding.make_mesh(data=-1, fsdp=2, tensor=1))
+    assert told == []
+    train._name_idle_devices(None)
+    train._name_idle_devices(sharding.make_mesh(data=2, fsdp=1, tensor=2))
+    assert told[0].startswith("1 of 8 devices are used: mesh.data=-1")
+    assert told[1].startswith("4 of 8 devices")
+
+
+def documented() -> list[str]:
+    """The arguments of every command of docs/scale.md."""
+    text = (ROOT / "docs" / "scale.md").read_text().replace("\\\n", " ")
+    return re.findall(r'jaxagentrl\.main([^"#\n]*)', text)
+
+
+def test_the_documented_commands_of_several_devices_pass_every_check(monkeypatch):
+    """Parsed by the real flags, on as many devices and processes as the text says."""
+    monkeypatch.chdir(ROOT)
+    # Box, pod slice, Slurm, two commands for anywhere, laptop: (processes, devices of each).
+    machines = [(1, 8), (4, 4), (4, 8), (2, 8), (2, 8), (1, 8)]
+    assert len(documented()) == len(machines)
+    text = (ROOT / "docs" / "scale.md").read_text()
+    assert "srun --nodes=4 --ntasks-per-node=1 --gpus-per-node=8" in text
+    known = set(flags.FLAGS)
+    for line, (num_processes, each) in zip(documented(), machines, strict=True):
+        rest = "--config=configs/textworld_quickstart.py --workdir=runs/a --config.mesh.data=-1"
+        line = line.replace("…", rest)
+        monkeypatch.setattr(sys, "argv", ["main", *shlex.split(line)])  # the config's flags read it
+        with flagsaver.flagsaver():
+            assert flags.FLAGS(sys.argv) == ["main"]
+            config = main._CONFIG.value.to_dict()
+            if not main._DISTRIBUTED.value:
+                assert (main._NUM_PROCESSES.value or 1) == num_processes
+            for name in set(flags.FLAGS) - known:
+                delattr(flags.FLAGS, name)
+        devices = [Device(id, process_index=id // each) for id in range(num_processes * each)]
+        monkeypatch.setattr(jax, "devices", lambda devices=devices: devices)
+        monkeypatch.setattr(jax, "process_count", lambda count=num_processes: count)
+        settings.check(config)
+        mesh = sharding.make_mesh(**config["mesh"])
+        assert mesh.size == len(devices)  # none is idle
+        assert sharding.decoding_mesh(mesh).size == each
+        shapes = reinforce.part_shapes(config["learner"], mesh)
+        num_rows = config["rl"]["tasks_per_iteration"] * config["rl"]["group_size"]
+        for rows in (num_rows, shapes["row_multiple"]):
+            assert rows % sharding.num_row_shards(mesh) == 0
+        assert plan.largest_works(num_rows, **shapes)

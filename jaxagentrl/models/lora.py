@@ -90,20 +90,22 @@ def attach(policy: Params, adapters: Params, scale: float | jax.Array) -> Params
     return policy | {"layers": layers}
 
 
-def merge(policy: Params, adapters: Params, scale: float | jax.Array) -> Params:
-    """The model with W + (α / r) A B for its kernels: a plain decoder tree."""
+def merge(policy: Params, adapters: Params, scale: float) -> Params:
+    """The model with W + (α / r) A B for its kernels: a plain decoder tree.
+
+    The merged kernels are numpy arrays: they are computed on the host, one layer at a time, so that
+    no second model lies on a device.
+    """
     layers = dict(policy["layers"])
     for block, projections in adapters["layers"].items():
         layers[block] = dict(layers[block])
         for name, leaves in projections.items():
             kernel = layers[block][name]["kernel"]
-            product = jnp.einsum(
-                "nir,nro->nio",
-                leaves["lora_a"].astype(jnp.float32),
-                leaves["lora_b"].astype(jnp.float32),
-                precision="highest",
-            )
-            merged = (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+            a, b = (np.asarray(leaves[leaf], np.float32) for leaf in ("lora_a", "lora_b"))
+            merged = np.empty(kernel.shape, kernel.dtype)
+            for layer in range(len(merged)):
+                added = np.float32(scale) * (a[layer] @ b[layer])
+                merged[layer] = np.asarray(kernel[layer], np.float32) + added
             layers[block][name] = layers[block][name] | {"kernel": merged}
     return policy | {"layers": layers}
 

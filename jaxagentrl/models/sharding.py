@@ -108,13 +108,14 @@ def decoding_mesh(mesh: Mesh) -> Mesh:
     Raises:
         ShardingError: a tensor group spans processes.
     """
-    mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     tensor = mesh.shape["tensor"]
-    if len(mine) % tensor:
+    groups = mesh.devices.reshape(-1, tensor)
+    if any(len({device.process_index for device in group}) > 1 for group in groups):
         raise ShardingError(
-            f"mesh.tensor is {tensor} but this process has {len(mine)} devices: tensor groups stay "
-            "within one process."
+            f"mesh.tensor is {tensor}, which puts devices of several processes in one tensor group: "
+            "lower it to a divisor of the number of devices that each process has."
         )
+    mine = [group for group in groups if group[0].process_index == jax.process_index()]
     return _mesh(np.array(mine).reshape(-1, 1, tensor))
 
 
@@ -239,26 +240,45 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def for_decoding(params: Any, mesh: Mesh | None) -> Any:
-    """A copy of the parameters on the `decoding_mesh`, gathered once for a whole rollout."""
+    """The parameters on the `decoding_mesh`, gathered once for a whole rollout.
+
+    Every tensor group holds all of them and a device its part of the group's: none holds more of
+    them even while they are gathered. Parameters that lie so already are not copied. A collective
+    when there are several processes.
+    """
     if mesh is None:
         return params
     local = decoding_mesh(mesh)
-    if jax.process_count() == 1:
-        return jax.device_put(params, shardings(params, local))
-    whole = gather(params, mesh)
-    return jax.tree.map(
-        lambda x, where: jax.device_put(x.addressable_data(0), where),
-        whole,
-        shardings(whole, local),
-    )
+    leaves, treedef = jax.tree.flatten(params)
+    places = jax.tree.leaves(decoding_shardings(params, mesh))
+    moving = [i for i, x in enumerate(leaves) if not lies_at(x, places[i])]
+    moved = _move([leaves[i] for i in moving], [places[i] for i in moving])
+    for i, leaf in zip(moving, moved, strict=True):
+        leaves[i] = leaf
+    return jax.tree.map(_own_part, treedef.unflatten(leaves), shardings(params, local))
+
+
+def decoding_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Where parameters lie for decoding, on the mesh that they are trained on: split over tensor and
+    repeated along the other axes."""
+
+    def split(axes: tuple[Axis, ...], leaf: Any) -> NamedSharding:
+        kept = [axis if axis == "tensor" else None for axis in axes]
+        return NamedSharding(mesh, spec(kept, leaf.shape, mesh.shape))
+
+    return _by_path(tree, split)
+
+
+def lies_at(leaf: Any, where: NamedSharding) -> bool:
+    """Whether an array, or what is to be one, is on the devices as `where` says."""
+    return leaf.sharding is not None and leaf.sharding.is_equivalent_to(where, leaf.ndim)
 
 
 def gather(tree: Any, mesh: Mesh | None) -> Any:
     """Every leaf whole on every device; a collective when there are several processes."""
     if mesh is None:
         return tree
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(lambda x: x, out_shardings=whole)(tree)
+    return _move(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def fetch(tree: Any, mesh: Mesh | None) -> Any:
@@ -266,6 +286,30 @@ def fetch(tree: Any, mesh: Mesh | None) -> Any:
     if mesh is None or jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(np.asarray, gather(tree, mesh))
+
+
+def to_first(tree: Any, mesh: Mesh | None) -> Any:
+    """The leaves within reach of the first process: numpy arrays in its memory, None elsewhere.
+
+    A collective, during which devices hold one tensor at a time whole, of stacked layers one layer's.
+
+    One process reaches all of its devices: the tree comes back as it is.
+    """
+    if mesh is None or jax.process_count() == 1:
+        return tree
+    is_first = jax.process_index() == 0
+
+    def collect(path: Any, leaf: jax.Array) -> np.ndarray | None:
+        stacked = any(key.key == "layers" for key in path)
+        found = np.empty(leaf.shape, leaf.dtype) if is_first else None
+        for index in np.ndindex(leaf.shape[:1] if stacked else ()):
+            # Waited for, lest a process that only takes part runs ahead and piles them up.
+            part = jax.block_until_ready(gather(_at(leaf, *index) if index else leaf, mesh))
+            if is_first:
+                found[index] = part.addressable_data(0)
+        return found
+
+    return jax.tree_util.tree_map_with_path(collect, tree)
 
 
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
@@ -309,6 +353,28 @@ def _put(x: Any, where: NamedSharding) -> jax.Array:
     if jax.process_count() == 1:
         return jax.device_put(x, where)
     if isinstance(x, jax.Array) and not x.is_fully_addressable:  # on the mesh already
-        return jax.jit(lambda x: x, out_shardings=where)(x)
+        return _move(x, where)
     value = np.asarray(x)
     return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+
+def _move(tree: Any, where: Any) -> Any:
+    """Arrays on the mesh in other places of it, by the devices' own connections. (`device_put` goes
+    through the host.)"""
+    return jax.jit(_same, out_shardings=where)(tree)
+
+
+def _same(tree: Any) -> Any:
+    """A function with a name: what is compiled for it is found again at the next call."""
+    return tree
+
+
+@jax.jit
+def _at(stacked: jax.Array, layer: int) -> jax.Array:
+    return stacked[layer]
+
+
+def _own_part(x: jax.Array, where: NamedSharding) -> jax.Array:
+    """What this process's devices hold of an array, as an array of their own. Nothing is copied."""
+    shards = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, where, shards)
