@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Protocol
 
 import numpy as np

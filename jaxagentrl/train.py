@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxagentrl import (
     checkpoints,
@@ -33,10 +32,11 @@ from jaxagentrl import (
     rollout,
     rules,
     settings,
+    states,
     tasks,
     workdir,
 )
-from jaxagentrl.models import decoding_layout, lora, pretrained, sharding
+from jaxagentrl.models import decoding_layout, sharding
 from jaxagentrl.types import TrainState
 
 # Words of the random streams, so that no two uses of one seed coincide.
@@ -73,7 +73,7 @@ def run(config: Mapping[str, Any], directory: str) -> None:
         _name_idle_devices(setup.mesh)
         programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
         _plan(config, setup, programs, chain)
-        state, host = _restore(folder, config, setup)
+        state, host = states.restore(folder, config, setup)
         _warm_up(config, setup, state.params)
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
             session = Session(config, folder, setup, writer)
@@ -86,10 +86,10 @@ def run(config: Mapping[str, Any], directory: str) -> None:
                 if not host.get("is_over"):  # Checkpoints of before there was a target have none.
                     state = _imitate(session, state, host["step"])
                 writer.write("eval", 0, _timed({}, _evaluate, session, state.params, "sft"))
-                state = _start_rl(state, config, setup)
+                state = states.begin_rl(state, config, setup)
                 host = _save(session, state, stage="rl", step=0)
             state = _reinforce(session, state, host, programs)
-            _export(session, state)
+            states.export(folder, config, setup, state)
     if hosts.is_first():
         report.write(folder.root)
     hosts.wait("end")
@@ -205,7 +205,7 @@ def _reinforce(
 ) -> TrainState:
     """Reinforcement learning from iteration host["step"] on."""
     config, setup, rl = session.config, session.setup, session.config["rl"]
-    reference = _reference(session, state) if programs.needs_reference else {}
+    reference = states.reference(session.folder, state) if programs.needs_reference else {}
     sampler = tasks.Sampler(setup.splits["train"], seed=config["seed"])
     if host["sampler"]:
         sampler.restore(host["sampler"])
@@ -405,42 +405,6 @@ def _warm_up(config: Mapping[str, Any], setup: prepare.Setup, params: learner.Pa
         setup.engine.warm_up(policy, restricted=rules.is_restricted(config["rollout"]))
 
 
-def _sft_state(
-    params: learner.Params, config: Mapping[str, Any], setup: prepare.Setup
-) -> TrainState:
-    return _fresh_state(params, optimizer.make(**config["sft"]["optimizer"]), setup.mesh)
-
-
-def _rl_state(
-    params: learner.Params, config: Mapping[str, Any], setup: prepare.Setup
-) -> TrainState:
-    """The policy with a fresh critic and a fresh optimizer."""
-    params = learner.with_critic(params, setup.model, critic=config["rl"]["critic"])
-    return _fresh_state(params, reinforce.make_optimizer(config["rl"]), setup.mesh)
-
-
-def _start_rl(state: TrainState, config: Mapping[str, Any], setup: prepare.Setup) -> TrainState:
-    """RL's first state, from the last one of imitation, which is not to be used any more."""
-    _free(state.opt_state)  # else there would be two while the new one is made
-    return _rl_state(state.params, config, setup)
-
-
-def _fresh_state(params: learner.Params, chain: Any, mesh: Any = None) -> TrainState:
-    # Two counters, two buffers: the state is donated, and one buffer cannot be donated twice.
-    params = sharding.place(params, mesh)
-    init = chain.init
-    if mesh is not None:
-        init = jax.jit(lambda params: sharding.constrain_params(chain.init(params)))
-    counters = [sharding.place(jnp.zeros((), jnp.int32), mesh) for _ in range(2)]
-    return TrainState(*counters, params=params, opt_state=init(params))
-
-
-def _free(tree: Any) -> None:
-    """Gives arrays' memory back now, whoever still refers to them."""
-    for leaf in jax.tree.leaves(tree):
-        leaf.delete()
-
-
 def _name_idle_devices(mesh: jax.sharding.Mesh | None) -> None:
     """One process may leave devices idle, which is easily done without meaning it."""
     used, there = 1 if mesh is None else mesh.size, jax.device_count()
@@ -448,21 +412,6 @@ def _name_idle_devices(mesh: jax.sharding.Mesh | None) -> None:
         progress.notice(
             f"{used} of {there} devices are used: mesh.data=-1 takes all of them (docs/scale.md)"
         )
-
-
-def _reference(session: Session, state: TrainState) -> learner.Params:
-    """The frozen policy that RL started from: kept once, beside the checkpoints.
-
-    Under adapters it is the adapters of then, over the model that is there anyway.
-    """
-    folder = session.folder.checkpoints / "reference"
-    kept = {key: state.params[key] for key in plan.POLICY if key in state.params}
-    if checkpoints.latest_step(folder) is None:
-        kept = jax.tree.map(jnp.copy, kept)
-        checkpoints.save(folder, step=0, state=kept, host={}, keep=1)
-        return kept
-    reference, _ = checkpoints.restore(folder, kept)
-    return reference
 
 
 def _save(
@@ -484,56 +433,3 @@ def _save(
     }
     checkpoints.save(session.folder.checkpoints / stage, step=step, state=state, host=host)
     return host
-
-
-def _restore(
-    folder: workdir.Workdir, config: Mapping[str, Any], setup: prepare.Setup
-) -> tuple[TrainState, dict[str, Any]]:
-    """The newest checkpoint's state, or a new run's.
-
-    It takes the place of `setup.trainable`, which is not to be used any more.
-    """
-    anywhere = dataclasses.replace(setup, mesh=None)
-
-    def shapes(start: Any, params: learner.Params) -> TrainState:
-        made = jax.eval_shape(lambda given: start(given, config, anywhere), params)
-        return sharding.abstract(made, setup.mesh)
-
-    sft_like = shapes(_sft_state, setup.trainable)
-    rl_like = shapes(_rl_state, sft_like.params)
-    for stage, like in (("rl", rl_like), ("sft", sft_like)):
-        if checkpoints.latest_step(folder.checkpoints / stage) is None:
-            continue
-        _free(setup.trainable)
-        restored = checkpoints.restore(folder.checkpoints / stage, like)
-        progress.notice(f"continuing after {stage} step {restored[1]['step']}")
-        return restored
-    state = _sft_state(setup.trainable, config, setup)
-    return state, {"stage": "start", "step": 0, "is_over": False, "lines": 0, "sampler": {}}
-
-
-def _export(session: Session, state: TrainState) -> None:
-    """The trained policy as a Hugging Face folder; adapters merged into it or in their own."""
-    setup, options = session.setup, session.config["lora"]
-    base = session.config["model"]["directory"]
-    is_apart = options["rank"] and options["export"] == "separate"
-    params = (setup.frozen or {}) | state.params
-    # No critic; nor the model under separate adapters, if that is in a folder already.
-    names = ["adapters"] if is_apart and base is not None else plan.POLICY
-    params = sharding.to_first({name: params[name] for name in names if name in params}, setup.mesh)
-    if not hosts.is_first():
-        return
-    if is_apart:
-        base = base or str(session.folder.model)
-        lora.save(session.folder.adapters, params["adapters"], alpha=options["alpha"], base=base)
-    elif options["rank"]:
-        scale = options["alpha"] / options["rank"]
-        params["policy"] = lora.merge(params["policy"], params["adapters"], scale)
-    if "policy" in params:
-        pretrained.save(
-            session.folder.model,
-            setup.model,
-            params["policy"],
-            tokenizer=setup.chat_format.tokenizer,
-            stop_ids=(setup.chat_format.end_of_turn_id,),
-        )

@@ -1,7 +1,8 @@
 """config.json of published models, each with what our config is to be.
 
 Put together from the publishers' files as they are quoted in public repositories and in the tests of
-other readers of them; the hub itself is out of reach from where this was written.
+other readers of them, and, for SmolLM2-135M-Instruct, Mistral-7B-Instruct-v0.3 and Llama-3.2-3B-Instruct, from memory; the
+hub itself is out of reach from where this was written.
 """
 
 from jaxagentrl.models import rope

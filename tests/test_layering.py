@@ -105,6 +105,7 @@ jaxagentrl.report_page
 jaxagentrl.report
 jaxagentrl.prepare
 jaxagentrl.settings
+jaxagentrl.states
 jaxagentrl.train
 jaxagentrl.main
 """.split()

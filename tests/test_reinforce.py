@@ -14,7 +14,7 @@ import pytest
 from records import make_task, make_trajectory, make_turn
 
 from envs_host.types import StopReason
-from jaxagentrl import batching, engine, estimate, imitate, learner, reinforce, rewards, train
+from jaxagentrl import batching, engine, estimate, imitate, learner, reinforce, rewards, states
 from jaxagentrl.models import decoder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -91,7 +91,7 @@ def make_state(config: dict, critic: str = "none"):
     params = learner.with_critic(params, MODEL, critic=critic)
     programs, chain = reinforce.make_programs(config, MODEL)
     reference = jax.tree.map(jnp.copy, {"policy": params["policy"]})
-    return train._fresh_state(params, chain), reference, programs
+    return states.fresh(params, chain), reference, programs
 
 
 @functools.cache

@@ -35,6 +35,7 @@ from jaxagentrl import (
     reinforce,
     rollout,
     settings,
+    states,
     train,
 )
 from jaxagentrl.models import decoder, lora, pretrained, sharding
@@ -321,7 +322,7 @@ def test_continuing_needs_no_more_memory_than_the_state(tmp_path, monkeypatch, s
     mesh = sizes and sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
     config, setup = smoke_config(), small_setup(mesh)
     with sharding.use(mesh):
-        start = {"sft": train._sft_state, "rl": train._rl_state}[stage]
+        start = {"sft": states.for_sft, "rl": states.for_rl}[stage]
         state = start(jax.tree.map(jnp.copy, setup.trainable), config, setup)
         saved = jax.device_get(state)
         checkpoints.save(tmp_path / stage, step=7, state=state, host={"step": 7})
@@ -337,7 +338,7 @@ def test_continuing_needs_no_more_memory_than_the_state(tmp_path, monkeypatch, s
 
     monkeypatch.setattr(checkpoints, "restore", spy)
     with sharding.use(mesh):
-        state, host = train._restore(types.SimpleNamespace(checkpoints=tmp_path), config, setup)
+        state, host = states.restore(types.SimpleNamespace(checkpoints=tmp_path), config, setup)
     assert seen == [0] and host["step"] == 7  # what the run would start from has made room
     assert held() - before == size
     jax.tree.map(np.testing.assert_array_equal, saved, jax.device_get(state))
@@ -348,18 +349,18 @@ def test_continuing_needs_no_more_memory_than_the_state(tmp_path, monkeypatch, s
 def test_a_new_run_starts_with_what_was_prepared(tmp_path):
     setup = small_setup()
     before = held()
-    state, host = train._restore(types.SimpleNamespace(checkpoints=tmp_path), smoke_config(), setup)
+    state, host = states.restore(types.SimpleNamespace(checkpoints=tmp_path), smoke_config(), setup)
     assert host["stage"] == "start"
     assert held() - before == plan.per_device((state.opt_state, state.step, state.iteration))
 
 
 def test_rl_makes_its_optimizer_when_that_of_imitation_is_gone(monkeypatch):
     config, setup = smoke_config(), small_setup()
-    state = train._sft_state(setup.trainable, config, setup)
+    state = states.for_sft(setup.trainable, config, setup)
     before, seen = held(), []
-    fresh = train._fresh_state
-    monkeypatch.setattr(train, "_fresh_state", lambda *x: seen.append(held() - before) or fresh(*x))
-    after = train._start_rl(state, config, setup)
+    fresh = states.fresh
+    monkeypatch.setattr(states, "fresh", lambda *x: seen.append(held() - before) or fresh(*x))
+    after = states.begin_rl(state, config, setup)
     assert seen == [-plan.per_device(state.opt_state)]
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
 
@@ -380,10 +381,9 @@ def test_an_export_brings_nothing_to_the_host_that_it_does_not_write(tmp_path, m
     setup = small_setup(mesh, chat_format=chat_format)
     folder = types.SimpleNamespace(model=tmp_path / "model", adapters=tmp_path / "adapters")
     state = types.SimpleNamespace(params=setup.trainable | {"critic": "not to be touched"})
-    session = types.SimpleNamespace(config=config, setup=setup, folder=folder)
     written, save = [], pretrained.save
     monkeypatch.setattr(pretrained, "save", lambda *x, **_: written.append(x[2]) or save(*x))
-    train._export(session, state)
+    states.export(folder, config, setup, state)
     assert written[0] is setup.trainable["policy"]  # whose tensors are read one by one
     _, params = pretrained.load(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, setup.trainable["policy"], params)
@@ -393,8 +393,7 @@ def test_an_export_brings_nothing_to_the_host_that_it_does_not_write(tmp_path, m
     adapters = lora.init(setup.trainable["policy"], jax.random.key(1), rank=2, targets=["q"])
     state = types.SimpleNamespace(params={"adapters": adapters})
     frozen = {"policy": "not to be touched", "lora_scale": jnp.float32(1)}
-    session.setup = dataclasses.replace(setup, frozen=frozen)
-    train._export(session, state)
+    states.export(folder, config, dataclasses.replace(setup, frozen=frozen), state)
     assert len(written) == 1 and (tmp_path / "adapters" / "adapter_model.safetensors").exists()
 
 
@@ -415,6 +414,7 @@ def documented() -> list[str]:
     return re.findall(r'jaxagentrl\.main([^"#\n]*)', text)
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
 def test_the_documented_commands_of_several_devices_pass_every_check(monkeypatch):
     """Parsed by the real flags, on as many devices and processes as the text says."""
     monkeypatch.chdir(ROOT)
