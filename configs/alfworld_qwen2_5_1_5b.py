@@ -62,6 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
         remat="full",
     )
     config.mesh.update(fsdp=-1)
+    config.export_dtype = "bfloat16"
     config.sft.update(num_steps=0, target_loss=None, observation_weight=0.0)
     config.rl.update(
         num_iterations=150,

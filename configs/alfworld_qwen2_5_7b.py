@@ -54,10 +54,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.learner.update(
         length_buckets=(1024, 2048, 4096),
         tokens_per_part=32_768,
+        packing=True,
         compute_dtype="bfloat16",
         remat="full",
     )
     config.mesh.update(fsdp=-1)
+    config.export_dtype = "bfloat16"
     config.sft.update(
         num_steps=18, target_loss=None, batch_size=16, observation_weight=0.0
     )

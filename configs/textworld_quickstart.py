@@ -109,6 +109,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh = dict(data=1, fsdp=1, tensor=1)
     # None: what the device says it has. The run is refused when its plan needs more.
     config.memory_limit_gb = ml_collections.config_dict.placeholder(float)
+    # Of the weights that a run leaves in model/.
+    config.export_dtype = "float32"
     config.lora = dict(
         rank=0,
         alpha=16.0,

@@ -54,6 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
         remat="full",
     )
     config.mesh.update(fsdp=-1)
+    config.export_dtype = "bfloat16"
     config.sft.update(num_steps=0, target_loss=None, observation_weight=0.0)
     config.sft.optimizer.update(learning_rate=1e-5, warmup_steps=2, b2=0.999, weight_decay=0.01)
     config.rl.update(

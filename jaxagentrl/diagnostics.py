@@ -103,6 +103,40 @@ def clip_fractions(
     }
 
 
+def is_clipped(
+    surrogate: str,
+    log_ratio: Array,
+    advantages: Array,
+    action_mask: Array,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Array:
+    """Where a surrogate's clip acts: on the ratio of the token or, GSPO, of its row, and, where the clip
+    is of an objective, on the side that the advantage would go on to. Dual clip apart.
+
+    Args:
+        surrogate: "clipped", "gspo", "cispo" or "policy_gradient".
+        log_ratio: [B, L] float, log π − log π_old, 0 off the mask.
+        advantages: [B, L] float.
+        action_mask: [B, L] bool.
+        clip_low, clip_high: as in `losses.clipped_surrogate`.
+
+    Returns:
+        [B, L] bool.
+    """
+    if surrogate == "policy_gradient":
+        return jnp.zeros_like(action_mask)
+    if surrogate == "gspo":
+        length = masking.sequence_sum(action_mask.astype(jnp.float32), action_mask)
+        log_ratio = masking.divide(masking.sequence_sum(log_ratio, action_mask), length)
+    ratio = jnp.exp(log_ratio)
+    above, below = ratio > 1 + clip_high, ratio < 1 - clip_low
+    if surrogate != "cispo":
+        above, below = above & (advantages > 0), below & (advantages < 0)
+    return above | below
+
+
 def approximate_kl(
     old_logprobs: Array,
     logprobs: Array,

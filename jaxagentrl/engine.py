@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from jaxagentrl import sampling, tiling, turns
+from jaxagentrl import compiles, sampling, tiling, turns
 from jaxagentrl.models import decoder, kv_cache
 from jaxagentrl.turns import Counters, TurnRequest, TurnSample, Waiting
 
@@ -485,15 +485,15 @@ class Engine:
 
     @contextlib.contextmanager
     def _first_call(self, program: str, *sizes: int | str) -> Iterator[None]:
-        """Counts programs not seen before and says so before the compiler goes silent."""
-        is_first = (program, *sizes) not in self._seen
-        if is_first:
+        """Says so before the compiler goes silent, and counts what jax compiled, expected or not: other
+        parameters than those of the warm-up (their dtype, say) compile everything anew."""
+        if (program, *sizes) not in self._seen:
             self._seen.add((program, *sizes))
             self._notice(f"compiling {program} {' x '.join(map(str, sizes))}")
-        since = time.monotonic()
+        before, since = compiles.count(), time.monotonic()
         yield
-        if is_first:
-            self.counters.compiles += 1
+        if compiles.count() > before:
+            self.counters.compiles += compiles.count() - before
             self.counters.seconds_compile += time.monotonic() - since
 
     def _filled(self, length: int) -> int:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxagentrl import logprobs as token_scores
-from jaxagentrl import losses, masking
+from jaxagentrl import diagnostics, losses
 from jaxagentrl.models import decoder, lora, sharding
 from jaxagentrl.packing import Packed
 from jaxagentrl.types import Array, TrainState, TrajectoryBatch
@@ -295,7 +295,7 @@ def make_rl_loss(
         observation = -jnp.sum(targets.observation_weights * scores.logprobs)
         loss = policy - entropy_coefficient * entropy + observation
         log_ratio = jnp.where(mask, scores.logprobs - old, 0.0)
-        is_clipped = _is_clipped(surrogate, log_ratio, targets.advantages, mask, **clips)
+        is_clipped = diagnostics.is_clipped(surrogate, log_ratio, targets.advantages, mask, **clips)
         gap = jnp.where(mask, jnp.abs(old - batch.sampler_logprobs), 0.0)
         metrics = {
             "loss/policy": policy,
@@ -325,29 +325,6 @@ def make_rl_loss(
         return loss, metrics
 
     return loss_fn
-
-
-def _is_clipped(
-    surrogate: str,
-    log_ratio: Array,
-    advantages: Array,
-    action_mask: Array,
-    *,
-    clip_low: float,
-    clip_high: float,
-) -> Array:
-    """[B, L] bool, where the surrogate's clip acts: on the ratio of the token or, GSPO, of its sequence,
-    and, where the clip is of an objective, on the side that the advantage would go on to."""
-    if surrogate == "policy_gradient":
-        return jnp.zeros_like(action_mask)
-    if surrogate == "gspo":
-        length = masking.sequence_sum(action_mask.astype(jnp.float32), action_mask)
-        log_ratio = masking.divide(masking.sequence_sum(log_ratio, action_mask), length)
-    ratio = jnp.exp(log_ratio)
-    above, below = ratio > 1 + clip_high, ratio < 1 - clip_low
-    if surrogate != "cispo":
-        above, below = above & (advantages > 0), below & (advantages < 0)
-    return above | below
 
 
 def make_accumulate(loss_fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ _OPTIMIZER = (
     "learning_rate warmup_steps decay_steps? final_fraction b1 b2 weight_decay max_grad_norm moment_dtype"
 )
 _SECTIONS = {
-    "": "seed compilation_cache_dir? memory_limit_gb? splits namings",
+    "": "seed compilation_cache_dir? memory_limit_gb? export_dtype splits namings",
     "env": "name params cache_dir options num_workers?",
     "pool": "num_workers step_limit_s reset_limit_s worker_memory_mb",
     "prompt": "style show_admissible system? template_options",
@@ -156,6 +156,7 @@ def _check_values(config: Config) -> None:
         ("prompt.style", styles.__contains__, f"one of {', '.join(styles)}"),
         ("learner.remat", decoder.REMAT.__contains__, f"one of {', '.join(decoder.REMAT)}"),
         ("learner.compute_dtype", ("float32", "bfloat16").__contains__, "float32 or bfloat16"),
+        ("export_dtype", ("float32", "bfloat16", "float16").__contains__, "float32, bfloat16 or float16"),
         ("lora.export", ("merged", "separate").__contains__, "merged or separate"),
     ):
         value = values[path]

@@ -100,6 +100,7 @@ def export(
             params["policy"],
             tokenizer=setup.chat_format.tokenizer,
             stop_ids=setup.stop_ids,
+            dtype=config["export_dtype"],
         )
 
 

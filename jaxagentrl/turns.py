@@ -44,11 +44,11 @@ class Counters:
     slots_launched: int = 0  # slots of the wave, summed over launches
     decode_steps: int = 0
     decode_places: int = 0  # rows of all decode steps; tokens_decoded of these were used
-    compiles: int = 0
+    compiles: int = 0  # by jax's account, whatever asked for them
     seconds_extend: float = 0.0  # the host waited for extend and fork
     seconds_decode: float = 0.0  # the host waited for decode
     seconds_transfer: float = 0.0  # samples came from the device
-    seconds_compile: float = 0.0  # a program was called for the first time
+    seconds_compile: float = 0.0  # calls in which something was compiled
 
     def since(self, earlier: "Counters") -> "Counters":
         """What was added since a copy was taken."""

@@ -169,6 +169,20 @@ def test_turns_stop_at_the_end_of_turn_token_or_the_budget(params):
     assert ended > 0
 
 
+def test_what_parameters_of_another_type_compile_is_counted(params):
+    eng = make_engine(2)
+    request = engine.TurnRequest(0, np.arange(10, 14, dtype=np.int32), 4, (0,))
+    act(eng, params, 0, [request])
+    eng.release(0, 0)
+    before = dataclasses.replace(eng.counters)
+    act(eng, params, 0, [request])
+    assert eng.counters.since(before).compiles == 0
+    eng.release(0, 0)
+    act(eng, jax.tree.map(lambda x: x.astype(np.float16), params), 0, [request])
+    used = eng.counters.since(before)
+    assert used.compiles > 0 and used.seconds_compile > 0
+
+
 def test_warm_up_compiles_everything_and_changes_nothing(params):
     said = []
     eng = make_engine(4, 2, notice=said.append)

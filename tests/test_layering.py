@@ -72,6 +72,7 @@ jaxagentrl.models.tensor_files
 jaxagentrl.models.tokenizer_files
 jaxagentrl.models.pretrained
 jaxagentrl.hosts
+jaxagentrl.compiles
 jaxagentrl.sampling
 jaxagentrl.tiling
 jaxagentrl.turns

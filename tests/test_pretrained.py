@@ -59,6 +59,20 @@ def test_bfloat16_round_trip(case, folders, tmp_path):
     assert model.dtype == torch.bfloat16
 
 
+def test_float32_parameters_are_stored_in_sixteen_bits_if_asked(folders, tmp_path):
+    case = sorted(path.name for path in folders.iterdir())[0]
+    config, params = pretrained.load(folders / case)
+    pretrained.save(tmp_path / "half", config, params, dtype="bfloat16")
+    said = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert said.get("dtype", said.get("torch_dtype")) == "bfloat16"
+    weights, whole = (sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+                      for folder in (tmp_path / "half", folders / case))
+    assert weights < 0.6 * whole
+    _, again = pretrained.load(tmp_path / "half")
+    rounded = jax.tree.map(lambda leaf: leaf.astype("bfloat16").astype("float32"), params)
+    jax.tree.map(np.testing.assert_array_equal, rounded, again)
+
+
 @pytest.mark.parametrize("max_shard_bytes", [1, 20_000])
 def test_sharded_folder_loads_here_and_there(max_shard_bytes, folders, tmp_path):
     config, params = pretrained.load(folders / "qwen2_untied")

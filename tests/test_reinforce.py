@@ -14,7 +14,7 @@ import pytest
 from records import make_task, make_trajectory, make_turn
 
 from envs_host.types import StopReason
-from jaxagentrl import batching, engine, estimate, imitate, learner, reinforce, rewards, states
+from jaxagentrl import batching, diagnostics, engine, estimate, imitate, learner, reinforce, rewards, states
 from jaxagentrl.models import decoder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -260,9 +260,9 @@ def test_what_counts_as_clipped(surrogate, expected):
     log_ratio = np.log(np.array([[2.0, 1.0, 0.5, 1.0]], np.float32))
     signs, mask = np.array([[1.0, 1.0, -1.0, -1.0]], np.float32), np.ones((1, 4), bool)
     clips = dict(clip_low=0.2, clip_high=0.28)
-    got = learner._is_clipped(surrogate, log_ratio, signs, mask, **clips)
+    got = diagnostics.is_clipped(surrogate, log_ratio, signs, mask, **clips)
     np.testing.assert_array_equal(got[0], expected)
-    turned = learner._is_clipped(surrogate, log_ratio, -signs, mask, **clips)
+    turned = diagnostics.is_clipped(surrogate, log_ratio, -signs, mask, **clips)
     assert np.any(turned) == (surrogate == "cispo")
 
 

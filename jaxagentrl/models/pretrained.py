@@ -112,6 +112,7 @@ def save(
     *,
     tokenizer: Any = None,
     stop_ids: Sequence[int] = (),
+    dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
@@ -122,12 +123,12 @@ def save(
     Args:
         directory: where to write.
         config: the decoder's shape.
-        params: its parameters, exactly the tree of `decoder.init` (no value head); stored in the
-            dtype they have.
+        params: its parameters, exactly the tree of `decoder.init` (no value head).
         tokenizer: a transformers tokenizer to save along, with its chat template; its padding and
             beginning-of-sequence ids go into generation_config.json.
         stop_ids: ids that end a turn, in the order in which they are written; the tokenizer's end of
             sequence follows if it is not among them. Generation stops at all of them.
+        dtype: "float32", "bfloat16" or "float16" of the files; None keeps that of the parameters.
         max_shard_bytes: files are split before they grow larger.
 
     Raises:
@@ -137,9 +138,10 @@ def save(
     _check_params(config, params)
     _refuse_foreign_files(directory)
     special = _special_ids(tokenizer, stop_ids)
-    settings = pretrained_config.to_json(config, str(params["embed"]["embedding"].dtype))
+    stored = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
+    settings = pretrained_config.to_json(config, stored.name)
     with workdir.replacing_folder(directory) as folder:
-        _write_weights(folder, config, params, max_shard_bytes)
+        _write_weights(folder, config, params, stored, max_shard_bytes)
         pretrained_config.write_object(folder / pretrained_config.FILE, settings | special)
         pretrained_config.write_object(folder / _GENERATION, {"do_sample": False, **special})
         if tokenizer is not None:
@@ -404,10 +406,14 @@ def _lines(problems: Sequence[str]) -> str:
 
 
 def _write_weights(
-    folder: pathlib.Path, config: decoder.DecoderConfig, params: Params, max_shard_bytes: int
+    folder: pathlib.Path,
+    config: decoder.DecoderConfig,
+    params: Params,
+    dtype: np.dtype,
+    max_shard_bytes: int,
 ) -> None:
     """One file, or numbered shards with their index; the host holds one tensor at a time."""
-    shards = _plan_shards(config, params, max_shard_bytes)
+    shards = _plan_shards(config, dtype, max_shard_bytes)
     files = [_SINGLE]
     if len(shards) > 1:
         files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -422,17 +428,17 @@ def _write_weights(
         tensor_files.write(
             folder / file,
             [spec for spec, _, _ in shard],
-            (_tensor(entry, layer, params) for _, entry, layer in shard),
+            (_tensor(entry, layer, params).astype(dtype, copy=False) for _, entry, layer in shard),
         )
 
 
 def _plan_shards(
-    config: decoder.DecoderConfig, params: Params, max_shard_bytes: int
+    config: decoder.DecoderConfig, dtype: np.dtype, max_shard_bytes: int
 ) -> list[list[tuple[tensor_files.Spec, _Entry, int]]]:
     shards: list[list[tuple[tensor_files.Spec, _Entry, int]]] = [[]]
     size = 0
     for name, entry, layer in _all_tensors(config):
-        spec = tensor_files.Spec(name, np.dtype(_get(params, entry.path).dtype), entry.shape)
+        spec = tensor_files.Spec(name, dtype, entry.shape)
         if shards[-1] and size + spec.num_bytes > max_shard_bytes:
             shards.append([])
             size = 0
