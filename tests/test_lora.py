@@ -54,6 +54,7 @@ def test_merged_kernels_are_on_the_host(policy):
     adapters = trained(policy)
     before = jax.live_arrays()
     merged = lora.merge(policy, adapters, 4.0)
+    assert len(jax.live_arrays()) <= len(before)
     for path in ("mlp/gate", "attention/q"):
         block, name = path.split("/")
         kernel, leaves = merged["layers"][block][name]["kernel"], adapters["layers"][block][name]
@@ -62,7 +63,6 @@ def test_merged_kernels_are_on_the_host(policy):
         expected = policy["layers"][block][name]["kernel"] + 4 * product
         np.testing.assert_allclose(kernel, expected, atol=1e-6)
     assert merged["layers"]["attention"]["k"] is policy["layers"]["attention"]["k"]
-    assert len(jax.live_arrays()) <= len(before)
     small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)
     assert lora.merge(small, adapters, 4.0)["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
 

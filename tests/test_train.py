@@ -378,15 +378,18 @@ def test_the_copy_that_sampling_is_compiled_with_does_not_stay():
 def test_an_export_brings_nothing_to_the_host_that_it_does_not_write(tmp_path, monkeypatch):
     config, mesh = smoke_config(), sharding.make_mesh(data=1, fsdp=2, tensor=1)
     chat_format = types.SimpleNamespace(tokenizer=None, end_of_turn_id=3)
-    setup = small_setup(mesh, chat_format=chat_format)
+    setup = small_setup(mesh, chat_format=chat_format, stop_ids=(3, 5))
     folder = types.SimpleNamespace(model=tmp_path / "model", adapters=tmp_path / "adapters")
     state = types.SimpleNamespace(params=setup.trainable | {"critic": "not to be touched"})
     written, save = [], pretrained.save
-    monkeypatch.setattr(pretrained, "save", lambda *x, **_: written.append(x[2]) or save(*x))
+    monkeypatch.setattr(
+        pretrained, "save", lambda *x, **y: written.append(x[2]) or save(*x, **y)
+    )
     states.export(folder, config, setup, state)
     assert written[0] is setup.trainable["policy"]  # whose tensors are read one by one
     _, params = pretrained.load(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, setup.trainable["policy"], params)
+    assert pretrained.stop_ids(tmp_path / "model") == (3, 5)  # as the run's turns did
     # Separate adapters over a model that is in a folder: the model stays where it is.
     config["lora"].update(rank=2, export="separate")
     config["model"]["directory"] = "some/model"
