@@ -113,7 +113,8 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
         model, policy = _model(config["model"], chat_format, jax.random.key(config["seed"]), mesh)
         stop_ids = _stop_ids(config["model"]["directory"], chat_format)
         _note_long_texts(config["sampling"]["max_length"], model)
-        trainable, frozen = _with_lora(policy, config)
+        trainable, frozen = sharding.place(_with_lora(policy, config), mesh)
+        del policy  # drawn, it lay whole on the first device
         with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
             decoding = engine.Engine(
                 model,
@@ -128,8 +129,8 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             chat_format=chat_format,
             stop_ids=stop_ids,
             model=model,
-            trainable=sharding.place(trainable, mesh),
-            frozen=sharding.place(frozen, mesh),
+            trainable=trainable,
+            frozen=frozen,
             engine=decoding,
             mesh=mesh,
         )
