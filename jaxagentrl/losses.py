@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from jaxagentrl import masking
 from jaxagentrl.divergences import (
-    ESTIMATORS,
     MAX_LOG_RATIO,
     adaptive_kl_coefficient,
     fixed_kl_coefficient,
@@ -31,8 +30,6 @@ from jaxagentrl.preference import implicit_step_rewards, trajectory_dpo
 from jaxagentrl.types import Array
 
 __all__ = [
-    "AGGREGATION_MODES",
-    "ESTIMATORS",
     "adaptive_kl_coefficient",
     "aggregate",
     "aggregation_weights",

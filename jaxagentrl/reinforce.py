@@ -12,6 +12,7 @@ import numpy as np
 from jaxagentrl import (
     batching,
     diagnostics,
+    divergences,
     estimate,
     imitate,
     learner,
@@ -99,7 +100,7 @@ def _check_values(rl: Mapping[str, Any]) -> None:
         ("critic", rl["critic"], learner.CRITICS),
         ("loss.surrogate", loss["surrogate"], learner.SURROGATES),
         ("kl.placement", kl["placement"], ("none", "reward", "loss")),
-        ("kl.estimator", kl["estimator"], losses.ESTIMATORS),
+        ("kl.estimator", kl["estimator"], divergences.ESTIMATORS),
     ):
         if value not in choices:
             raise ValueError(f"rl.{key} must be one of {', '.join(choices)}, got {value!r}.")
