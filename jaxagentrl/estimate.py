@@ -26,6 +26,81 @@ NEEDS_GROUPS = ("group_normalized", "leave_one_out", "rewards_to_go_group", "gig
 NAMES = (*NEEDS_CRITIC, *NEEDS_GROUPS, "reinforce_plus_plus")
 
 
+Credit = Callable[[Array, TrajectoryBatch, Array, Array], Array]
+
+
+def _make_credit(
+    name: str,
+    *,
+    num_groups: int,
+    gae_lambda: float,
+    group_scale: str,
+    turn_horizon: str,
+    turn_discount: float,
+    step_weight: float,
+    max_turns: int,
+) -> Credit:
+    """Function (rewards, batch, values, anchor_ids) → advantages [B, L]. Arguments as below."""
+
+    def gae(rewards: Array, batch: TrajectoryBatch, values: Array, _: Array) -> Array:
+        mask, discounts = batch.action_mask, batch.discounts
+        return advantages.gae(rewards, values, discounts, mask, gae_lambda=gae_lambda)
+
+    def turn_gae(rewards: Array, batch: TrajectoryBatch, values: Array, _: Array) -> Array:
+        mask, discounts = batch.action_mask, batch.discounts
+        return advantages.turn_gae(
+            rewards, values, discounts, mask, batch.turn_ends, gae_lambda=gae_lambda
+        )
+
+    def reinforce_plus_plus(rewards: Array, batch: TrajectoryBatch, *_: Array) -> Array:
+        return advantages.reinforce_plus_plus(rewards, batch.discounts, batch.action_mask)
+
+    def rewards_to_go_group(rewards: Array, batch: TrajectoryBatch, *_: Array) -> Array:
+        return advantages.rewards_to_go_group(
+            rewards,
+            batch.discounts,
+            batch.action_mask,
+            batch.turn_ids,
+            batch.group_ids,
+            num_groups=num_groups,
+            num_turns=max_turns,
+            horizon=turn_horizon,
+            baseline="leave_one_out" if group_scale == "none" else "mean",
+            scale=group_scale,
+        )
+
+    def gigpo(rewards: Array, batch: TrajectoryBatch, _: Array, anchor_ids: Array) -> Array:
+        return advantages.gigpo(
+            rewards,
+            batch.action_mask,
+            batch.turn_ids,
+            anchor_ids,
+            batch.group_ids,
+            num_groups=num_groups,
+            num_anchors=anchor_ids.size,
+            turn_discount=turn_discount,
+            step_weight=step_weight,
+            scale=group_scale,
+        )
+
+    def leave_one_out(rewards: Array, batch: TrajectoryBatch, *_: Array) -> Array:
+        scores = masking.masked_sum(rewards, batch.action_mask, axis=-1)
+        credit = advantages.leave_one_out(scores, batch.group_ids, num_groups=num_groups)
+        return advantages.spread(credit, batch.action_mask)
+
+    def group_normalized(rewards: Array, batch: TrajectoryBatch, *_: Array) -> Array:
+        scores = masking.masked_sum(rewards, batch.action_mask, axis=-1)
+        credit = advantages.group_normalized(
+            scores, batch.group_ids, num_groups=num_groups, scale=group_scale
+        )
+        return advantages.spread(credit, batch.action_mask)
+
+    makers = (
+        gae, turn_gae, reinforce_plus_plus, rewards_to_go_group, gigpo, leave_one_out, group_normalized
+    )
+    return {maker.__name__: maker for maker in makers}[name]
+
+
 def make_estimate(
     *,
     name: str,
@@ -73,52 +148,16 @@ def make_estimate(
     if name not in NAMES:
         raise ValueError(f"rl.advantage.name must be one of {', '.join(NAMES)}, got {name!r}.")
 
-    def to_advantages(
-        rewards: Array, batch: TrajectoryBatch, values: Array, anchor_ids: Array
-    ) -> Array:
-        mask, discounts = batch.action_mask, batch.discounts
-        if name == "gae":
-            return advantages.gae(rewards, values, discounts, mask, gae_lambda=gae_lambda)
-        if name == "turn_gae":
-            return advantages.turn_gae(
-                rewards, values, discounts, mask, batch.turn_ends, gae_lambda=gae_lambda
-            )
-        if name == "reinforce_plus_plus":
-            return advantages.reinforce_plus_plus(rewards, discounts, mask)
-        if name == "rewards_to_go_group":
-            return advantages.rewards_to_go_group(
-                rewards,
-                discounts,
-                mask,
-                batch.turn_ids,
-                batch.group_ids,
-                num_groups=num_groups,
-                num_turns=max_turns,
-                horizon=turn_horizon,
-                baseline="leave_one_out" if group_scale == "none" else "mean",
-                scale=group_scale,
-            )
-        if name == "gigpo":
-            return advantages.gigpo(
-                rewards,
-                mask,
-                batch.turn_ids,
-                anchor_ids,
-                batch.group_ids,
-                num_groups=num_groups,
-                num_anchors=anchor_ids.size,
-                turn_discount=turn_discount,
-                step_weight=step_weight,
-                scale=group_scale,
-            )
-        scores = masking.masked_sum(rewards, mask, axis=-1)
-        if name == "leave_one_out":
-            credit = advantages.leave_one_out(scores, batch.group_ids, num_groups=num_groups)
-        else:
-            credit = advantages.group_normalized(
-                scores, batch.group_ids, num_groups=num_groups, scale=group_scale
-            )
-        return advantages.spread(credit, mask)
+    to_advantages = _make_credit(
+        name,
+        num_groups=num_groups,
+        gae_lambda=gae_lambda,
+        group_scale=group_scale,
+        turn_horizon=turn_horizon,
+        turn_discount=turn_discount,
+        step_weight=step_weight,
+        max_turns=max_turns,
+    )
 
     @jax.jit
     def estimate(
