@@ -1,7 +1,6 @@
 """Episodes: every stop reason, failed environments, refilled slots, with a scripted engine and pool."""
 
 import dataclasses
-import time
 import types
 
 import numpy as np
@@ -61,31 +60,51 @@ class ScriptedPool:
         self.live.remove(handle)
 
 
+class Clock:
+    """Stands in for `time`: it goes on when somebody sleeps, and a little whenever somebody asks a pool."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(rollout, "time", made)
+    return made
+
+
 class SlowPool(ScriptedPool):
     """Takes `delays[task]` seconds for each answer of a task's environment."""
 
-    def __init__(self, delays):
+    def __init__(self, clock, delays):
         super().__init__()
-        self.delays, self.clock = delays, {}
+        self.clock, self.delays, self.due = clock, delays, {}
 
     def poll(self, limit_s=None):
-        end = None if limit_s is None else time.monotonic() + limit_s
+        end = None if limit_s is None else self.clock.monotonic() + limit_s
         while True:
-            now = time.monotonic()
+            self.clock.sleep(0.001)
+            now = self.clock.monotonic()
             for handle, _ in self.ready:
-                self.clock.setdefault(handle, now + self.delays.get(self.tasks[handle].name, 0.0))
-            answers = [answer for answer in self.ready if self.clock[answer[0]] <= now]
+                self.due.setdefault(handle, now + self.delays.get(self.tasks[handle].name, 0.0))
+            answers = [answer for answer in self.ready if self.due[answer[0]] <= now]
             if answers or (end is not None and now >= end):
                 self.ready = [answer for answer in self.ready if answer not in answers]
                 for handle, _ in answers:
-                    del self.clock[handle]
+                    del self.due[handle]
                 return answers
-            time.sleep(0.005)
 
     def release(self, handle):
         super().release(handle)
         self.ready = [answer for answer in self.ready if answer[0] != handle]
-        self.clock.pop(handle, None)
+        self.due.pop(handle, None)
 
 
 class ScriptedChat:
@@ -189,18 +208,18 @@ def test_an_episode_ends_after_so_many_refusals_in_a_row():
     assert play(scripts, max_turns=4).trajectories[0].num_turns == 4
 
 
-def test_time_in_the_queue_is_not_an_episodes_own():
+def test_time_in_the_queue_is_not_an_episodes_own(clock):
     scripts = {name: ["a", "a", name] for name in ("one", "two", "three", "four", "five")}
     # Four answers each, while those of the other wave are waited for, too: 0.64 s in a slot. The later
     # ones are reset when those before them get their slots, so that they are twice as old in the end.
-    pool = SlowPool(dict.fromkeys(scripts, 0.08))
+    pool = SlowPool(clock, dict.fromkeys(scripts, 0.08))
     played = play(scripts, pool=pool, slots=2, episode_limit_s=1.1)
     assert not played.failures
     assert [t.stop_reason for t in played.trajectories] == [StopReason.DONE] * 5
 
 
-def test_an_episode_that_never_began_in_time_is_a_failure_and_no_trajectory():
-    pool = SlowPool({"slow": 0.3})
+def test_an_episode_that_never_began_in_time_is_a_failure_and_no_trajectory(clock):
+    pool = SlowPool(clock, {"slow": 0.3})
     played = play({"slow": ["slow"], "quick": ["quick"]}, pool=pool, episode_limit_s=0.1)
     assert [t.task.name for t in played.trajectories] == ["quick"]
     (failed,) = played.failures
@@ -208,8 +227,8 @@ def test_an_episode_that_never_began_in_time_is_a_failure_and_no_trajectory():
     assert "rollout.episode_limit_s" in failed[1].message
 
 
-def test_a_turn_that_nobody_answered_in_time_is_no_refused_one():
-    pool = SlowPool({})
+def test_a_turn_that_nobody_answered_in_time_is_no_refused_one(clock):
+    pool = SlowPool(clock, {})
     pool.delays = _Later({"slow": 5.0})
     (slow,) = play({"slow": ["a", "a", "a"]}, pool=pool, episode_limit_s=0.2).trajectories
     assert slow.stop_reason is StopReason.TIME_LIMIT and slow.truncated
@@ -227,10 +246,10 @@ class _Later(dict):
         return self[key] if known else default
 
 
-def test_what_was_answered_counts_however_late_it_is_read():
+def test_what_was_answered_counts_however_late_it_is_read(clock):
     class Sleepy(ScriptedEngine):
         def receive(self, wave):
-            time.sleep(0.15)  # the device takes longer than the episode may
+            clock.sleep(0.15)  # the device takes longer than the episode may
             return super().receive(wave)
 
     scripts = {"winner": ["winner"]}
@@ -240,9 +259,9 @@ def test_what_was_answered_counts_however_late_it_is_read():
     assert won.won and won.stop_reason is StopReason.DONE
 
 
-def test_nobody_waits_for_stragglers_and_all_is_played():
+def test_nobody_waits_for_stragglers_and_all_is_played(clock):
     scripts = {name: ["a", name] for name in ("one", "two", "three")}
-    played = play(scripts, pool=SlowPool({"two": 0.05}), slots=4, straggler_s=0.0)
+    played = play(scripts, pool=SlowPool(clock, {"two": 0.05}), slots=4, straggler_s=0.0)
     assert [t.won for t in played.trajectories] == [True] * 3
 
 
