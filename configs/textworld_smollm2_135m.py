@@ -1,0 +1,44 @@
+"""A published model on two CPU cores: SmolLM2-135M-Instruct, 60 imitated walkthroughs, then RL.
+
+    python -m jaxagentrl.main --config=configs/textworld_smollm2_135m.py --workdir=runs/smollm2 \
+        --config.model.directory=<SmolLM2-135M-Instruct> --config.tokenizer.directory=<the same>
+
+w2-o3-q4 games with names of a house, free text without a list of commands; as many walkthroughs as the
+seed paper (arXiv 2510.01132) imitates before RL, GiGPO with the game's progress as the turns' reward.
+"""
+
+import pathlib
+import runpy
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
+    config = runpy.run_path(str(quickstart))["get_config"]()
+    config.env.params.update(theme="house")
+    config.namings = dict(demo=1, train=1)
+    config.splits = dict(demo=(40_001, 60), train=(50_001, 256), test=(1, 100))
+    config.sampling.update(
+        num_slots=64,
+        # Two cores: one wave, whose rows share each reading of the weights.
+        num_waves=1,
+        max_length=640,
+        max_turn_tokens=20,
+        filled_buckets=(256, 384, 512, 640),
+        width_buckets=(48, 128),
+    )
+    config.rollout.update(max_turns=8)
+    config.learner.update(
+        length_buckets=(256, 320, 384, 448, 512, 640), tokens_per_part=2560, row_multiple=1
+    )
+    config.sft.update(
+        num_steps=12, target_loss=None, batch_size=16, observation_weight=0.0, log_every=2, save_every=12
+    )
+    config.sft.optimizer.update(learning_rate=2e-4, warmup_steps=2, weight_decay=0.0)
+    config.rl.update(
+        num_iterations=16, tasks_per_iteration=16, group_size=4, eval_every=8, save_every=4
+    )
+    config.rl.optimizer.update(learning_rate=3e-5, warmup_steps=2, decay_steps=None)
+    config.eval.update(other_temperatures=())
+    return config

