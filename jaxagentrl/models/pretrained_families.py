@@ -44,7 +44,8 @@ NEUTRAL = {
     "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
     "return_dict", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
-    "use_cache", "_name_or_path", "_model_name_or_path", "_attn_implementation_autoset", "_commit_hash",
+    "use_cache", "_name_or_path", "_model_name_or_path", "_attn_implementation_autoset",
+    "_commit_hash",
 }
 
 _GEMMA = {
