@@ -9,7 +9,7 @@ seed paper (arXiv 2510.01132) imitates before RL, GiGPO with the game's progress
 Measured once, seed 0, with the four-bit weights of docs/models.md, "A published model": 0 % of 100 held-out
 games before training, 65 % [55, 74] after imitation, 92 % [85, 96] after RL, at temperature 0.4. On two
 cores of an EPYC an iteration is about 70 s of sampling and 60 to 190 s of updating, a step of imitation
-45 s, everything about an hour and a half; 12 GB of memory.
+45 s; together perhaps an hour and a half (not timed in one piece); 12 GB of memory.
 """
 
 import pathlib

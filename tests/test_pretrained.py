@@ -191,6 +191,13 @@ def test_older_spelling_of_settings(folders, tmp_path):
     assert pretrained.load(folder)[0] == pretrained.load(folders / "qwen2_tied")[0]
 
 
+def test_names_say_nothing_of_the_numbers(folders, tmp_path):
+    """As transformers writes them, the second for a model that came from a GGUF file."""
+    folder = copy_of(folders / "llama_tied", tmp_path)
+    edit_config(folder, _name_or_path="a/b", _model_name_or_path="Smollm2 135M")
+    assert pretrained.load(folder)[0] == pretrained.load(folders / "llama_tied")[0]
+
+
 @pytest.mark.parametrize("changes, named", [
     (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
      "rope_scaling.low_freq_factor is missing"),
