@@ -86,8 +86,8 @@ def split(
         rows: rows of the batch to work on.
         lengths: tokens of every real row of the batch.
         shape: (B, width) of the batch's arrays.
-        most_rows: that a step may have. Unless rows are packed, the shapes of what is returned are
-            the same whichever rows, and however few, these are.
+        most_rows: that any step has. But for packed rows the shapes of what is returned, and with
+            them the program, are the same whichever rows, and however few, these are.
         contexts: of `contexts_of`; rows of several contexts are always packed, each context by
             itself, in rows of the smallest length that holds the longest.
     """
@@ -115,8 +115,8 @@ def split(
         per_part = batching.rows_per_batch(length, **sizes)
         # Only the last group of all may have rows to spare, so there are no more of one length.
         index = np.full((-(-most_rows // per_part), per_part), shape[0], np.int32)
-        for row, group in zip(index, mine, strict=False):
-            row[: len(group.indices)] = rows[list(group.indices)]
+        for part, group in zip(index[: len(mine)], mine, strict=True):
+            part[: len(group.indices)] = rows[list(group.indices)]
         stacks.append(Rows(index, np.int32(len(mine)), length))
     return tuple(stacks)
 

@@ -1,9 +1,9 @@
 """Before a run: how many bytes each device will hold, and a refusal when that is too many.
 
 Parameters, optimizer state and cache are counted from their shapes and places. What the programs
-need on top is what the compiler reserved for them (`memory_analysis`), read from the run's update, of
-packed texts from those that may be its largest. The update is executed here, before anything else: a
-run that fits now does not run out of memory in its third hour.
+need on top is what the compiler reserved for them (`memory_analysis`), read from the run's optimizer
+step. It is executed here, before anything else: a run that fits now does not run out of memory in its
+third hour.
 """
 
 import dataclasses
@@ -153,14 +153,15 @@ def largest_works(
     packing: bool,
     longest_context: int | None = None,
 ) -> list[learner.Work]:
-    """Work of which one takes the most memory of all that may come, one micro-batch of each length;
-    see `imitate.split`. It has the shapes of the run's: what is compiled for it is the run's program.
+    """Work of which one takes the most memory of all that may come; see `imitate.split`. It has one
+    micro-batch of every length, and the shapes of the run's: what is compiled for it is compiled for
+    the run.
 
-    There is one but where episodes consist of several texts, of which the longest have
-    `longest_context` tokens. Then the length of packed rows goes by the longest text of a step.
-    Memory grows with a micro-batch's tokens (logits) and with the length of its rows (attention). A
-    shorter length has more rows, and with them more tokens where the longest does not fill
-    `tokens_per_part`: all are candidates but those that a longer one has as many tokens as.
+    There is one, except where episodes consist of several texts, the longest of `longest_context`
+    tokens: then packed rows are as long as the longest text of a step. Memory grows with a
+    micro-batch's tokens (logits) and with the length of its rows (attention). A shorter length has
+    more rows, and with them more tokens where the longest does not fill `tokens_per_part`: all are
+    candidates but those that a longer one has as many tokens as.
     """
     width = max(length_buckets)
     longest = width if longest_context is None else batching.bucket(longest_context, length_buckets)
