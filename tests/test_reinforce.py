@@ -341,6 +341,20 @@ def test_rows_without_signal_can_stay_out(aggregation):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, alone)
 
 
+def test_padding_is_that_of_the_micro_batches_that_were_computed():
+    config = make_config(advantage=dict(name="leave_one_out"), skip_zero_signal=True)
+    config["learner"] |= dict(length_buckets=LENGTHS, tokens_per_part=96, row_multiple=1)
+    trajectories = make_trajectories()
+    state, reference, programs = make_state(config)
+    _, measured, _ = reinforce.learn(
+        state, reference, trajectories, programs, config, iteration=0
+    )
+    # Of the four rows that are used. 96 tokens are two rows of 48, three of 32, six of 16.
+    lengths = sorted((t.num_tokens for t in trajectories[2:]), reverse=True)
+    assert lengths == [25, 24, 14, 7]
+    assert measured["batch/padding_share"] == pytest.approx(1 - 70 / (3 * 32 + 6 * 16))
+
+
 def test_a_batch_without_any_signal_takes_no_step():
     config = make_config(advantage=dict(name="leave_one_out"), skip_zero_signal=True)
     state, reference, programs = make_state(config)
