@@ -126,10 +126,17 @@ def length_groups(
     start = 0
     while start < len(order):
         length = bucket(lengths[order[start]], length_buckets)
-        rows = max(tokens_per_batch // (length * row_multiple), 1) * row_multiple
+        rows = rows_per_batch(
+            length, tokens_per_batch=tokens_per_batch, row_multiple=row_multiple
+        )
         groups.append(LengthGroup(tuple(order[start : start + rows]), length, rows))
         start += rows
     return groups
+
+
+def rows_per_batch(length: int, *, tokens_per_batch: int, row_multiple: int) -> int:
+    """B of `length_groups` for a bucket."""
+    return max(tokens_per_batch // (length * row_multiple), 1) * row_multiple
 
 
 def to_batches(

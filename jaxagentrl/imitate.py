@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxagentrl import batching, learner, losses
 from jaxagentrl.models import decoder, sharding
-from jaxagentrl.packing import pack
+from jaxagentrl.packing import Rows, pack
 from jaxagentrl.trajectory import Trajectory
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
@@ -73,6 +73,7 @@ def split(
     lengths: np.ndarray,
     *,
     shape: tuple[int, int],
+    most_rows: int,
     length_buckets: Sequence[int],
     tokens_per_part: int,
     row_multiple: int,
@@ -85,6 +86,8 @@ def split(
         rows: rows of the batch to work on.
         lengths: tokens of every real row of the batch.
         shape: (B, width) of the batch's arrays.
+        most_rows: that any step has. But for packed rows the shapes of what is returned, and with
+            them the program, are the same whichever rows, and however few, these are.
         contexts: of `contexts_of`; rows of several contexts are always packed, each context by
             itself, in rows of the smallest length that holds the longest.
     """
@@ -93,7 +96,7 @@ def split(
         if contexts is not None:
             sizes = [size for row in rows for _, size in contexts[row]]
             length = batching.bucket(max(sizes, default=1), length_buckets)
-        return pack(
+        packed = pack(
             rows,
             lengths,
             shape=shape,
@@ -102,41 +105,20 @@ def split(
             tokens_per_part=tokens_per_part,
             row_multiple=row_multiple,
         )
-    made = parts(
-        rows,
-        lengths,
-        length_buckets=length_buckets,
-        tokens_per_part=tokens_per_part,
-        row_multiple=row_multiple,
-    )
-    # Rows of padding have weight zero, but a row out of range is cheaper: it shares no part.
-    return [(np.where(part == len(lengths), shape[0], part), length) for part, length in made]
-
-
-def parts(
-    rows: np.ndarray,
-    lengths: np.ndarray,
-    *,
-    length_buckets: Sequence[int],
-    tokens_per_part: int,
-    row_multiple: int,
-) -> list[tuple[np.ndarray, int]]:
-    """Micro-batches (rows, length): rows sorted by length, so that little of them is padding.
-
-    Unused places of a micro-batch name a row out of range, which reads as zeros of weight 0.
-    """
-    groups = batching.length_groups(
-        lengths[rows].tolist(),
-        length_buckets=length_buckets,
-        tokens_per_batch=tokens_per_part,
-        row_multiple=row_multiple,
-    )
-    made = []
-    for group in groups:
-        filled = np.full(group.num_rows, len(lengths), np.int32)
-        filled[: len(group.indices)] = rows[list(group.indices)]
-        made.append((filled, group.length))
-    return made
+        return (packed,)
+    sizes = {"tokens_per_batch": tokens_per_part, "row_multiple": row_multiple}
+    groups = batching.length_groups(lengths[rows].tolist(), length_buckets=length_buckets, **sizes)
+    stacks = []
+    # No row of the batch is longer than its width.
+    for length in sorted((size for size in set(length_buckets) if size <= shape[1]), reverse=True):
+        mine = [group for group in groups if group.length == length]
+        per_part = batching.rows_per_batch(length, **sizes)
+        # Only the last group of all may have rows to spare, so there are no more of one length.
+        index = np.full((-(-most_rows // per_part), per_part), shape[0], np.int32)
+        for part, group in zip(index[: len(mine)], mine, strict=True):
+            part[: len(group.indices)] = rows[list(group.indices)]
+        stacks.append(Rows(index, np.int32(len(mine)), length))
+    return tuple(stacks)
 
 
 def targets(batch: TrajectoryBatch, rows: np.ndarray, *, observation_weight: float) -> Any:
@@ -187,7 +169,7 @@ def train(
     `frozen` are the parameters that are not trained, see `learner`.
     """
     loss = learner.make_sft_loss(model, remat=remat, compute_dtype=compute_dtype)
-    update = learner.make_update(loss, optimizer)
+    update = learner.make_step(loss, optimizer)
     weigh = jax.jit(targets, static_argnames="observation_weight")
     batch, lengths = demonstrations.batch, demonstrations.lengths
     for step in range(first_step, num_steps):
@@ -196,6 +178,7 @@ def train(
             rows,
             lengths,
             shape=batch.tokens.shape,
+            most_rows=batch_size,
             length_buckets=length_buckets,
             tokens_per_part=tokens_per_part,
             row_multiple=row_multiple,

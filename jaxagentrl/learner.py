@@ -1,10 +1,11 @@
-"""Compiled programs of learning: score, accumulate, apply; or, on packed rows, score and step.
+"""Compiled programs of learning: one scores a batch, one is a whole optimizer step.
 
-A batch lives on the device as whole arrays [B, L]. A program takes the rows it works on and a
-static length, so that short trajectories are not computed at the longest one's width; or an index
-of packed rows (`packing`), and then one program is the whole optimizer step. Every token carries
-its weight in the global loss, computed once for the whole batch: sums over micro-batches are then
-the gradient of the whole, whatever the split, the padding or the order.
+A batch lives on the device as whole arrays [B, L]. A program takes an index of what it works off
+(`packing`): for every length, so that short trajectories are not computed at the longest one's
+width, the micro-batches of rows of that length; or packed rows. It loops over them, as many as there
+are, and a step applies the optimizer to the sum of their gradients. Every token carries its weight
+in the global loss, computed once for the whole batch: the sum is then the gradient of the whole,
+whatever the split, the padding or the order.
 
 Parameters are a dict {"policy": decoder tree} with, for PPO, "value_head" and possibly "critic".
 With low-rank adapters, what is trained is {"adapters": tree}, and "policy" and "lora_scale" come as a
@@ -16,7 +17,8 @@ optimizer state are held to their rules.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +28,7 @@ import optax
 from jaxagentrl import logprobs as token_scores
 from jaxagentrl import diagnostics, losses
 from jaxagentrl.models import decoder, lora, sharding
-from jaxagentrl.packing import Packed
+from jaxagentrl.packing import Packed, Rows
 from jaxagentrl.types import Array, TrainState, TrajectoryBatch
 
 CRITICS = ("none", "head", "separate")
@@ -34,8 +36,9 @@ SURROGATES = ("clipped", "gspo", "cispo", "policy_gradient")
 
 Params = dict[str, Any]
 Metrics = dict[str, Array]
-# What a program works off: packed rows, or micro-batches (rows of the batch, static length).
-Work = Packed | Sequence[tuple[Any, int]]
+# What a program works off: packed rows, or one `Rows` for every length. Its shapes are the
+# program's; what there is of each is data.
+Work = tuple[Packed | Rows, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -146,39 +149,21 @@ def in_dtype(params: Params, dtype: str) -> Params:
 def make_score(
     config: decoder.DecoderConfig, *, temperature: float, compute_dtype: str = "float32"
 ) -> Callable[..., Scores]:
-    """Function (params, tokens [B, L], work) → `Scores` [B, L], zeros where `work` has no token."""
+    """Program (params, tokens [B, L], work) → `Scores` [B, L], zeros where `work` has no token."""
 
     forward_part = functools.partial(
         forward, config, temperature=temperature, compute_dtype=compute_dtype
     )
 
-    @functools.partial(jax.jit, static_argnames="length", donate_argnames="scores")
-    def score_rows(
-        params: Params, tokens: Array, rows: Array, scores: Scores, *, length: int
-    ) -> Scores:
-        part = sharding.constrain_rows(take_rows(tokens, rows, length))
-        return jax.tree.map(
-            lambda whole, new: whole.at[rows, :length].set(new, mode="drop"),
-            scores,
-            forward_part(params, part),
-        )
-
     @jax.jit
-    def score_packed(params: Params, tokens: Array, packed: Packed) -> Scores:
-        def body(index: Array, flat: Scores) -> Scores:
-            places, layout = _layout(packed, index)
-            new = forward_part(params, take_places(tokens, places), **layout)
-            return jax.tree.map(lambda x, y: x.at[places].set(y, mode="drop"), flat, new)
-
-        flat = jax.lax.fori_loop(0, packed.count, body, empty_scores((tokens.size,)))
-        return jax.tree.map(lambda x: x.reshape(tokens.shape), flat)
-
     def score(params: Params, tokens: Array, work: Work) -> Scores:
-        if isinstance(work, Packed):
-            return score_packed(params, tokens, work)
+        def body(stack: Packed | Rows, index: Array, scores: Scores) -> Scores:
+            cut = _cut(stack, index, tokens.shape)
+            return cut.put(scores, forward_part(params, cut.take(tokens), **cut.layout))
+
         scores = empty_scores(tokens.shape)
-        for rows, length in work:
-            scores = score_rows(params, tokens, rows, scores, length=length)
+        for stack in work:
+            scores = jax.lax.fori_loop(0, stack.count, functools.partial(body, stack), scores)
         return scores
 
     return score
@@ -189,31 +174,47 @@ def empty_scores(shape: tuple[int, ...]) -> Scores:
     return Scores(*(jnp.zeros(shape) for _ in dataclasses.fields(Scores)))
 
 
-def take_rows(tree: Any, rows: Array, length: int) -> Any:
-    """Rows [R] of every [B, L] leaf, cut to `length`; a row out of range is all zeros."""
-    return jax.tree.map(
-        lambda x: jnp.take(x[:, :length], rows, axis=0, mode="fill", fill_value=0), tree
-    )
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """Where a micro-batch [R, L'] lies in arrays [B, L]."""
+
+    seen_as: tuple[int, ...]  # [B, L], or [B · L]
+    at: Any  # index into an array seen so; out of range on padding
+    layout: dict[str, Any]  # what `forward` is told of it
+
+    def take(self, tree: Any) -> Any:
+        """The micro-batch of every leaf [B, L]; padding is zero."""
+
+        def part(x: Array) -> Array:
+            x = x.reshape(self.seen_as).at[self.at].get(mode="fill", fill_value=0)
+            return sharding.constrain(x, sharding.ROWS)
+
+        return jax.tree.map(part, tree)
+
+    def put(self, tree: Any, parts: Any) -> Any:
+        """Every leaf [B, L] with `parts` [R, L'] where the micro-batch lies; padding goes nowhere."""
+
+        def whole(x: Array, part: Array) -> Array:
+            return x.reshape(self.seen_as).at[self.at].set(part, mode="drop").reshape(x.shape)
+
+        return jax.tree.map(whole, tree, parts)
 
 
-def take_places(tree: Any, places: Array) -> Any:
-    """Entries of every [B, L] leaf at flat indices [R, L']; out of range is zero."""
-    return jax.tree.map(
-        lambda x: sharding.constrain(
-            jnp.take(x.reshape(-1), places, mode="fill", fill_value=0), sharding.ROWS
-        ),
-        tree,
-    )
+def _cut(stack: Packed | Rows, index: Array, shape: tuple[int, int]) -> _Cut:
+    """Where micro-batch number `index` of a stack lies in arrays of this shape [B, L]."""
 
+    def of(x: Array) -> Array:
+        x = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+        # Of a stack of one the compiler would see that it is always the same, and move all that is
+        # computed with it out of the loop, where it is computed even if there is none.
+        x, _ = jax.lax.optimization_barrier((x, index))
+        return sharding.constrain(x, sharding.ROWS)
 
-def _layout(packed: Packed, index: Array) -> tuple[Array, dict[str, Any]]:
-    """Flat indices, and positions and segments, of one micro-batch."""
-    places, positions, segment_ids = (
-        sharding.constrain(jax.lax.dynamic_index_in_dim(x, index, keepdims=False), sharding.ROWS)
-        for x in (packed.places, packed.positions, packed.segment_ids)
-    )
-    layout = {"positions": positions, "segment_ids": segment_ids}
-    return places, layout | {"max_segments": packed.max_segments}
+    if isinstance(stack, Rows):  # attention is causal: padding behind a text needs no segment
+        return _Cut(shape, (of(stack.rows), slice(stack.length)), {})
+    layout = {"positions": of(stack.positions), "segment_ids": of(stack.segment_ids)}
+    layout |= {"max_segments": stack.max_segments}
+    return _Cut((math.prod(shape),), of(stack.places), layout)
 
 
 def make_sft_loss(
@@ -327,36 +328,14 @@ def make_rl_loss(
     return loss_fn
 
 
-def make_accumulate(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Program (params, grads, batch, targets, rows [R], *, length, frozen={}) → (grads + ∇loss,
-    metrics).
-
-    `grads` is donated. Metrics are weighted sums over the rows; add them over micro-batches
-    (those ending in "_max": take the largest).
-    """
-
-    @functools.partial(jax.jit, static_argnames="length", donate_argnames="grads")
-    def accumulate(params, grads, batch, targets, rows, *, length, frozen=None):
-        rows_of = functools.partial(take_rows, rows=rows, length=length)
-        part = _part(batch, rows_of)
-        new, metrics = _gradient(loss_fn, params, frozen, part, rows_of(targets), {})
-        return jax.tree.map(jnp.add, grads, new), metrics
-
-    return accumulate
-
-
-def make_apply(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """Program (state, grads) → (state, {"optimizer/grad_norm"}). The state is donated."""
-    return functools.partial(jax.jit, donate_argnums=0)(functools.partial(_apply, optimizer))
-
-
 def make_step(
     loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation
 ) -> Callable[..., Any]:
-    """Program (state, batch, targets, packed, frozen={}) → (state, metrics): a whole optimizer step.
+    """Program (state, batch, targets, work, frozen=None) → (state, metrics): a whole optimizer step.
 
-    The state is donated. The number of micro-batches is data, so steps of different size share one
-    program as long as `packed` has one shape.
+    The state is donated. Metrics are weighted sums over the micro-batches (of those ending in
+    "_max", never below 0, the largest), and "optimizer/grad_norm". The number of micro-batches is data, so steps of
+    different size share one program as long as `work` has one shape.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -364,68 +343,32 @@ def make_step(
         state: TrainState,
         batch: TrajectoryBatch,
         targets: Targets,
-        packed: Packed,
-        frozen: Params | None = None,
-    ) -> tuple[TrainState, Metrics]:
-        def gradient(index: Array) -> tuple[Params, Metrics]:
-            places, layout = _layout(packed, index)
-            places_of = functools.partial(take_places, places=places)
-            part = _part(batch, places_of)
-            return _gradient(loss_fn, state.params, frozen, part, places_of(targets), layout)
-
-        def body(index: Array, total: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
-            grads, metrics = gradient(index)
-            return jax.tree.map(jnp.add, total[0], grads), _join(total[1], metrics)
-
-        nothing = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, jnp.int32(0))
-        )
-        nothing = (sharding.constrain_params(nothing[0]), nothing[1])
-        grads, total = jax.lax.fori_loop(0, packed.count, body, nothing)
-        new_state, metrics = _apply(optimizer, state, grads)
-        return new_state, total | metrics
-
-    return step
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """One optimizer step on whatever `work` is. Made by `make_update`."""
-
-    accumulate: Callable[..., Any]
-    apply: Callable[..., Any]
-    step: Callable[..., Any]
-
-    def __call__(
-        self,
-        state: TrainState,
-        batch: TrajectoryBatch,
-        targets: Targets,
         work: Work,
         frozen: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
-        """The new state and the metrics; the old state is donated."""
-        if isinstance(work, Packed):
-            return self.step(state, batch, targets, work, frozen)
-        grads = zeros_like(state.params)
-        total: Metrics = {}
-        for rows, length in work:
-            grads, metrics = self.accumulate(
-                state.params, grads, batch, targets, rows, length=length, frozen=frozen
-            )
-            total = _join(total, metrics)
-        state, metrics = self.apply(state, grads)
-        return state, total | metrics
+        def gradient(stack: Packed | Rows, index: Array) -> tuple[Params, Metrics]:
+            cut = _cut(stack, index, batch.tokens.shape)
+            mine = _part(batch, cut.take)
+            return _gradient(loss_fn, state.params, frozen, mine, cut.take(targets), cut.layout)
 
+        def body(
+            stack: Packed | Rows, index: Array, total: tuple[Params, Metrics]
+        ) -> tuple[Params, Metrics]:
+            grads, metrics = gradient(stack, index)
+            return jax.tree.map(jnp.add, total[0], grads), _join(total[1], metrics)
 
-def make_update(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation) -> Update:
-    return Update(make_accumulate(loss_fn), make_apply(optimizer), make_step(loss_fn, optimizer))
+        first = functools.partial(gradient, work[0])
+        grads, metrics = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first, jnp.int32(0))
+        )
+        total = (sharding.constrain_params(grads), metrics)
+        for stack in work:
+            total = jax.lax.fori_loop(0, stack.count, functools.partial(body, stack), total)
+        grads, metrics = total
+        state, applied = _apply(optimizer, state, grads)
+        return state, metrics | applied
 
-
-@jax.jit
-def zeros_like(params: Params) -> Params:
-    """Zeros of the shapes, types and places of parameters: empty gradients."""
-    return sharding.constrain_params(jax.tree.map(jnp.zeros_like, params))
+    return step
 
 
 def _gradient(
@@ -473,10 +416,7 @@ def _apply(
 
 def _join(total: Metrics, new: Metrics) -> Metrics:
     """Sums over micro-batches; the largest of what ends in "_max"."""
-    joined = dict(total)
-    for key, value in new.items():
-        if key in total:
-            join = jnp.maximum if key.endswith("_max") else jnp.add
-            value = join(total[key], value)
-        joined[key] = value
-    return joined
+    return {
+        key: (jnp.maximum if key.endswith("_max") else jnp.add)(total[key], value)
+        for key, value in new.items()
+    }

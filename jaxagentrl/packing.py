@@ -1,9 +1,13 @@
-"""Several trajectories in one row: first-fit, and the index that takes them there. Numpy.
+"""What a step works off: stacks of micro-batches, of the batch's rows or of packed ones. Numpy.
 
-Estimators and weights are computed on the batch as it is, one trajectory per row; packing comes
-after them and moves nothing but an index: `places` says for every token of a packed row which entry
-of the batch's [B, L] arrays it is. Attention stays within a trajectory by its segment id, positions
-start at 0 in each.
+Estimators and weights are computed on the batch as it is, one trajectory per row; a stack comes
+after them and moves nothing but an index. `Rows` names rows of the batch. `Packed` has several
+trajectories in a row, by first-fit: `places` says for every token of a packed row which entry of the
+batch's [B, L] arrays it is. Attention stays within a trajectory by its segment id, positions start at
+0 in each.
+
+How many micro-batches a stack may hold is its shape, how many it does is data: steps of different
+sizes share one program.
 """
 
 import dataclasses
@@ -17,6 +21,21 @@ from jaxagentrl.models import cudnn_packed
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """Micro-batches of rows of the batch: M of them, R rows, cut to `length` positions. int32."""
+
+    rows: jax.Array | np.ndarray  # [M, R]; B, which is out of range, on padding
+    count: jax.Array | np.ndarray  # [] micro-batches that hold anything
+    length: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, length) of a micro-batch."""
+        return self.rows.shape[1], self.length
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Packed:
     """Micro-batches of packed rows: M of them, R rows, L positions. int32."""
 
@@ -26,6 +45,11 @@ class Packed:
     count: jax.Array | np.ndarray  # [] micro-batches that hold anything
     # Bound on the trajectories of a row, for kernels that want one; None where none does. Static.
     max_segments: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, length) of a micro-batch."""
+        return self.places.shape[1:]
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -1,15 +1,15 @@
 """Before a run: how many bytes each device will hold, and a refusal when that is too many.
 
 Parameters, optimizer state and cache are counted from their shapes and places. What the programs
-need on top is what the compiler reserved for them (`memory_analysis`), read from the update at the
-shapes of the run that may be its largest. The largest is executed here, before anything else: a run
-that fits now does not run out of memory in its third hour.
+need on top is what the compiler reserved for them (`memory_analysis`), read from the run's optimizer
+step. It is executed here, before anything else: a run that fits now does not run out of memory in its
+third hour.
 """
 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ import psutil
 
 from jaxagentrl import batching, imitate, learner, sampling
 from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
-from jaxagentrl.packing import Packed
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
 # The policy among what is trained, of which a KL term keeps a copy: the model or its adapters.
@@ -34,9 +33,8 @@ ADVICE = {
     "parameters": "a larger mesh.fsdp or mesh.tensor",
     "reference": "a larger mesh.fsdp, adapters (lora.rank), or rl.kl.placement='none'",
     "optimizer": "a larger mesh.fsdp, optimizer.moment_dtype='bfloat16', or adapters (lora.rank)",
-    "gradients": "a larger mesh.fsdp, or adapters (lora.rank)",
-    "update": "a smaller learner.tokens_per_part, learner.remat='full', or "
-    "learner.compute_dtype='bfloat16'",
+    "update": "a smaller learner.tokens_per_part, learner.remat='full', "
+    "learner.compute_dtype='bfloat16', or, of the gradients, a larger mesh.fsdp or adapters (lora.rank)",
     "cache": "fewer sampling.num_slots, a smaller sampling.max_length, or "
     "sampling.cache_dtype='bfloat16'",
     "decoding copy": "a larger mesh.tensor",
@@ -95,7 +93,7 @@ class Plan:
 
 
 def make(
-    update: learner.Update,
+    update: Callable[..., Any],
     *,
     optimizer: optax.GradientTransformation,
     trainable: learner.Params,
@@ -113,10 +111,10 @@ def make(
     """Compiles the updates that may be the largest, executes the one that is, adds everything up.
 
     Args:
-        update: the program of the run's updates.
+        update: the program of the run's optimizer steps, of `learner.make_step`.
         trainable: parameters to be trained, critic included; they are not changed.
         num_rows, width: shape of the run's batches.
-        works: micro-batches of which one is the largest, see `largest_works`.
+        works: of which one is the largest, see `largest_works`.
         sampling_options: `config.sampling`.
         needs_reference: whether a copy of the policy (of its adapters) is kept for a KL term.
         compute_dtype: `config.learner.compute_dtype`, which sampling shares.
@@ -136,9 +134,10 @@ def make(
         "parameters": per_device(trainable) + per_device(frozen),
         "reference": per_device(reference),
         "optimizer": per_device(state.opt_state),
-        "batch": per_device((batch, targets)) + max(map(_index_bytes, works)),
+        "batch": per_device((batch, targets)) + max(map(per_device, works)),
     }
-    updating = _update_bytes(update, state, trainable, batch, targets, works, frozen, limit=limit)
+    inputs = (trainable, batch, targets, works, frozen)
+    updating = {"update": _update_bytes(update, state, *inputs, limit=limit)}
     always["cache"], at_sampling = _sampling_bytes(
         model, state.params, frozen, mesh, sampling_options, compute_dtype, limit=limit
     )
@@ -154,18 +153,20 @@ def largest_works(
     packing: bool,
     longest_context: int | None = None,
 ) -> list[learner.Work]:
-    """Micro-batches of which one takes the most memory of all that may come; see `imitate.split`.
+    """Work of which one takes the most memory of all that may come; see `imitate.split`. It has one
+    micro-batch of every length, and the shapes of the run's: what is compiled for it is compiled for
+    the run.
 
-    Memory grows with a micro-batch's tokens (logits) and with the length of its rows (attention). A
-    shorter bucket has more rows, and with them more tokens where the longest does not fill
-    `tokens_per_part`: all buckets are candidates but those that a longer one has as many tokens as.
-
-    `longest_context` are the most tokens of one text where episodes consist of several.
+    There is one, except where episodes consist of several texts, the longest of `longest_context`
+    tokens: then packed rows are as long as the longest text of a step. Memory grows with a
+    micro-batch's tokens (logits) and with the length of its rows (attention). A shorter length has
+    more rows, and with them more tokens where the longest does not fill `tokens_per_part`: all are
+    candidates but those that a longer one has as many tokens as.
     """
     width = max(length_buckets)
     longest = width if longest_context is None else batching.bucket(longest_context, length_buckets)
     lengths = [width]
-    if longest_context is not None or not packing:
+    if longest_context is not None:
         lengths = sorted({length for length in length_buckets if length <= longest}, reverse=True)
     found: dict[int, learner.Work] = {}
     for length in lengths:
@@ -176,19 +177,16 @@ def largest_works(
             np.arange(num_rows, dtype=np.int32),
             np.full(num_rows, length),
             shape=(num_rows, width),
+            most_rows=num_rows,
             length_buckets=length_buckets,
             tokens_per_part=tokens_per_part,
             row_multiple=row_multiple,
             packing=packing,
             contexts=contexts,
         )
-        # One micro-batch is executed; how many there are is data, and the memory the same.
-        if isinstance(work, Packed):
-            work = dataclasses.replace(work, count=np.int32(1))
-            tokens = work.places[0].size
-        else:
-            work = work[:1]
-            tokens = work[0][0].size * length
+        # How many micro-batches are executed is data, and the memory the same.
+        work = tuple(dataclasses.replace(stack, count=np.int32(1)) for stack in work)
+        tokens = max(math.prod(stack.shape) for stack in work)
         if tokens > max(found, default=0):
             found[tokens] = work
     return list(found.values())
@@ -229,13 +227,8 @@ def program_bytes(compiled: Any) -> int:
     )
 
 
-def _index_bytes(work: learner.Work) -> int:
-    """Of packed rows' index, which every device holds whole."""
-    return per_device(work) if isinstance(work, Packed) else 0
-
-
 def _update_bytes(
-    update: learner.Update,
+    update: Callable[..., Any],
     state: TrainState,
     trainable: learner.Params,
     batch: TrajectoryBatch,
@@ -244,51 +237,21 @@ def _update_bytes(
     frozen: learner.Params | None,
     *,
     limit: int,
-) -> dict[str, int]:
-    if isinstance(works[0], Packed):
-        inputs = (trainable, batch, targets, works, frozen)
-        return {"update": _step_bytes(update, state, *inputs, limit=limit)}
-    grads = learner.zeros_like(trainable)
-    sizes = []
-    for ((rows, length),) in works:
-        inputs = (trainable, grads, batch, targets, rows)
-        part = update.accumulate.lower(*inputs, length=length, frozen=frozen).compile()
-        sizes.append(program_bytes(part))
-    apply = update.apply.lower(state, grads).compile()
-    ((rows, length),) = works[int(np.argmax(sizes))]
-    inputs = (trainable, grads, batch, targets, rows)
-    jax.block_until_ready(update.accumulate(*inputs, length=length, frozen=frozen))
-    return {
-        "gradients": per_device(state.params),
-        "update": max(*sizes, program_bytes(apply)),
-    }
-
-
-def _step_bytes(
-    update: learner.Update,
-    state: TrainState,
-    trainable: learner.Params,
-    batch: TrajectoryBatch,
-    targets: learner.Targets,
-    works: Sequence[Packed],
-    frozen: learner.Params | None,
-    *,
-    limit: int,
 ) -> int:
-    """Of a whole step on packed rows.
+    """Of a whole step, gradients included.
 
     A step changes the state it is given, so that it is executed on one of zeros, beside the
     parameters. Where only one of the two fits, the step is compiled and not executed.
     """
     sizes = [
-        program_bytes(update.step.lower(state, batch, targets, work, frozen).compile())
+        program_bytes(update.lower(state, batch, targets, work, frozen).compile())
         for work in works
     ]
     largest = int(np.argmax(sizes))
     held = per_device((trainable, frozen, batch, targets, state, works[largest]))
     if held + sizes[largest] <= limit:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), state)
-        jax.block_until_ready(update.step(zeros, batch, targets, works[largest], frozen))
+        jax.block_until_ready(update(zeros, batch, targets, works[largest], frozen))
     return sizes[largest]
 
 

@@ -22,7 +22,6 @@ from jaxagentrl import (
     rewards,
 )
 from jaxagentrl.models import decoder, sharding
-from jaxagentrl.packing import Packed
 from jaxagentrl.trajectory import Trajectory
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
@@ -35,7 +34,7 @@ class Programs:
 
     score: Callable[..., learner.Scores]
     estimate: Callable[..., Any]
-    update: learner.Update
+    update: Callable[..., Any]
     needs_reference: bool
     needs_scores: bool
     mesh: jax.sharding.Mesh | None = None
@@ -180,7 +179,7 @@ def make_programs(
             kl_in_reward=in_reward,
             skip_zero_signal=skips_rows(rl),
         ),
-        update=learner.make_update(loss, chain),
+        update=learner.make_step(loss, chain),
         needs_reference=kl["placement"] != "none",
         needs_scores=rl["critic"] != "none" or bool(in_reward) or not once,
         mesh=mesh,
@@ -227,6 +226,7 @@ def learn(
         imitate.split,
         lengths=np.array([trajectory.num_tokens for trajectory in trajectories]),
         shape=batch.tokens.shape,
+        most_rows=whole,
         contexts=imitate.contexts_of(trajectories),
         **part_shapes(config["learner"], mesh),
     )
@@ -395,10 +395,7 @@ def _facts(batch, credit, turn_rewards, trajectories, work, used) -> dict[str, f
     for trajectory, value in zip(trajectories, returns, strict=True):
         groups.setdefault(trajectory.group, []).append(value)
     deviations = [float(np.std(values)) for values in groups.values()]
-    if isinstance(work, Packed):
-        places = int(work.count) * work.places[0].size
-    else:
-        places = sum(len(rows) * length for rows, length in work)
+    places = sum(int(stack.count) * math.prod(stack.shape) for stack in work)
     tokens = sum(trajectories[row].num_tokens for row in used)
     credit = credit[batch.action_mask]
     return {

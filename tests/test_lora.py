@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_sharding import LENGTH, ROWS, UNTIED, assert_close, assert_placed, data
+from test_sharding import UNTIED, assert_close, assert_placed, data, whole_rows
 
 from jaxagentrl import learner, optimizer
 from jaxagentrl.models import decoder, kv_cache, lora, pretrained, sharding
@@ -93,10 +93,9 @@ def test_only_adapters_are_trained_and_kept(policy, sizes):
     with sharding.use(mesh):
         state, frozen = (sharding.place(tree, mesh) for tree in (jax.tree.map(jnp.copy, state), frozen))
         batch, targets = sharding.place_rows(data(), mesh)
-        update = learner.make_update(learner.make_sft_loss(UNTIED), chain)
+        step = learner.make_step(learner.make_sft_loss(UNTIED), chain)
         for _ in range(4):
-            work = [(np.arange(ROWS, dtype=np.int32), LENGTH)]
-            state, metrics = update(state, batch, targets, work, frozen)
+            state, metrics = step(state, batch, targets, whole_rows(), frozen)
             losses.append(float(metrics["loss/action"]))
     assert losses[-1] < losses[0]
     assert set(state.params) == {"adapters"}

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from test_sharding import OPTIMIZER, UNTIED, params
 
-from jaxagentrl import imitate, learner, optimizer, plan, reinforce
+from jaxagentrl import imitate, learner, optimizer, plan, reinforce, states
 from jaxagentrl.models import kv_cache, sharding
-from jaxagentrl.packing import Packed
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -25,7 +24,7 @@ SHAPES = dict(length_buckets=(16, 24), tokens_per_part=96, row_multiple=4, packi
 
 def make_plan(mesh=None, *, shapes=SHAPES, limit=10**9, needs_reference=False, **options):
     chain = optimizer.make(**OPTIMIZER, **options)
-    update = learner.make_update(learner.make_sft_loss(UNTIED), chain)
+    update = learner.make_step(learner.make_sft_loss(UNTIED), chain)
     trainable = sharding.place(jax.tree.map(jnp.asarray, params(UNTIED)), mesh)
     with sharding.use(mesh):
         made = plan.make(
@@ -73,7 +72,7 @@ def test_the_plan_counts_what_arrays_take_and_runs_the_largest_micro_batch():
     assert made.always["cache"] == 2 * sum(x.nbytes for x in jax.tree.leaves(cache))
     # Logits of the largest micro-batch are in it, and it is compiled once and for all.
     assert made.updating["update"] > 4 * 24 * UNTIED.vocab_size * 4
-    assert update.accumulate._cache_size() == 1
+    assert update._cache_size() == 1
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable))
     assert made.peak < 10**9
     made.check()
@@ -105,64 +104,84 @@ def test_the_reference_of_a_kl_term_is_counted():
         small.check()
 
 
-def shapes_of(works):
-    """(rows, length) of each."""
-    if isinstance(works[0], Packed):
-        return [work.places.shape[1:] for work in works]
-    return [(len(rows), length) for ((rows, length),) in works]
+def shapes_of(work):
+    """(rows, length) of a micro-batch of each stack."""
+    return [stack.shape for stack in work]
 
 
-def test_the_largest_micro_batch_is_among_the_shapes_that_are_measured():
-    """A shorter bucket has more rows; of those with fewer tokens than a longer one none is needed."""
+def test_every_micro_batch_that_may_come_is_in_the_step_that_is_measured():
     quickstart = runpy.run_path(str(CONFIGS / "textworld_quickstart.py"))["get_config"]().to_dict()
     shapes = reinforce.part_shapes(quickstart["learner"], None)
-    # Tokens: 80 → 2560, 96 → 3072, 112 → 2688, 128 → 3072, 144 → 2304, 176 → 2816, 240 → 1920.
-    assert shapes_of(plan.largest_works(256, **shapes)) == [(8, 240), (16, 176), (24, 128)]
-    # Every shape that a run can make has no more tokens and no more length than one of them.
-    found = plan.largest_works(256, **shapes)
+    (found,) = plan.largest_works(256, **shapes)
+    assert shapes_of(found) == [
+        (8, 240), (16, 176), (16, 144), (24, 128), (24, 112), (32, 96), (32, 80)
+    ]
+    assert all(stack.count == 1 for stack in found)
+    # Whatever the lengths of a step, its program is the one that was measured.
     for length in range(1, 241):
-        for rows, bucket in imitate.parts(np.arange(40), np.full(40, length), **without(shapes)):
-            tokens = len(rows) * bucket
-            assert any(tokens <= r * size and bucket <= size for r, size in shapes_of(found))
-    packed = shapes | {"packing": True}
-    assert shapes_of(plan.largest_works(256, **packed)) == [(8, 240)]
+        made = imitate.split(
+            np.arange(40), np.full(40, length), shape=(256, 240), most_rows=256, **shapes
+        )
+        assert program_of(made) == program_of(found)
+        bucket = min(size for size in shapes["length_buckets"] if size >= length)
+        assert [stack.length for stack in made if stack.count] == [bucket]
+
+
+def program_of(work):
+    """What a compiled program depends on."""
+    return jax.tree.structure(work), [x.shape for x in jax.tree.leaves(work)]
+
+
+def test_packed_rows_are_as_long_as_the_longest_text_of_a_step():
+    """A shorter length has more rows; of those with fewer tokens than a longer one none is needed."""
+    quickstart = runpy.run_path(str(CONFIGS / "textworld_quickstart.py"))["get_config"]().to_dict()
+    packed = reinforce.part_shapes(quickstart["learner"], None) | {"packing": True}
+    assert [shapes_of(work) for work in plan.largest_works(256, **packed)] == [[(8, 240)]]
     # Several contexts in a row of 240: those of a step may all be short.
+    # Tokens: 80 → 2560, 96 → 3072, 112 → 2688.
     several = plan.largest_works(16, longest_context=100, **packed)
-    assert shapes_of(several) == [(24, 112), (32, 96)]
-    assert several[0].places.shape[0] == 2  # 16 rows of two contexts each
-    assert all(work.count == 1 for work in several)
+    assert [shapes_of(work) for work in several] == [[(24, 112)], [(32, 96)]]
+    assert several[0][0].places.shape[0] == 2  # 16 rows of two contexts each
+    assert all(stack.count == 1 for (stack,) in several)
 
 
-def without(shapes):
-    return {key: value for key, value in shapes.items() if key != "packing"}
-
-
-def test_the_largest_micro_batch_is_measured_and_executed():
+def test_the_largest_micro_batch_is_measured_and_the_run_s_program_executed():
     # 4 rows of 24 are 96 tokens, 8 of 16 are 128.
     shapes = SHAPES | {"tokens_per_part": 128}
-    works = plan.largest_works(16, **shapes)
-    assert shapes_of(works) == [(4, 24), (8, 16)]
-    made, update, trainable = make_plan(shapes=shapes)
+    made, update, _ = make_plan(shapes=shapes)
     assert made.updating["update"] > plain()[0].updating["update"]
-    assert update.accumulate._cache_size() == 1
+    assert update._cache_size() == 1
+    chain = optimizer.make(**OPTIMIZER)
+    weights = jax.tree.map(jnp.asarray, params(UNTIED))
+    state = states.fresh(weights, chain)
     batch, targets = sharding.place_rows(plan._nothing(16, 24), None)
-    ((rows, length),) = works[1]
-    grads = learner.zeros_like(trainable)
-    update.accumulate(trainable, grads, batch, targets, rows, length=length, frozen=None)
-    assert update.accumulate._cache_size() == 1  # it is the one that was executed
+    work = imitate.split(
+        np.arange(5), np.full(16, 9), shape=(16, 24), most_rows=16, **shapes
+    )
+    update(state, batch, targets, work, None)
+    assert update._cache_size() == 1  # it is the one that was executed
 
 
-def test_a_packed_step_is_measured_and_executed_on_a_state_of_zeros():
-    packed = SHAPES | {"packing": True}
-    made, update, trainable = make_plan(shapes=packed)
-    assert made.updating["update"] > made.always["parameters"]
-    assert "gradients" not in made.updating  # within the program
-    assert made.always["batch"] > plain()[0].always["batch"]  # the index
-    assert update.step._cache_size() == 1
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_step_is_measured_and_executed_on_a_state_of_zeros(packing):
+    shapes = SHAPES | {"packing": packing}
+    made, update, trainable = make_plan(shapes=shapes)
+    assert made.updating["update"] > made.always["parameters"]  # the gradients are in it
+    assert update._cache_size() == 1
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable))
     # Beside the parameters there is no room for a second set of them.
-    tight, update, _ = make_plan(shapes=packed, limit=made.peak - made.always["cache"])
-    assert tight.updating == made.updating and update.step._cache_size() == 0
+    tight, update, _ = make_plan(shapes=shapes, limit=made.peak - made.always["cache"])
+    assert tight.updating == made.updating and update._cache_size() == 0
+
+
+def test_the_index_of_what_a_step_works_off_is_counted():
+    (work,) = plan.largest_works(16, **SHAPES)
+    # 4 micro-batches of 4 rows of 24, and of 16 as many; two numbers of micro-batches.
+    assert plan.per_device(work) == 4 * (4 * 4 + 4 * 4 + 2)
+    made = make_plan(shapes=SHAPES | {"packing": True})[0]
+    (packed,) = plan.largest_works(16, **SHAPES | {"packing": True})
+    both = [each.always["batch"] for each in (plain()[0], made)]
+    assert both[1] - both[0] == plan.per_device(packed) - plan.per_device(work)
 
 
 def test_a_run_that_does_not_fit_is_refused_with_advice():

@@ -10,8 +10,10 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from records import make_task, make_trajectory, make_turn
+from test_sharding import rows_in_parts
 
 from envs_host.types import StopReason
 from jaxagentrl import batching, diagnostics, engine, estimate, imitate, learner, reinforce, rewards, states
@@ -104,47 +106,46 @@ def imitation():
     """The demonstrations, their targets and one compiled program for all tests."""
     demonstrations = imitate.load(make_trajectories(), length_buckets=(48,))
     targets = imitate.targets(demonstrations.batch, jnp.arange(6), observation_weight=0.5)
-    return (
-        demonstrations,
-        targets,
-        learner.make_accumulate(learner.make_sft_loss(MODEL)),
-    )
+    step = learner.make_step(learner.make_sft_loss(MODEL), TRACE)
+    return demonstrations, targets, step
 
 
-def gradient(parts):
-    """Gradient of the imitation loss of six trajectories, in the given micro-batches."""
-    demonstrations, targets, accumulate = imitation()
-    params = {"policy": policy()}
-    grads = jax.tree.map(jnp.zeros_like, params)
-    total = 0.0
-    for part, length in parts:
-        part = np.asarray(part, np.int32)
-        grads, metrics = accumulate(
-            params, grads, demonstrations.batch, targets, part, length=length
-        )
-        total += float(metrics["loss/action"])
-    return grads, total
+TRACE = optax.trace(0.0)  # an optimizer whose state is the gradient
+
+
+def gradient(work):
+    """Gradient of the imitation loss of six trajectories, and the loss, from the given work."""
+    demonstrations, targets, step = imitation()
+    params = {"policy": jax.tree.map(jnp.asarray, policy())}
+    state, metrics = step(states.fresh(params, TRACE), demonstrations.batch, targets, work)
+    return state.opt_state.trace, float(metrics["loss/action"])
+
+
+def in_parts(*parts):
+    return rows_in_parts(parts, length=48)
 
 
 def test_the_gradient_does_not_depend_on_the_split_the_order_or_the_padding():
-    whole, loss = gradient([([0, 1, 2, 3, 4, 5], 48)])
-    for parts in (
-        [([5, 3, 1, 0, 2, 4], 48)],
+    whole, loss = gradient(in_parts([0, 1, 2, 3, 4, 5]))
+    for work in (
+        in_parts([5, 3, 1, 0, 2, 4]),
         # Row 6 does not exist: it fills places.
-        [([0, 1, 6, 6, 6, 6], 48), ([6, 2, 3, 6, 6, 6], 48), ([4, 5, 6, 6, 6, 6], 48)],
+        in_parts([0, 1, 6, 6, 6, 6], [6, 2, 3, 6, 6, 6], [4, 5, 6, 6, 6, 6]),
     ):
-        other, other_loss = gradient(parts)
+        other, other_loss = gradient(work)
         assert abs(loss - other_loss) < 1e-5
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, other)
 
 
 def test_cutting_rows_to_their_length_changes_nothing():
     lengths = np.array([t.num_tokens for t in make_trajectories()])
-    shapes = dict(length_buckets=LENGTHS, tokens_per_part=32, row_multiple=2)
-    parts = imitate.parts(np.arange(6), lengths, **shapes)
-    assert len({length for _, length in parts}) > 1  # else this shows nothing
-    whole, loss = gradient([([0, 1, 2, 3, 4, 5], 48)])
-    cut, cut_loss = gradient(parts)
+    work = imitate.split(
+        np.arange(6), lengths, shape=(6, 48), most_rows=6, length_buckets=LENGTHS,
+        tokens_per_part=32, row_multiple=2, packing=False,
+    )
+    assert sum(stack.count > 0 for stack in work) > 1  # else this shows nothing
+    whole, loss = gradient(in_parts([0, 1, 2, 3, 4, 5]))
+    cut, cut_loss = gradient(work)
     assert abs(loss - cut_loss) < 1e-5
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, cut)
 
@@ -193,7 +194,7 @@ def test_turn_gae_trains_the_value_of_a_turn_on_its_first_token():
     batch = batching.to_batch(
         made, turn_rewards, discount=0.9, length_buckets=[48], row_multiple=1
     )
-    scores = programs.score(state.params, batch.tokens, [(np.arange(len(made)), 48)])
+    scores = programs.score(state.params, batch.tokens, in_parts(range(len(made))))
     anchors = batching.anchor_ids(made, num_rows=len(made), max_turns=8)
     credit, returns, mask = programs.estimate(batch, scores, scores.logprobs, anchors)
     assert int(mask.sum()) == sum(t.num_turns for t in made)
@@ -340,6 +341,20 @@ def test_rows_without_signal_can_stay_out(aggregation):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, alone)
 
 
+def test_padding_is_that_of_the_micro_batches_that_were_computed():
+    config = make_config(advantage=dict(name="leave_one_out"), skip_zero_signal=True)
+    config["learner"] |= dict(length_buckets=LENGTHS, tokens_per_part=96, row_multiple=1)
+    trajectories = make_trajectories()
+    state, reference, programs = make_state(config)
+    _, measured, _ = reinforce.learn(
+        state, reference, trajectories, programs, config, iteration=0
+    )
+    # Of the four rows that are used. 96 tokens are two rows of 48, three of 32, six of 16.
+    lengths = sorted((t.num_tokens for t in trajectories[2:]), reverse=True)
+    assert lengths == [25, 24, 14, 7]
+    assert measured["batch/padding_share"] == pytest.approx(1 - 70 / (3 * 32 + 6 * 16))
+
+
 def test_a_batch_without_any_signal_takes_no_step():
     config = make_config(advantage=dict(name="leave_one_out"), skip_zero_signal=True)
     state, reference, programs = make_state(config)
@@ -401,7 +416,8 @@ def test_every_used_row_is_in_one_minibatch_of_every_epoch(num_minibatches, num_
         np.testing.assert_array_equal(weights != 0, action & weighed[:, None])  # whole rows
         np.testing.assert_array_equal(targets.value_weights, weights)
         np.testing.assert_allclose(np.sum(weights), 1.0, rtol=1e-6)
-        computed = [row for rows, _ in work for row in rows.tolist() if row < len(weights)]
+        held = np.concatenate([stack.rows[: int(stack.count)].reshape(-1) for stack in work])
+        computed = held[held < len(weights)].tolist()
         assert sorted(computed) == np.flatnonzero(weighed).tolist()
         steps.append(sorted(computed))
         return state, {}

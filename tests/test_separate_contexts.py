@@ -11,13 +11,15 @@ from envs_host.types import StopReason, Task
 from jaxagentrl import batching, imitate, learner, settings
 from jaxagentrl.models import decoder
 from jaxagentrl.models.decoder import DecoderConfig
+from jaxagentrl.packing import Rows
 from jaxagentrl.trajectory import Trajectory, Turn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODEL = DecoderConfig(
     vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
     intermediate_size=32)
-SHAPES = dict(length_buckets=(24, 64), tokens_per_part=48, row_multiple=1, packing=False)
+SHAPES = dict(
+    length_buckets=(24, 64), tokens_per_part=48, row_multiple=1, packing=False, most_rows=3)
 
 
 def episode(rng, sizes, fresh):
@@ -60,7 +62,7 @@ def test_scores_are_those_of_each_text_alone(played):
     work = imitate.split(
         np.arange(3, dtype=np.int32), lengths, shape=batch.tokens.shape, contexts=contexts, **SHAPES)
     # Packed as widely as the longest text needs, not as the longest episode.
-    assert work.places.shape[-1] == 24
+    assert [stack.shape[-1] for stack in work] == [24]
     scores = learner.make_score(MODEL, temperature=1.0)(params, batch.tokens, work)
     for row, trajectory in enumerate(played):
         for start, size in trajectory.contexts:
@@ -73,18 +75,18 @@ def test_scores_are_those_of_each_text_alone(played):
 
 def test_every_place_is_taken_once(played):
     lengths = np.array([trajectory.num_tokens for trajectory in played])
-    work = imitate.split(
+    (packed,) = imitate.split(
         np.array([0, 2], np.int32), lengths, shape=(3, 64), contexts=imitate.contexts_of(played),
         **SHAPES)
-    taken = np.sort(work.places[work.segment_ids >= 0])
+    taken = np.sort(packed.places[packed.segment_ids >= 0])
     expected = [row * 64 + column for row in (0, 2) for column in range(lengths[row])]
     np.testing.assert_array_equal(taken, expected)
 
 
 def test_one_text_each_needs_no_packing(played):
     assert imitate.contexts_of(played[2:]) is None
-    assert isinstance(
-        imitate.split(np.zeros(1, np.int32), np.array([7]), shape=(1, 64), **SHAPES), list)
+    work = imitate.split(np.zeros(1, np.int32), np.array([7]), shape=(1, 64), **SHAPES)
+    assert all(isinstance(stack, Rows) for stack in work)
 
 
 def test_a_config_whose_rows_are_too_short_is_refused():

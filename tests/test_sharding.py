@@ -17,7 +17,7 @@ import pytest
 
 from jaxagentrl import hosts, learner, optimizer
 from jaxagentrl.models import decoder, kv_cache, sharding
-from jaxagentrl.packing import pack
+from jaxagentrl.packing import Rows, pack
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
 # As deep models do it.
@@ -130,16 +130,26 @@ def test_the_moments_of_two_optimizers_lie_where_their_parameters_do():
     assert all(x.sharding == where[x.shape] for x in moments if x.ndim == 3)
 
 
+def rows_in_parts(parts, length=LENGTH):
+    """Work: rows of the batch in these micro-batches."""
+    return (Rows(np.array(parts, np.int32), np.int32(len(parts)), length),)
+
+
+def whole_rows():
+    return rows_in_parts([range(ROWS)])
+
+
 def gradients(model, mesh, loss_fn):
     """(metrics, gradient) of a loss on a mesh."""
-    accumulate = learner.make_accumulate(loss_fn)
+    chain = optax.trace(0.0)  # what it keeps is the gradient
     with sharding.use(mesh):
         state = fresh_state(model, mesh)
+        state = dataclasses.replace(state, opt_state=chain.init(state.params))
+        state = sharding.place(state, mesh)
         batch, targets = sharding.place_rows(data(), mesh)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        rows = np.arange(ROWS, dtype=np.int32)
-        grads, metrics = accumulate(state.params, zeros, batch, targets, rows, length=LENGTH)
-    return metrics, grads
+        state, metrics = learner.make_step(loss_fn, chain)(state, batch, targets, whole_rows())
+    del metrics["optimizer/grad_norm"]
+    return metrics, state.opt_state.trace
 
 
 @functools.cache
@@ -203,16 +213,15 @@ def test_a_packed_step_on_a_mesh_changes_parameters_as_one_device_does():
     """Plain gradient descent: its step is the gradient, and Adam's would amplify rounding."""
     loss_fn = learner.make_sft_loss(UNTIED)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    rows = [(np.arange(ROWS, dtype=np.int32), LENGTH)]
     outcomes = []
-    for where, work in ((None, rows), (mesh, packed_rows())):
+    for where, work in ((None, whole_rows()), (mesh, (packed_rows(),))):
         chain = optax.trace(0.9)
         with sharding.use(where):
             state = fresh_state(UNTIED, where)
             state = dataclasses.replace(state, opt_state=chain.init(state.params))
             state = sharding.place(state, where)
             batch, targets = sharding.place_rows(data(), where)
-            state, metrics = learner.make_update(loss_fn, chain)(state, batch, targets, work)
+            state, metrics = learner.make_step(loss_fn, chain)(state, batch, targets, work)
         if where is not None:
             assert_placed(state, where)
         outcomes.append(jax.device_get((state, metrics)))

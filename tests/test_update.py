@@ -21,9 +21,11 @@ from test_sharding import (
     lengths,
     packed_rows,
     params,
+    rows_in_parts,
+    whole_rows,
 )
 
-from jaxagentrl import learner, logprobs, optimizer, packing
+from jaxagentrl import imitate, learner, logprobs, optimizer, packing
 from jaxagentrl.models import decoder
 
 # As deep models do it.
@@ -117,8 +119,8 @@ def step_with(work, **options):
     chain = optax.trace(0.0)
     state = fresh_state(UNTIED, None)
     state = learner.TrainState(state.step, state.iteration, state.params, chain.init(state.params))
-    update = learner.make_update(learner.make_sft_loss(UNTIED, **options), chain)
-    return update(state, *jax.device_put(data()), work)
+    step = learner.make_step(learner.make_sft_loss(UNTIED, **options), chain)
+    return step(state, *jax.device_put(data()), work)
 
 
 def test_packing_changes_no_gradient():
@@ -126,7 +128,7 @@ def test_packing_changes_no_gradient():
     metrics, grads = imitation_on_one_device()
     packed = packed_rows(**WIDER, tokens_per_part=2 * WIDER["length"], row_multiple=2)
     assert int(packed.count) > 1 and packed.segment_ids.max() > 1
-    state, measured = step_with(packed)
+    state, measured = step_with((packed,))
     assert_close(metrics, {key: measured[key] for key in metrics})
     assert_close(grads, jax.tree.map(np.subtract, state.params, params(UNTIED)))
 
@@ -135,8 +137,8 @@ def test_packing_changes_no_score():
     score = learner.make_score(UNTIED, temperature=0.8)
     tokens = data()[0].tokens
     weights = params(UNTIED)
-    whole = score(weights, tokens, [(np.arange(ROWS, dtype=np.int32), LENGTH)])
-    packed = score(weights, tokens, packed_rows(**WIDER))
+    whole = score(weights, tokens, whole_rows())
+    packed = score(weights, tokens, (packed_rows(**WIDER),))
     valid = data()[0].valid_mask
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(np.where(valid, a, 0), b, atol=1e-5), whole, packed
@@ -144,7 +146,112 @@ def test_packing_changes_no_score():
     assert float(np.abs(packed.values).max()) > 0
 
 
-def test_steps_of_other_sizes_share_one_program():
+BUCKETS = (4, 8, 16, LENGTH, 2 * LENGTH)  # the last is longer than the batch is wide
+
+
+def by_length(rows=range(ROWS)):
+    """Rows of `data` in micro-batches by length, of at most 48 tokens."""
+    return imitate.split(
+        np.array(rows, np.int32),
+        lengths(),
+        shape=(ROWS, LENGTH),
+        most_rows=ROWS,
+        length_buckets=BUCKETS,
+        tokens_per_part=48,
+        row_multiple=2,
+        packing=False,
+    )
+
+
+def counts(work):
+    """Micro-batches by length."""
+    return {stack.length: int(stack.count) for stack in work}
+
+
+def test_rows_by_length_are_in_one_micro_batch_each():
+    """12 rows of 4, 6 of 8, 2 of 16 or 24 are at most 48 tokens, or two rows."""
+    work = by_length()
+    assert [stack.shape for stack in work] == [(2, LENGTH), (2, 16), (6, 8), (12, 4)]
+    assert [len(stack.rows) for stack in work] == [8, 8, 3, 2]  # 16 rows fill no more of any
+    assert counts(work) == {LENGTH: 3, 16: 4, 8: 1, 4: 0}
+    taken = []
+    for stack in work:
+        assert np.all(stack.rows[int(stack.count) :] == ROWS)
+        held = stack.rows[: int(stack.count)]
+        assert np.all(np.any(held < ROWS, axis=1))
+        taken += held[held < ROWS].tolist()
+        assert np.all(lengths()[held[held < ROWS]] <= stack.length)
+    assert sorted(taken) == list(range(ROWS))
+    # Rows of nothing but the smallest number still have the same shapes.
+    few = by_length([int(np.argmin(lengths()))])
+    assert jax.tree.structure(few) == jax.tree.structure(work)
+    assert [stack.rows.shape for stack in few] == [stack.rows.shape for stack in work]
+    assert sum(counts(few).values()) == 1 and counts(few)[4] == 1
+
+
+def test_rows_by_length_change_no_gradient():
+    """Several lengths, several micro-batches of one, and one that nothing has."""
+    metrics, grads = imitation_on_one_device()
+    work = by_length()
+    for stack in work:
+        stack.rows[int(stack.count) :] = 0  # what lies beyond the count is not read
+    state, measured = step_with(work)
+    assert_close(metrics, {key: measured[key] for key in metrics})
+    assert_close(grads, state.opt_state.trace)
+
+
+def test_rows_by_length_change_no_score():
+    score = learner.make_score(UNTIED, temperature=0.8)
+    batch = data()[0]
+    whole = score(params(UNTIED), batch.tokens, whole_rows())
+    cut = score(params(UNTIED), batch.tokens, by_length())
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
+        one, other = (np.where(batch.valid_mask, x, 0) for x in (one, other))
+        np.testing.assert_allclose(one, other, atol=1e-5)
+        assert np.all(np.any(one, axis=1))  # of every row
+
+
+def test_steps_of_other_lengths_share_one_program():
+    """Whatever lengths come, and however many micro-batches of each, none included."""
+    chain = optax.sgd(0.1)
+    step = learner.make_step(learner.make_sft_loss(UNTIED), chain)
+    score = learner.make_score(UNTIED, temperature=1.0)
+    state = fresh_state(UNTIED, None)
+    state = learner.TrainState(state.step, state.iteration, state.params, chain.init(state.params))
+    batch, targets = jax.device_put(data())
+    order = np.argsort(lengths())
+    seen = []
+    for rows in (order, order[:1], order[-3:], order[2:9], []):
+        work = by_length(rows)
+        seen.append(tuple(counts(work).values()))
+        before = state
+        state, _ = step(state, batch, targets, work)
+        score(state.params, batch.tokens, work)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # donated
+    assert len(set(seen)) == len(seen)
+    assert step._cache_size() == score._cache_size() == 1
+
+
+def test_what_a_stack_does_not_hold_is_not_computed():
+    """All that a program computes for micro-batches is in loops over them, which may be of none.
+
+    Layers are loops, too, so one that was moved out of the loop over micro-batches would be seen.
+    """
+    chain = optax.sgd(0.1)
+    step = learner.make_step(learner.make_sft_loss(UNTIED), chain)
+    score = learner.make_score(UNTIED, temperature=1.0)
+    weights = params(UNTIED)
+    zero = np.int32(0)
+    state = learner.TrainState(zero, zero, weights, chain.init(weights))
+    batch, targets = data()
+    one = rows_in_parts([range(ROWS)]) + rows_in_parts([range(ROWS)], length=16)
+    for work in (by_length(), one):
+        for program, inputs in ((step, (state, batch, targets)), (score, (weights, batch.tokens))):
+            text = program.lower(*inputs, work).compile().as_text()
+            assert text[text.index("\nENTRY") :].count(" while(") == len(work)
+
+
+def test_packed_steps_of_other_sizes_share_one_program():
     step = learner.make_step(learner.make_sft_loss(UNTIED), optax.sgd(0.1))
     state = fresh_state(UNTIED, None)
     state = learner.TrainState(
@@ -161,15 +268,14 @@ def test_steps_of_other_sizes_share_one_program():
         )
         assert int(packed.count) == count
         before = state
-        state, _ = step(state, *data(), packed)
+        state, _ = step(state, *data(), (packed,))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))  # donated
     assert step._cache_size() == 1
 
 
 def test_bfloat16_computes_near_float32_on_float32_masters():
-    rows = [(np.arange(ROWS, dtype=np.int32), LENGTH)]
     metrics, grads = imitation_on_one_device()
-    state, measured = step_with(rows, compute_dtype="bfloat16")
+    state, measured = step_with(whole_rows(), compute_dtype="bfloat16")
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
     assert abs(float(metrics["loss/action"] - measured["loss/action"])) < 0.02
     norm = functools.partial(optax.tree.norm)

@@ -163,15 +163,15 @@ def main() -> None:
     params = {"policy": jax.jit(functools.partial(decoder.init, config))(jax.random.key(0))}
     count = decoder.num_params(params)
     state = TrainState(jnp.int32(0), jnp.zeros((), jnp.int32), params, chain.init(params))
-    update = learner.make_update(loss, chain)
+    update = learner.make_step(loss, chain)
     since = time.perf_counter()
-    state, first = update(state, batch, targets, packed)
+    state, first = update(state, batch, targets, (packed,))
     jax.block_until_ready(state)
     compiling = time.perf_counter() - since
 
     def step() -> None:
         nonlocal state
-        state, metrics = update(state, batch, targets, packed)
+        state, metrics = update(state, batch, targets, (packed,))
         jax.block_until_ready((state, metrics))
 
     seconds = best_s(step, args.repeats)

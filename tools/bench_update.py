@@ -106,7 +106,7 @@ def run_jax(args: argparse.Namespace, size: str, folder: str) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from jaxagentrl import learner, optimizer
+    from jaxagentrl import learner, optimizer, packing
     from jaxagentrl.models import pretrained
     from jaxagentrl.types import TrainState, TrajectoryBatch
 
@@ -130,10 +130,10 @@ def run_jax(args: argparse.Namespace, size: str, folder: str) -> dict:
     whole, targets = jax.device_put((whole, targets))
     chain = optimizer.make(**OPTIMIZER)
     loss = learner.make_sft_loss(config, remat=args.remat, compute_dtype=args.compute_dtype)
-    update = learner.make_update(loss, chain)
+    update = learner.make_step(loss, chain)
     params = {"policy": policy}
     state = TrainState(jnp.int32(0), jnp.zeros((), jnp.int32), params, chain.init(params))
-    work = [(np.arange(args.rows, dtype=np.int32), args.length)]
+    work = (packing.Rows(np.arange(args.rows)[None].astype(np.int32), np.int32(1), args.length),)
     state, first = update(state, whole, targets, work)
     first = {"loss": float(first["loss/action"]), "norm": float(first["optimizer/grad_norm"])}
 

@@ -209,14 +209,14 @@ def check_logprobs(
     name = "log-probs, packed" if is_packed else "log-probs, in rows"
     score = learner.make_score(config, temperature=1.0, compute_dtype=compute_dtype)
     rows = np.arange(len(batch.tokens), dtype=np.int32)
-    work = [(rows, batch.tokens.shape[1])]
+    work = packing.Rows(rows[None], np.int32(1), batch.tokens.shape[1])
     if is_packed:
         lengths = batch.valid_mask.sum(axis=1)
         work = packing.pack(
             rows, lengths, shape=batch.tokens.shape, length=_rounded(int(lengths.sum())),
             tokens_per_part=1, row_multiple=1,
         )
-    scored = np.asarray(score({"policy": params}, batch.tokens, work).logprobs)
+    scored = np.asarray(score({"policy": params}, batch.tokens, (work,)).logprobs)
     gaps = np.where(batch.action_mask, np.abs(scored - batch.sampler_logprobs), 0.0)
     if not np.all(np.isfinite(scored[batch.action_mask])):
         return Finding(name, False, "the scoring pass gives non-finite log-probs")
