@@ -23,6 +23,7 @@ and our ratio to each.
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -62,6 +63,11 @@ SIZES = {
         vocab_size=151936, hidden_size=896, num_layers=24, num_heads=14, num_kv_heads=2, head_dim=64,
         intermediate_size=4864,
     ),
+    # That of Qwen2.5-1.5B, without its biases.
+    "1.5B": dict(
+        vocab_size=151936, hidden_size=1536, num_layers=28, num_heads=12, num_kv_heads=2, head_dim=128,
+        intermediate_size=8960,
+    ),
 }
 BUDGET = 16
 GAMES = dict(family="custom", world_size=2, nb_objects=3, quest_length=4, theme="basic")
@@ -81,7 +87,7 @@ class World:
 
     config: decoder.DecoderConfig
     params: decoder.Params
-    folder: str
+    folder: str  # where `compare` writes the model for the others
     chat_format: chat.ChatFormat
     tasks: list
     pool: EnvPool
@@ -270,9 +276,9 @@ def tunix_sampler(world: World):
     return bench_tunix.contender(world, lockstep, BUDGET)
 
 
-def make_world(args, directory: str, pool: EnvPool, tasks) -> World:
+def make_world(args, directory: str, pool: EnvPool, tasks, *, budget: int = BUDGET) -> World:
     config = decoder.DecoderConfig(**SIZES[args.size])
-    params = decoder.init(config, jax.random.key(0))
+    params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(0))
     replays = demos.replay(tasks, pool)
     texts = demos.texts(replays, prompt_style="brief", show_admissible=False)
     trained = tokenizer.train(
@@ -282,19 +288,18 @@ def make_world(args, directory: str, pool: EnvPool, tasks) -> World:
     made = chat.make(trained)
     fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
     chat_format = Wrapped(**fields)
-    folder = str(pathlib.Path(directory) / "model")
-    pretrained.save(folder, config, params, tokenizer=trained)
     stop_ids = sorted({*range(11, config.vocab_size, 12), made.end_of_turn_id})
-    per_turn = BUDGET + 40
+    per_turn = budget + 40
     max_length = -(-(120 + per_turn * args.turns) // 64) * 64
-    params = jax.device_put(params)
-    return World(
-        config, params, folder, chat_format, tasks, pool, stop_ids, args.turns, max_length
-    )
+    folder = str(pathlib.Path(directory) / "model")
+    return World(config, params, folder, chat_format, tasks, pool, stop_ids, args.turns, max_length)
 
 
 def compare(world: World, args) -> dict[str, float]:
     """Turns per second of every contender."""
+    pretrained.save(
+        world.folder, world.config, world.params, tokenizer=world.chat_format.tokenizer
+    )
     slots = args.slots or len(world.tasks)
     contenders = {
         "ours": lambda world: ours(world, slots, args.waves),

@@ -1,0 +1,167 @@
+"""What environments cost sampling: the same episodes with TextWorld attached, and detached.
+
+    python tools/bench_environments.py --size 1M --waves 1 2
+    python tools/bench_environments.py --size 0.5B --dtype bfloat16 --slots 256 --games 64 --group_size 8
+
+Attached, `rollout.collect` plays real games in worker processes. Detached, it plays the same episodes
+again, answered at once with what the environments said at the same turn of the same episode. (Where
+bfloat16 sums make a sampled token another one, its turn is still answered as recorded.) Every number of
+waves plays --repeats such pairs, each of episodes of its own, after one to warm up; the best of each
+side counts. The games themselves are the same in all pairs, so that they are started already, as
+most are in a run.
+
+The model is random and its turns are those of `bench_rollout`: ended after eight tokens on average, at most
+--budget. Longer ones leave environments more time.
+"""
+
+import argparse
+import dataclasses
+import os
+import tempfile
+import time
+
+import jax
+
+import bench_rollout
+from envs_host import textworld
+from envs_host.pool import EnvPool
+from jaxagentrl import compiles, engine, pages, rollout
+from jaxagentrl.models import decoding_layout
+
+
+class Recorder:
+    """A pool that remembers what the pool behind it answered, by episode."""
+
+    def __init__(self, pool: EnvPool):
+        self.pool = pool
+        self.step, self.release = pool.step, pool.release
+        self.answers: dict = {}
+
+    def reset(self, handle, task):
+        self.answers[handle] = []
+        self.pool.reset(handle, task)
+
+    def poll(self, limit_s=None):
+        answers = self.pool.poll(limit_s)
+        for handle, answer in answers:
+            self.answers[handle].append(answer)
+        return answers
+
+
+class Recorded:
+    """A pool that answers at once with what was recorded; beyond that, with the last of it."""
+
+    def __init__(self, answers: dict):
+        self.recorded, self.turns, self.answers = answers, {}, []
+
+    def reset(self, handle, task):
+        del task
+        self.turns[handle] = -1
+        self.step(handle, "")
+
+    def step(self, handle, text):
+        del text
+        self.turns[handle] += 1
+        recorded = self.recorded[handle]
+        self.answers.append((handle, recorded[min(self.turns[handle], len(recorded) - 1)]))
+
+    def poll(self, limit_s=None):
+        del limit_s
+        answers, self.answers = self.answers, []
+        return answers
+
+    def release(self, handle):
+        del self.turns[handle]
+
+
+def measure(world: bench_rollout.World, args: argparse.Namespace, num_waves: int) -> None:
+    sampler = engine.Engine(
+        world.config,
+        num_slots=args.slots,
+        num_waves=num_waves,
+        max_length=world.max_length,
+        max_turn_tokens=args.budget,
+        stop_ids=world.stop_ids,
+        filled_buckets=[*range(args.filled_step, world.max_length, args.filled_step), world.max_length],
+        width_buckets=args.widths,
+        row_divisors=args.row_divisors,
+        cache_dtype=args.dtype,
+    )
+    before, since = compiles.count(), time.perf_counter()
+    sampler.warm_up(world.params)
+    print(
+        f"{num_waves} waves of {args.slots // num_waves} slots: {compiles.count() - before} programs in "
+        f"{time.perf_counter() - since:.0f} s",
+        flush=True,
+    )
+
+    def play(pool, seed: int) -> dict[str, float]:
+        played = rollout.collect(
+            rollout.episodes(world.tasks, group_size=args.group_size, stream=(seed,)),
+            rules=bench_rollout.make_rules(args.turns),
+            pool=pool,
+            engine=sampler,
+            params=world.params,
+            chat_format=world.chat_format,
+        )
+        turns = sum(trajectory.num_turns for trajectory in played.trajectories)
+        return played.ledger | {"turns_per_s": turns / played.ledger["seconds"]}
+
+    best: dict[str, dict[str, float]] = {}
+    for seed in range(1 + args.repeats):
+        recorder = Recorder(world.pool)
+        pair = {"attached": play(recorder, seed), "detached": play(Recorded(recorder.answers), seed)}
+        for name, result in pair.items():
+            if seed and result["turns_per_s"] > best.get(name, {"turns_per_s": 0})["turns_per_s"]:
+                best[name] = result
+    for name, result in best.items():
+        shares = ", ".join(
+            f"{key.removesuffix('_share')} {value:.1%}"
+            for key, value in result.items()
+            if key.endswith("_share")
+        )
+        print(f"    {name}: {result['turns_per_s']:8.1f} turns/s, {result['seconds']:.2f} s; {shares}")
+    loss = 1 - best["attached"]["turns_per_s"] / best["detached"]["turns_per_s"]
+    print(f"    environments cost {loss:.1%}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=bench_rollout.SIZES, default="1M")
+    parser.add_argument("--dtype", default="float32", help="of weights and cache")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--budget", type=int, default=bench_rollout.BUDGET, help="tokens of a turn at most")
+    parser.add_argument("--games", type=int, default=16)
+    parser.add_argument("--group_size", type=int, default=4, help="episodes of each game")
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--waves", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=3)
+    # Few programs, since large models take long to compile.
+    parser.add_argument("--filled_step", type=int, default=256)
+    parser.add_argument("--widths", type=int, nargs="+", default=[64])
+    parser.add_argument("--row_divisors", type=int, nargs="+", default=[1])
+    parser.add_argument("--cache_dir", default="~/.cache/jaxagentrl/textworld")
+    args = parser.parse_args()
+    pages.use_huge_ones()
+    specs = [dict(bench_rollout.GAMES, seed=seed) for seed in range(1, args.games + 1)]
+    tasks = textworld.generate(specs, cache_dir=args.cache_dir, num_workers=args.workers).tasks
+    limits = dict(step_limit_s=60.0, reset_limit_s=60.0, worker_memory_mb=2000.0)
+    with tempfile.TemporaryDirectory() as directory, EnvPool(
+        "textworld", {}, num_workers=args.workers, **limits
+    ) as pool:
+        world = bench_rollout.make_world(args, directory, pool, tasks, budget=args.budget)
+        params = decoding_layout.for_decoding(world.params, args.dtype)
+        world = dataclasses.replace(world, params=params)
+        size = sum(x.size for x in jax.tree.leaves(world.params))
+        print(
+            f"{args.size}: {size / 1e6:.1f} M parameters, {args.dtype}, {len(tasks)} games, "
+            f"{args.group_size} episodes of {args.turns} turns of each, at most {args.budget} tokens a turn, "
+            f"{args.workers} workers, {jax.devices()[0].device_kind}"
+        )
+        for num_waves in args.waves:
+            measure(world, args, num_waves)
+
+
+if __name__ == "__main__":
+    main()
