@@ -10,11 +10,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxagentrl import compiles, sampling, tiling, turns
+from jaxagentrl import compiles, dispatch, sampling, tiling, turns
 from jaxagentrl.models import decoder, kv_cache
 from jaxagentrl.turns import Counters, TurnRequest, TurnSample, Waiting
 
@@ -23,8 +25,8 @@ from jaxagentrl.turns import Counters, TurnRequest, TurnSample, Waiting
 class _Launched:
     """What the device is doing for a wave."""
 
-    markers: list[jax.Array]  # ready when extend and fork are
-    calls: list[tuple[dict[int, int], sampling.Sampled]]  # row → slot of each decode call
+    markers: list[Future[jax.Array]]  # ready when extend and fork are
+    calls: list[tuple[dict[int, int], Future[sampling.Sampled]]]  # row → slot of each decode call
 
 
 def check(
@@ -126,6 +128,7 @@ class Engine:
         self.max_turn_tokens = max_turn_tokens
         self.stop_ids = frozenset(int(token) for token in stop_ids)
         self.counters = Counters()
+        self._queue = dispatch.Queue()
         self._filled_buckets = sorted(filled_buckets)
         self._width_buckets = sorted(min(width, max_length) for width in width_buckets)
         self._row_buckets = sorted({math.ceil(self.slots_per_wave / d) for d in row_divisors})
@@ -233,7 +236,7 @@ class Engine:
         self.counters.turns_launched += len(waiting)
         self.counters.slots_launched += self.slots_per_wave
         self._find_leaders(wave)
-        markers: list[jax.Array] = []
+        markers: list[Future[jax.Array]] = []
         slots: list[int] = []
         while not slots:
             markers += self._append(params, wave)
@@ -250,21 +253,24 @@ class Engine:
         launched, self._launched[wave] = self._launched[wave], None
         if launched is None:
             return {}
-        clock = [time.monotonic()]
-        jax.block_until_ready(launched.markers)
-        clock.append(time.monotonic())
-        results = [sampled for _, sampled in launched.calls]
-        jax.block_until_ready(results)
-        clock.append(time.monotonic())
+        before = self._waited()
+        jax.block_until_ready([marker.result() for marker in launched.markers])
+        extended = self._waited()
+        results = jax.block_until_ready([sampled.result() for _, sampled in launched.calls])
+        decoded = self._waited()
+        since = time.monotonic()
         results = jax.device_get(results)
-        clock.append(time.monotonic())
-        self.counters.seconds_extend += clock[1] - clock[0]
-        self.counters.seconds_decode += clock[2] - clock[1]
-        self.counters.seconds_transfer += clock[3] - clock[2]
+        self.counters.seconds_extend += max(0.0, extended - before)
+        self.counters.seconds_decode += max(0.0, decoded - extended)
+        self.counters.seconds_transfer += time.monotonic() - since
         ended = {}
         for (rows, _), sampled in zip(launched.calls, results, strict=True):
             ended |= self._take(wave, rows, sampled)
         return ended
+
+    def _waited(self) -> float:
+        """A clock that stands still for compiling, which is counted by itself."""
+        return time.monotonic() - self.counters.seconds_compile
 
     def _take(
         self, wave: int, rows: Mapping[int, int], sampled: sampling.Sampled
@@ -302,13 +308,13 @@ class Engine:
                 tokens = np.zeros((rows, width), np.int32)
                 for filled in self._filled_buckets:
                     if filled > narrower:
-                        self._run_extend(params, 0, tokens, nobody, zeros, zeros, filled)
+                        self._run_extend(params, 0, tokens, nobody, zeros, zeros, filled).result()
             for filled in self._filled_buckets:
-                self._run_fork(0, zeros, nobody, filled)
+                self._run_fork(0, zeros, nobody, filled).result()
         decode_rows = self._row_buckets if sampling.decodes_some_rows() else [self.slots_per_wave]
         for rows in decode_rows:
             for filled in self._filled_buckets:
-                self._run_decode(params, 0, {}, rows, filled, restricted)
+                self._run_decode(params, 0, {}, rows, filled, restricted).result()
         jax.block_until_ready(self._caches[0])
 
     def _check_settled(self, wave: int) -> None:
@@ -333,7 +339,7 @@ class Engine:
                 found = first.setdefault(item.ids.tobytes(), (slot, item))
                 item.leader = None if found[1] is item else found
 
-    def _copy_leaders(self, wave: int) -> list[jax.Array]:
+    def _copy_leaders(self, wave: int) -> list[Future[jax.Array]]:
         """Copies the prompt of every leader that has it in its cache to its followers."""
         waiting = self._waiting[wave]
         copies = [
@@ -357,7 +363,7 @@ class Engine:
             item.ids, item.leader = item.ids[-1:], None
         return markers
 
-    def _append(self, params: decoder.Params, wave: int) -> list[jax.Array]:
+    def _append(self, params: decoder.Params, wave: int) -> list[Future[jax.Array]]:
         """Appends to every row that has more than its last id to come, one bucket at the most."""
         rows = {
             slot: item.ids[:-1][: self._width_buckets[-1]]
@@ -383,7 +389,7 @@ class Engine:
         wave: int,
         shape: tuple[int, int, int],
         rows: Mapping[int, np.ndarray],
-    ) -> jax.Array:
+    ) -> Future[jax.Array]:
         num_rows, width, filled = shape
         tokens = np.zeros((num_rows, width), np.int32)
         slots = np.full(num_rows, self.slots_per_wave, np.int32)
@@ -421,24 +427,22 @@ class Engine:
 
     def _start_decode(
         self, params: decoder.Params, wave: int, rows: Mapping[int, int], num_rows: int, filled: int
-    ) -> sampling.Sampled:
+    ) -> Future[sampling.Sampled]:
         requests = (self._waiting[wave][slot].request for slot in rows.values())
         restricted = any(r.top_k > 0 or r.top_p < 1 or r.min_p > 0 for r in requests)
         return self._run_decode(params, wave, rows, num_rows, filled, restricted)
 
-    def _run_extend(self, params, wave, tokens, slots, lengths, counts, filled) -> jax.Array:
-        with self._first_call("extend", *tokens.shape, filled):
-            self._caches[wave], marker = self._extend(
-                params, self._caches[wave], tokens, slots, lengths, counts, filled=filled
-            )
-        return marker
+    def _run_extend(self, params, wave, tokens, slots, lengths, counts, filled) -> Future[jax.Array]:
+        def call(cache):
+            return self._extend(params, cache, tokens, slots, lengths, counts, filled=filled)
 
-    def _run_fork(self, wave, sources, targets, filled) -> jax.Array:
-        with self._first_call("fork", len(sources), filled):
-            self._caches[wave], marker = self._fork(
-                self._caches[wave], sources, targets, filled=filled
-            )
-        return marker
+        return self._run(wave, call, "extend", *tokens.shape, filled)
+
+    def _run_fork(self, wave, sources, targets, filled) -> Future[jax.Array]:
+        def call(cache):
+            return self._fork(cache, sources, targets, filled=filled)
+
+        return self._run(wave, call, "fork", len(sources), filled)
 
     def _run_decode(
         self,
@@ -448,7 +452,7 @@ class Engine:
         num_rows: int,
         filled: int,
         restricted: bool,
-    ) -> sampling.Sampled:
+    ) -> Future[sampling.Sampled]:
         slots, pending, lengths = np.full((3, num_rows), [[self.slots_per_wave], [0], [0]], np.int32)
         controls = sampling.Controls(
             budgets=np.zeros(num_rows, np.int32),
@@ -469,10 +473,11 @@ class Engine:
             controls.min_p[row] = item.request.min_p
             controls.streams[row] = turns.stream_words(item.request.stream)
         words = ["restricted"] if restricted else []
-        with self._first_call("decode", num_rows, filled, *words):
-            sampled, self._caches[wave] = self._decode(
+
+        def call(cache):
+            sampled, cache = self._decode(
                 params,
-                self._caches[wave],
+                cache,
                 slots if sampling.decodes_some_rows() else None,
                 pending,
                 lengths,
@@ -481,7 +486,21 @@ class Engine:
                 filled=filled,
                 restricted=restricted,
             )
-        return sampled
+            return cache, sampled
+
+        return self._run(wave, call, "decode", num_rows, filled, *words)
+
+    def _run(
+        self, wave: int, call: Callable[[kv_cache.KVCache], tuple[kv_cache.KVCache, Any]], *name: Any
+    ) -> Future[Any]:
+        """Has the device's thread call a program on the wave's cache, which only that thread touches."""
+
+        def run() -> Any:
+            with self._first_call(*name):
+                self._caches[wave], result = call(self._caches[wave])
+            return result
+
+        return self._queue.put(run)
 
     @contextlib.contextmanager
     def _first_call(self, program: str, *sizes: int | str) -> Iterator[None]:

@@ -25,6 +25,7 @@ from jaxagentrl import (
     metrics,
     optimizer,
     plan,
+    precision,
     prepare,
     progress,
     reinforce,
@@ -61,6 +62,7 @@ class Session:
 def run(config: Mapping[str, Any], directory: str) -> None:
     """Runs, or continues, the experiment of `config` in the folder `directory`."""
     settings.check(config)
+    precision.keep_float32()
     _keep_compiled_programs(config["compilation_cache_dir"])
     folder = _open(pathlib.Path(directory).expanduser(), config)
     unused = settings.unused(config)

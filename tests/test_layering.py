@@ -38,6 +38,7 @@ envs_host.pool_server
 envs_host.pool
 jaxagentrl
 jaxagentrl.pages
+jaxagentrl.precision
 jaxagentrl.types
 jaxagentrl.masking
 jaxagentrl.group_advantages
@@ -72,6 +73,7 @@ jaxagentrl.models.tensor_files
 jaxagentrl.models.tokenizer_files
 jaxagentrl.models.pretrained
 jaxagentrl.hosts
+jaxagentrl.dispatch
 jaxagentrl.compiles
 jaxagentrl.sampling
 jaxagentrl.tiling

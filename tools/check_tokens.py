@@ -29,7 +29,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from envs_host.types import StopReason, Task
-from jaxagentrl import batching, chat, engine, learner, packing, tokenizer
+from jaxagentrl import batching, chat, engine, learner, packing, precision, tokenizer
 from jaxagentrl.models import decoder, decoding_layout, pretrained
 from jaxagentrl.trajectory import Trajectory, Turn
 
@@ -281,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"chat family {made.family}, end of turn {made.end_of_turn!r} ({made.end_of_turn_id})")
     for difference in made.differences:
         print(f"note: {difference}")
+    precision.keep_float32()  # as runs do
     findings = check(options.directory, options)
     for finding in findings:
         print(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name}: {finding.text}")
