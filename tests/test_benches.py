@@ -3,6 +3,8 @@
 What they print is for people and not checked; that they still fit the functions they time is.
 """
 
+import importlib
+import itertools
 import os
 import pathlib
 import subprocess
@@ -20,8 +22,11 @@ COMMANDS = (
     "--compute_dtype float32",
     "bench_update.py --sizes 1M --rows 1 --length 16 --repeats 1",
     "bench_rollout.py --size tiny --turns 1 --episodes 1 --repeats 1 --cache-dir {games}",
-    "bench_rollout.py --size tiny --turns 1 --episodes 1 --per-turn --cache-dir {games}",
+    "bench_rollout.py --size tiny --turns 1 --episodes 1 --per-turn --workers 1 --dtype bfloat16 "
+    "--cache-dir {games}",
     "bench_rollout.py --size tiny --turns 2 --episodes 1 --spread --slots 1 --cache-dir {games}",
+    "bench_environments.py --size tiny --turns 1 --games 1 --group_size 2 --slots 2 --waves 1 2 "
+    "--workers 1 --repeats 1 --cache_dir {games}",
 )
 
 
@@ -37,3 +42,52 @@ def test_a_benchmark_runs(command, smoke_games):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.strip()
+
+
+def test_the_comparison_refuses_bfloat16():
+    command = [sys.executable, ROOT / "tools" / "bench_rollout.py", "--dtype", "bfloat16"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "goes with --per-turn or --spread" in done.stderr
+
+
+class Numbered:
+    """A pool that answers each request with its number."""
+
+    def __init__(self):
+        self.numbers, self.answers = itertools.count(), []
+
+    def reset(self, handle, task):
+        self.step(handle, "")
+
+    def step(self, handle, text):
+        self.answers.append((handle, next(self.numbers)))
+
+    def poll(self, limit_s=None):
+        answers, self.answers = self.answers, []
+        return answers
+
+    def release(self, handle):
+        pass
+
+
+def test_a_detached_pool_answers_as_recorded(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    benches = importlib.import_module("bench_environments")
+    recorder = benches.Recorder(Numbered())
+    recorder.reset("a", None)
+    recorder.reset("b", None)
+    assert recorder.poll() == [("a", 0), ("b", 1)]
+    recorder.step("b", "look")
+    assert recorder.poll() == [("b", 2)]
+
+    detached = benches.Recorded(recorder.answers)
+    detached.reset("b", None)
+    detached.reset("a", None)
+    assert detached.poll() == [("b", 1), ("a", 0)]
+    for _ in range(2):  # the second time, beyond what was recorded, the last of it again
+        detached.step("b", "another command")
+        assert detached.poll() == [("b", 2)]
+    detached.release("b")
+    detached.reset("b", None)
+    assert detached.poll() == [("b", 1)]

@@ -7,15 +7,14 @@ Attached, `rollout.collect` plays real games in worker processes. Detached, it p
 again, answered at once with what the environments said at the same turn of the same episode. (Where
 bfloat16 sums make a sampled token another one, its turn is still answered as recorded.) Every number of
 waves plays --repeats such pairs, each of episodes of its own, after one to warm up; the best of each
-side counts. The games themselves are the same in all pairs, so that they are started already, as
-most are in a run.
+side counts, and the loss of each pair tells how steady the machine is. The games themselves are the
+same in all pairs, so that they are started already, as most are in a run.
 
 The model is random and its turns are those of `bench_rollout`: ended after eight tokens on average, at most
 --budget. Longer ones leave environments more time.
 """
 
 import argparse
-import dataclasses
 import os
 import tempfile
 import time
@@ -25,8 +24,7 @@ import jax
 import bench_rollout
 from envs_host import textworld
 from envs_host.pool import EnvPool
-from jaxagentrl import compiles, engine, pages, rollout
-from jaxagentrl.models import decoding_layout
+from jaxagentrl import compiles, engine, pages, precision, rollout
 
 
 class Recorder:
@@ -85,7 +83,7 @@ def measure(world: bench_rollout.World, args: argparse.Namespace, num_waves: int
         filled_buckets=[*range(args.filled_step, world.max_length, args.filled_step), world.max_length],
         width_buckets=args.widths,
         row_divisors=args.row_divisors,
-        cache_dtype=args.dtype,
+        cache_dtype=world.dtype,
     )
     before, since = compiles.count(), time.perf_counter()
     sampler.warm_up(world.params)
@@ -105,30 +103,40 @@ def measure(world: bench_rollout.World, args: argparse.Namespace, num_waves: int
             chat_format=world.chat_format,
         )
         turns = sum(trajectory.num_turns for trajectory in played.trajectories)
-        return played.ledger | {"turns_per_s": turns / played.ledger["seconds"]}
+        count = len(played.trajectories)
+        rates = {"turns_per_s": turns, "episodes_per_s": count}
+        return played.ledger | {name: value / played.ledger["seconds"] for name, value in rates.items()}
+
+    def loss(pair: dict[str, dict[str, float]]) -> float:
+        return 1 - pair["attached"]["turns_per_s"] / pair["detached"]["turns_per_s"]
 
     best: dict[str, dict[str, float]] = {}
+    losses = []
     for seed in range(1 + args.repeats):
         recorder = Recorder(world.pool)
         pair = {"attached": play(recorder, seed), "detached": play(Recorded(recorder.answers), seed)}
         for name, result in pair.items():
             if seed and result["turns_per_s"] > best.get(name, {"turns_per_s": 0})["turns_per_s"]:
                 best[name] = result
+        losses.append(loss(pair))
     for name, result in best.items():
         shares = ", ".join(
             f"{key.removesuffix('_share')} {value:.1%}"
             for key, value in result.items()
             if key.endswith("_share")
         )
-        print(f"    {name}: {result['turns_per_s']:8.1f} turns/s, {result['seconds']:.2f} s; {shares}")
-    loss = 1 - best["attached"]["turns_per_s"] / best["detached"]["turns_per_s"]
-    print(f"    environments cost {loss:.1%}", flush=True)
+        print(
+            f"    {name}: {result['turns_per_s']:8.1f} turns/s, {result['episodes_per_s']:7.2f} episodes/s, "
+            f"{result['seconds']:.2f} s; {shares}"
+        )
+    each = ", ".join(f"{value:.1%}" for value in losses[1:])
+    print(f"    environments cost {loss(best):.1%} (pair by pair: {each})", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=bench_rollout.SIZES, default="1M")
-    parser.add_argument("--dtype", default="float32", help="of weights and cache")
+    parser.add_argument("--dtype", choices=bench_rollout.DTYPES, default="float32")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--budget", type=int, default=bench_rollout.BUDGET, help="tokens of a turn at most")
     parser.add_argument("--games", type=int, default=16)
@@ -144,6 +152,7 @@ def main() -> None:
     parser.add_argument("--cache_dir", default="~/.cache/jaxagentrl/textworld")
     args = parser.parse_args()
     pages.use_huge_ones()
+    precision.keep_float32()
     specs = [dict(bench_rollout.GAMES, seed=seed) for seed in range(1, args.games + 1)]
     tasks = textworld.generate(specs, cache_dir=args.cache_dir, num_workers=args.workers).tasks
     limits = dict(step_limit_s=60.0, reset_limit_s=60.0, worker_memory_mb=2000.0)
@@ -151,8 +160,7 @@ def main() -> None:
         "textworld", {}, num_workers=args.workers, **limits
     ) as pool:
         world = bench_rollout.make_world(args, directory, pool, tasks, budget=args.budget)
-        params = decoding_layout.for_decoding(world.params, args.dtype)
-        world = dataclasses.replace(world, params=params)
+        world = bench_rollout.for_sampling(world, args.dtype)
         size = sum(x.size for x in jax.tree.leaves(world.params))
         print(
             f"{args.size}: {size / 1e6:.1f} M parameters, {args.dtype}, {len(tasks)} games, "

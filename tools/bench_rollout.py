@@ -4,6 +4,7 @@
     python tools/bench_rollout.py --size 25M --turns 25 --episodes 16
     python tools/bench_rollout.py --size 25M --turns 25 --per-turn     what each turn costs, ours alone
     python tools/bench_rollout.py --size 1M --spread                   short and long episodes mixed or apart
+    python tools/bench_rollout.py --size 0.5B --spread --dtype bfloat16      the same on an accelerator
     python tools/bench_rollout.py --size 25M --record rollout.jsonl    for tools/plot_rollout.py
 
 In one run, with the same random weights (written as a Hugging Face folder by us, read by them), the
@@ -36,8 +37,8 @@ import numpy as np
 from envs_host import textworld
 from envs_host.pool import EnvPool
 from envs_host.types import Info, ResetResult, StepResult
-from jaxagentrl import chat, demos, engine, pages, rollout, tokenizer
-from jaxagentrl.models import decoder, pretrained
+from jaxagentrl import chat, demos, engine, pages, precision, rollout, tokenizer
+from jaxagentrl.models import decoder, decoding_layout, pretrained
 
 SIZES = {
     # For trying this program.
@@ -69,6 +70,7 @@ SIZES = {
         intermediate_size=8960,
     ),
 }
+DTYPES = ("float32", "bfloat16")
 BUDGET = 16
 GAMES = dict(family="custom", world_size=2, nb_objects=3, quest_length=4, theme="basic")
 
@@ -94,6 +96,13 @@ class World:
     stop_ids: list[int]
     turns: int
     max_length: int
+    dtype: str = "float32"  # of parameters, computation and cache
+
+
+def for_sampling(world: World, dtype: str) -> World:
+    """The same world with its parameters as runs hold them for sampling."""
+    params = decoding_layout.for_decoding(world.params, dtype)
+    return dataclasses.replace(world, params=params, dtype=dtype)
 
 
 def make_engine(world: World, num_slots: int, num_waves: int, stop_ids=None) -> engine.Engine:
@@ -109,6 +118,7 @@ def make_engine(world: World, num_slots: int, num_waves: int, stop_ids=None) -> 
         filled_buckets=sorted({*range(step, length, step), length}),
         width_buckets=(32, 48, 64),
         row_divisors=(1, 2, 8),
+        cache_dtype=world.dtype,
     )
 
 
@@ -297,12 +307,10 @@ def make_world(args, directory: str, pool: EnvPool, tasks, *, budget: int = BUDG
 
 def compare(world: World, args) -> dict[str, float]:
     """Turns per second of every contender."""
-    pretrained.save(
-        world.folder, world.config, world.params, tokenizer=world.chat_format.tokenizer
-    )
+    pretrained.save(world.folder, world.config, world.params, tokenizer=world.chat_format.tokenizer)
     slots = args.slots or len(world.tasks)
     contenders = {
-        "ours": lambda world: ours(world, slots, args.waves),
+        "ours": lambda world: ours(for_sampling(world, args.dtype), slots, args.waves),
         "kept": transformers_kept_cache,
         "reprefill": transformers_reprefill,
         "tunix": tunix_sampler,
@@ -440,6 +448,8 @@ def main() -> int:
     parser.add_argument("--slots", type=int, help="default: one for each episode")
     # More pay where environments take time: at 25 M parameters they take a fiftieth of it.
     parser.add_argument("--waves", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2, help="processes of environments")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and cache")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument(
         "--against", nargs="+", choices=("kept", "reprefill", "tunix"), default=("kept", "reprefill")
@@ -449,26 +459,32 @@ def main() -> int:
     parser.add_argument("--record", help="a file to which the comparison's numbers are appended")
     parser.add_argument("--cache-dir", default="~/.cache/jaxagentrl/textworld")
     args = parser.parse_args()
+    if args.dtype != "float32" and not (args.per_turn or args.spread):
+        parser.error(
+            f"--dtype {args.dtype} is for our sampler alone: it goes with --per-turn or --spread (and "
+            "bench_environments.py), the others play in float32."
+        )
     pages.use_huge_ones()  # for all sides, as the main job has them
+    precision.keep_float32()
 
     if args.turns is None:
         args.turns = 20 if args.spread else 5
     specs = [dict(GAMES, seed=seed) for seed in range(1, args.episodes + 1)]
-    tasks = textworld.generate(specs, cache_dir=args.cache_dir, num_workers=2).tasks
+    tasks = textworld.generate(specs, cache_dir=args.cache_dir, num_workers=args.workers).tasks
     limits = dict(step_limit_s=60.0, reset_limit_s=60.0, worker_memory_mb=2000.0)
     with tempfile.TemporaryDirectory() as directory, EnvPool(
-        "textworld", {}, num_workers=2, **limits
+        "textworld", {}, num_workers=args.workers, **limits
     ) as pool:
         world = make_world(args, directory, pool, tasks)
         size = sum(x.size for x in jax.tree.leaves(world.params))
         print(
-            f"{args.size}: {size / 1e6:.1f} M parameters, {len(tasks)} episodes of {args.turns} "
-            f"turns, at most {BUDGET} tokens a turn, {jax.devices()[0].platform}"
+            f"{args.size}: {size / 1e6:.1f} M parameters, {args.dtype}, {len(tasks)} episodes of "
+            f"{args.turns} turns, at most {BUDGET} tokens a turn, {jax.devices()[0].platform}"
         )
         if args.per_turn:
-            per_turn(world)
+            per_turn(for_sampling(world, args.dtype))
         elif args.spread:
-            spread(world, args.slots or 32, args.waves)
+            spread(for_sampling(world, args.dtype), args.slots or 32, args.waves)
         else:
             rates = compare(world, args)
             if args.record:
