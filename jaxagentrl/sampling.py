@@ -10,6 +10,7 @@ S slots, R rows of one call, W width of an extend, T token budget of a turn, V v
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -43,6 +44,51 @@ class Sampled(NamedTuple):
     counts: jax.Array  # [R] int32, tokens sampled, the stop token included
     unfinished: jax.Array  # [R] bool, the call ended before the row's turn did
     steps: jax.Array  # [] int32, forward passes
+
+
+def check(
+    *,
+    num_slots: int,
+    num_waves: int,
+    max_length: int,
+    max_turn_tokens: int,
+    filled_buckets: Sequence[int],
+    width_buckets: Sequence[int],
+    row_divisors: Sequence[int],
+    cache_dtype: str,
+    linger_share: float,
+) -> None:
+    """Refuses sizes that an `engine.Engine` cannot work with. Arguments as there.
+
+    Raises:
+        ValueError: with the config key (`sampling.…`), what was got and what was expected.
+    """
+    if min(num_slots, num_waves) < 1 or num_slots % num_waves:
+        raise ValueError(
+            f"sampling.num_slots ({num_slots}) must be a positive multiple of sampling.num_waves "
+            f"({num_waves})."
+        )
+    if max(filled_buckets) != max_length or min(filled_buckets) < 1:
+        raise ValueError(
+            f"sampling.filled_buckets must be positive and end at sampling.max_length ({max_length}), got "
+            f"{tuple(filled_buckets)}."
+        )
+    if not 0 < max_turn_tokens < max_length:
+        raise ValueError(
+            f"sampling.max_turn_tokens must be in 1..{max_length - 1}, below sampling.max_length, "
+            f"got {max_turn_tokens}."
+        )
+    if min(*width_buckets, *row_divisors) < 1:
+        raise ValueError(
+            "sampling.width_buckets and sampling.row_divisors must be positive, got "
+            f"{tuple(width_buckets)} and {tuple(row_divisors)}."
+        )
+    if cache_dtype not in kv_cache.DTYPES:
+        raise ValueError(
+            f"sampling.cache_dtype must be one of {kv_cache.DTYPES}, got {cache_dtype!r}."
+        )
+    if not 0 <= linger_share < 1:
+        raise ValueError(f"sampling.linger_share must be in [0, 1), got {linger_share}.")
 
 
 class Extend(Protocol):

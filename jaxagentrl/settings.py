@@ -1,7 +1,7 @@
 """Whether a config can be run, asked before anything is made, and what of it is without effect.
 
 `check` refuses what cannot work, with the key, what it says, what it could say and what to do. Sizes of
-a part are checked by that part (`engine.check`, `rules.Rules`, `optimizer.make`, `rewards.check`); here
+a part are checked by that part (`sampling.check`, `rules.Rules`, `optimizer.make`, `rewards.check`); here
 are the other keys, and those that must agree with one another.
 
 `unused` names the keys that this run does not read: configs are made by changing others, so that such
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from envs_host import collect, naming
-from jaxagentrl import engine, optimizer, prepare, reinforce, rewards, rules, windowed
+from jaxagentrl import optimizer, prepare, reinforce, rewards, rules, sampling, windowed
 from jaxagentrl.chat import PROMPT_STYLES
 from jaxagentrl.models import decoder, lora, sharding
 
@@ -77,7 +77,7 @@ def check(config: Config) -> None:
     _check_keys(config)
     _check_values(config)
     _check_games(config)
-    engine.check(**config["sampling"])
+    sampling.check(**config["sampling"])
     play(config, temperature=config["rollout"]["temperature"])
     rewards.check(**config["reward"])
     reinforce.check(config["rl"])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxagentrl import sampling
 from jaxagentrl.models import decode_kernel, decoder, decoding_layout, kv_cache, trial
 
 SCALE = 0.3
@@ -59,13 +60,14 @@ def test_which_caches_the_kernel_takes(monkeypatch):
     tried = []
     monkeypatch.setattr(decode_kernel, "_passes", lambda *x: not tried.append(x))
 
-    def takes(head_dim=64, positions=128, dtype="bfloat16", heads=8):
+    def takes(head_dim=64, positions=128, dtype="bfloat16", heads=8, queries="bfloat16"):
         cache = jax.eval_shape(lambda: kv_cache.init(1, 2, positions, 2, head_dim, dtype))
-        return decode_kernel.takes(cache, heads, jnp.dtype(jnp.bfloat16))
+        return decode_kernel.takes(cache, heads, jnp.dtype(queries))
 
     assert takes()
     assert tried == [(8, 2, 64, "bfloat16", "bfloat16")]
-    for unfit in ({"head_dim": 80}, {"positions": 100}, {"dtype": "int8"}, {"heads": 34}):
+    unfit_ones = ({"head_dim": 80}, {"positions": 100}, {"dtype": "int8"}, {"heads": 34})
+    for unfit in (*unfit_ones, {"queries": "float32"}):
         assert not takes(**unfit), unfit
 
 
@@ -150,3 +152,11 @@ def test_weights_for_decoding_are_copied_only_where_they_change(monkeypatch):
     adapters = dict(lora_a=jnp.zeros((2, 32, 1)), lora_b=jnp.zeros((2, 1, 64)))
     params["layers"]["attention"]["q"] |= adapters
     assert decoding_layout.joined(params) is params
+
+
+def test_the_compiler_knows_the_options_of_decoding():
+    """They are for GPUs, where no test runs; a version of jax without one would refuse to decode there."""
+    (options,) = sampling._COMPILER_OPTIONS.values()
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_no_such": True})(1)

@@ -1,0 +1,70 @@
+"""Programs are called one after the other, while the host goes on."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+from test_engine import CONFIG, conversations, make_engine
+
+from jaxagentrl import dispatch, engine, precision
+from jaxagentrl.models import decoder, sharding
+
+
+def test_calls_run_in_order_and_an_error_is_its_call_s_alone():
+    queue, seen = dispatch.Queue(), []
+    futures = [queue.put(lambda i=i: seen.append(i) or 10 // i) for i in (5, 0, 2)]
+    assert futures[0].result() == 2
+    with pytest.raises(ZeroDivisionError):
+        futures[1].result()
+    assert futures[2].result() == 5
+    assert seen == [5, 0, 2]
+
+
+def test_the_mesh_in_use_here_is_in_use_there():
+    queue = dispatch.Queue()
+    with sharding.use(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+        inside = queue.put(sharding.row_shards_in_use)
+    outside = queue.put(sharding.active)
+    assert inside.result() == 4
+    assert not outside.result()
+
+
+def test_the_host_goes_on_while_a_call_lasts():
+    """As on a GPU, where the call of a decode loop returns when the loop is over."""
+    params = decoder.init(CONFIG, jax.random.key(0))
+    sampler = make_engine(2, num_waves=2)
+    may_end, decode = threading.Event(), sampler._decode
+
+    def lasting(*arguments, **options):
+        assert may_end.wait(60)
+        return decode(*arguments, **options)
+
+    sampler._decode = lasting
+    for wave in range(2):
+        sampler.submit(wave, engine.TurnRequest(0, conversations(1)[0][0], 3, (wave,)))
+        sampler.launch(params, wave)  # would wait a minute, and fail
+    may_end.set()
+    assert all(0 in sampler.receive(wave) for wave in range(2))
+
+
+def test_what_a_program_raises_comes_out_of_receive():
+    sampler = make_engine(1)
+
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    sampler._decode = fails
+    sampler.submit(0, engine.TurnRequest(0, np.arange(5, dtype=np.int32), 3, (0,)))
+    sampler.launch(decoder.init(CONFIG, jax.random.key(0)), 0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sampler.receive(0)
+
+
+@pytest.mark.parametrize("backend, wanted", [("cpu", None), ("gpu", "float32"), ("tpu", "float32")])
+def test_float32_is_kept_on_accelerators(backend, wanted, monkeypatch):
+    updates = {}
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    precision.keep_float32()
+    assert updates.get("jax_default_matmul_precision") == wanted
