@@ -10,7 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import jax
@@ -132,9 +132,11 @@ class Engine:
         self._carry[wave, slot] = -1
 
     def clear(self) -> None:
-        """Frees every slot. What the device is still doing is waited for and dropped."""
+        """Frees every slot. What the device is still doing is waited for and dropped, its errors too."""
         for wave in range(self.num_waves):
-            self.receive(wave)
+            if (launched := self._launched[wave]) is not None:
+                wait([*launched.markers, *(sampled for _, sampled in launched.calls)])
+                self._launched[wave] = None
             self._waiting[wave].clear()
             self._openings[wave].clear()
         self._lengths[:] = 0

@@ -48,17 +48,27 @@ def test_the_host_goes_on_while_a_call_lasts():
     assert all(0 in sampler.receive(wave) for wave in range(2))
 
 
-def test_what_a_program_raises_comes_out_of_receive():
-    sampler = make_engine(1)
+def test_what_a_program_raises_comes_out_of_receive_and_is_cleared_away():
+    sampler = make_engine(2, num_waves=2)
+    params = decoder.init(CONFIG, jax.random.key(0))
+    decode = sampler._decode
 
     def fails(*_, **__):
         raise RuntimeError("out of memory")
 
+    def launch():
+        for wave in range(2):
+            sampler.submit(wave, engine.TurnRequest(0, np.arange(5, dtype=np.int32), 3, (0,)))
+            sampler.launch(params, wave)
+
     sampler._decode = fails
-    sampler.submit(0, engine.TurnRequest(0, np.arange(5, dtype=np.int32), 3, (0,)))
-    sampler.launch(decoder.init(CONFIG, jax.random.key(0)), 0)
+    launch()
     with pytest.raises(RuntimeError, match="out of memory"):
         sampler.receive(0)
+    sampler.clear()  # of the other wave, which failed, too
+    sampler._decode = decode
+    launch()
+    assert all(0 in sampler.receive(wave) for wave in range(2))
 
 
 @pytest.mark.parametrize("backend, wanted", [("cpu", None), ("gpu", "float32"), ("tpu", "float32")])
