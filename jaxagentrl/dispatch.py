@@ -2,7 +2,7 @@
 
 A call of a program with a loop is not asynchronous on GPUs: XLA reads the loop's condition on the host, so
 that the call returns when the loop is over. Decoding is such a loop. Called by the thread that plays the
-episodes it would keep it from the other waves' environments, and waves would overlap with nothing.
+episodes it would keep it from the other waves' environments.
 """
 
 import concurrent.futures

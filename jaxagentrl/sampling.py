@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
 
 # Of decoding, by backend. Products of a few hundred rows are faster by cuBLAS than by the kernels that
-# XLA writes itself: a tenth of a step (`docs/performance.md`).
+# XLA writes itself: by up to a tenth of a step (`docs/performance.md`).
 _COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 

@@ -62,7 +62,7 @@ class Session:
 def run(config: Mapping[str, Any], directory: str) -> None:
     """Runs, or continues, the experiment of `config` in the folder `directory`."""
     settings.check(config)
-    precision.keep_float32()
+    precision.keep_float32(config["learner"]["compute_dtype"])
     _keep_compiled_programs(config["compilation_cache_dir"])
     folder = _open(pathlib.Path(directory).expanduser(), config)
     unused = settings.unused(config)

@@ -71,10 +71,18 @@ def test_what_a_program_raises_comes_out_of_receive_and_is_cleared_away():
     assert all(0 in sampler.receive(wave) for wave in range(2))
 
 
-@pytest.mark.parametrize("backend, wanted", [("cpu", None), ("gpu", "float32"), ("tpu", "float32")])
-def test_float32_is_kept_on_accelerators(backend, wanted, monkeypatch):
+@pytest.mark.parametrize(
+    "backend, dtype, wanted",
+    [
+        ("cpu", "float32", None),
+        ("gpu", "float32", "float32"),
+        ("tpu", "float32", "float32"),
+        ("gpu", "bfloat16", None),
+    ],
+)
+def test_float32_is_kept_on_accelerators(backend, dtype, wanted, monkeypatch):
     updates = {}
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)
-    precision.keep_float32()
+    precision.keep_float32(dtype)
     assert updates.get("jax_default_matmul_precision") == wanted

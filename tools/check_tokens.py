@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"chat family {made.family}, end of turn {made.end_of_turn!r} ({made.end_of_turn_id})")
     for difference in made.differences:
         print(f"note: {difference}")
-    precision.keep_float32()  # as runs do
+    precision.keep_float32(options.dtype)  # as runs do
     findings = check(options.directory, options)
     for finding in findings:
         print(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name}: {finding.text}")
