@@ -81,6 +81,7 @@ def forward(
     config: decoder.DecoderConfig,
     params: Params,
     tokens: Array,
+    needed: Array,
     *,
     temperature: float,
     remat: str = "none",
@@ -92,6 +93,8 @@ def forward(
     """Scores [B, L] tokens with the policy and, if there is one, the critic.
 
     Args:
+        needed: [B, L] bool, tokens whose log-probs and entropies are read; the others' are 0. Values
+            are of every token.
         remat: what the backward pass recomputes, a name of `decoder.REMAT`.
         compute_dtype: of activations and of the weights they meet; "bfloat16" halves both. Norms,
             softmax and log-probs are float32 all the same, and so are gradients and parameters.
@@ -115,9 +118,9 @@ def forward(
         x,
         decoder.unembedding(policy),
         tokens,
+        needed=needed,
         temperature=temperature,
         softcap=config.logit_softcap,
-        chunk_size=token_scores.chunk_size(config.vocab_size) * sharding.row_shards_in_use(),
     )
     values = jnp.zeros_like(logprobs)
     if "value_head" in params:
@@ -149,17 +152,21 @@ def in_dtype(params: Params, dtype: str) -> Params:
 def make_score(
     config: decoder.DecoderConfig, *, temperature: float, compute_dtype: str = "float32"
 ) -> Callable[..., Scores]:
-    """Program (params, tokens [B, L], work) → `Scores` [B, L], zeros where `work` has no token."""
+    """Program (params, tokens [B, L], needed [B, L], work) → `Scores` [B, L].
+
+    Zeros where `work` has no token, and log-probs and entropies of what is not `needed`.
+    """
 
     forward_part = functools.partial(
         forward, config, temperature=temperature, compute_dtype=compute_dtype
     )
 
     @jax.jit
-    def score(params: Params, tokens: Array, work: Work) -> Scores:
+    def score(params: Params, tokens: Array, needed: Array, work: Work) -> Scores:
         def body(stack: Packed | Rows, index: Array, scores: Scores) -> Scores:
             cut = _cut(stack, index, tokens.shape)
-            return cut.put(scores, forward_part(params, cut.take(tokens), **cut.layout))
+            part = forward_part(params, cut.take(tokens), cut.take(needed), **cut.layout)
+            return cut.put(scores, part)
 
         scores = empty_scores(tokens.shape)
         for stack in work:
@@ -217,6 +224,11 @@ def _cut(stack: Packed | Rows, index: Array, shape: tuple[int, int]) -> _Cut:
     return _Cut((math.prod(shape),), of(stack.places), layout)
 
 
+def _needed(batch: TrajectoryBatch, targets: Targets) -> Array:
+    """Tokens whose log-probs a loss or a metric reads: actions, and observations that are trained on."""
+    return batch.action_mask | (targets.observation_weights != 0)
+
+
 def make_sft_loss(
     config: decoder.DecoderConfig, *, remat: str = "none", compute_dtype: str = "float32"
 ) -> Callable[..., Any]:
@@ -228,7 +240,7 @@ def make_sft_loss(
     def loss_fn(
         params: Params, batch: TrajectoryBatch, targets: Targets, **layout: Any
     ) -> tuple[Array, Metrics]:
-        scores = forward_part(params, batch.tokens, **layout)
+        scores = forward_part(params, batch.tokens, _needed(batch, targets), **layout)
         action = -jnp.sum(targets.weights * scores.logprobs)
         observation = -jnp.sum(targets.observation_weights * scores.logprobs)
         metrics = {"loss/action": action, "loss/observation": observation}
@@ -276,7 +288,7 @@ def make_rl_loss(
     def loss_fn(
         params: Params, batch: TrajectoryBatch, targets: Targets, **layout: Any
     ) -> tuple[Array, Metrics]:
-        scores = forward_part(params, batch.tokens, **layout)
+        scores = forward_part(params, batch.tokens, _needed(batch, targets), **layout)
         mask, weights = batch.action_mask, targets.weights
         old = jax.lax.stop_gradient(scores.logprobs) if old_is_current else targets.old_logprobs
         clips = {"clip_low": clip_low, "clip_high": clip_high}

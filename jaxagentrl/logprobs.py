@@ -1,19 +1,24 @@
-"""Token log-probs and entropies from hidden states, without ever holding the [B, L, V] logits."""
+"""Token log-probs and entropies from hidden states: of the tokens that are needed and no others, and
+without ever holding the [B, L, V] logits."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from jaxagentrl.models import sharding
+
 # Logits that exist at once: 256 MiB of float32, 1 GiB on accelerators, where every chunk reads and writes
 # the unembedding's gradient once more.
 _CHUNK_LOGITS = {"cpu": 1 << 26, "gpu": 1 << 28, "tpu": 1 << 28}
-_MAX_CHUNK = 4096  # positions; products of this many rows are as fast as longer ones
+# Positions: products of more rows are no faster, and a chunk is computed whole, however few it holds.
+_MAX_CHUNK = {"cpu": 256, "gpu": 4096, "tpu": 4096}
 
 
-def chunk_size(vocab_size: int) -> int:
-    """Positions whose logits may exist at once: 4096, and fewer where the vocabulary is large."""
-    return max(min(_MAX_CHUNK, _CHUNK_LOGITS[jax.default_backend()] // vocab_size), 1)
+def largest_chunk(vocab_size: int) -> int:
+    """Positions of a device whose logits may exist at once; fewer where the vocabulary is large."""
+    backend = jax.default_backend()
+    return max(min(_MAX_CHUNK[backend], _CHUNK_LOGITS[backend] // vocab_size), 1)
 
 
 def token_logprobs(
@@ -21,114 +26,173 @@ def token_logprobs(
     unembedding: jax.Array,
     tokens: jax.Array,
     *,
+    needed: jax.Array | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    chunk_size: int = _MAX_CHUNK,
+    chunk_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-prob of every token given those before it, and the entropy it was drawn with.
+    """Log-prob of every needed token given those before it, and the entropy it was drawn with.
 
         log p(yₜ | y₍<ₜ₎) = zₜ[yₜ] − logsumexp(zₜ),   zₜ = cap(hₜ₋₁ W) / temperature
 
-    Positions are worked off in chunks whose logits are computed again in the backward pass, so the
-    peak is [chunk_size, V] in both. A chunk is the same few positions of every row, so that rows may be
-    shared out over devices. The softmax is float32.
+    Most tokens of an agent's episode are the environment's, and no loss asks for their log-probs. So
+    the needed ones are brought together and worked off in chunks, as many as there are, forward and
+    backward: cost is by needed tokens, their number is data and compiles nothing. A chunk's logits are
+    computed again in the backward pass, so the peak is [chunk_size, V] in both. The softmax is float32.
+
+    On a mesh (`models.sharding`) every device that holds rows works off its own.
 
     Args:
         hidden: [B, L, D] final hidden states; entry t has seen tokens 0..t.
         unembedding: [D, V].
         tokens: [B, L] int32.
+        needed: [B, L] bool, tokens whose log-probs are read; None is all of them. The first of a row
+            never is: nothing predicts it.
         temperature: divides the logits; that of the sampler, so that both score one distribution.
         softcap: cap(x) = softcap · tanh(x / softcap) on the logits (Gemma 2); None is no cap.
-        chunk_size: positions whose logits exist at once.
+        chunk_size: positions of a device whose logits exist at once; None is `largest_chunk`.
 
     Returns:
-        log-probs and entropies (nats), both [B, L] float32. Entry t describes token t; entry 0 is 0.
+        log-probs and entropies (nats), both [B, L] float32. Entry t describes token t; what is not
+        needed is 0, without gradient.
     """
-    batch, length, _ = hidden.shape
-    contexts, targets = hidden[:, :-1], tokens[:, 1:]
+    batch, length, width = hidden.shape
+    shards = sharding.row_shards_in_use()
+    shards = 1 if batch % shards else shards
+    held = batch // shards * length  # positions of a device
+    size = min(chunk_size or largest_chunk(unembedding.shape[1]), held)
+    needed = jnp.ones(tokens.shape, bool) if needed is None else needed
 
-    def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return _score(temperature, softcap, chunk[0], unembedding.astype(hidden.dtype), chunk[1])
+    def shard(contexts: jax.Array, targets: jax.Array, asked: jax.Array) -> jax.Array:
+        places = jnp.nonzero(asked, size=-(-held // size) * size, fill_value=held)[0]
+        return _score(temperature, softcap, contexts, weights, targets, places.reshape(-1, size), chunks)
 
-    def merged(x: jax.Array) -> jax.Array:
-        """Chunks [K, B, C] side by side: [B, L], entry 0 zero."""
-        x = jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, : length - 1]
-        return jnp.pad(x, ((0, 0), (1, 0)))
-
-    if batch * (length - 1) <= chunk_size:
-        results = score((contexts.reshape(-1, hidden.shape[-1]), targets.reshape(-1)))
-        return tuple(merged(x.reshape(1, batch, length - 1)) for x in results)
-    size = max(chunk_size // batch, 1)
-    padding = -(length - 1) % size
-
-    def chunked(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
-
-    return tuple(merged(x) for x in jax.lax.map(score, (chunked(contexts), chunked(targets))))
+    # Entry t of these is about the token after it, which the hidden state there predicts.
+    asked = jnp.roll(needed, -1, axis=1).at[:, -1].set(False).reshape(shards, held)
+    targets = jnp.roll(tokens, -1, axis=1).reshape(shards, held)
+    contexts = hidden.reshape(shards, held, width)
+    # Gathered over fsdp once, not in every chunk.
+    weights = sharding.constrain(unembedding.astype(hidden.dtype), None, "tensor")
+    chunks = -(-jnp.max(jnp.sum(asked, axis=1)) // size)
+    if shards == 1:
+        found = shard(contexts[0], targets[0], asked[0])
+    else:
+        found = jax.vmap(shard, spmd_axis_name=sharding.ROWS)(contexts, targets, asked)
+    return tuple(jnp.roll(x.reshape(batch, length), 1, axis=1) for x in found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _score(
     temperature: float,
     softcap: float | None,
-    x: jax.Array,
+    contexts: jax.Array,
     unembedding: jax.Array,
     targets: jax.Array,
+    places: jax.Array,
+    chunks: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """log p[y] and the entropy H of each position of a chunk: x [..., D], targets [...].
+    """log p[y] and the entropy H where they are asked for, zeros elsewhere, both [N] float32.
+
+    contexts [N, D], targets [N]; places [chunks at most, chunk] are indices into them, N on padding,
+    of which the first `chunks` rows are worked off.
 
     The gradient is written out, in one pass over the logits and without the scatter that the
     derivative of an indexed log-prob would be:
 
         ∂ log p[y] / ∂zⱼ = 1[j = y] − pⱼ,   ∂H / ∂zⱼ = −pⱼ (log pⱼ + H)
     """
-    return _score_fwd(temperature, softcap, x, unembedding, targets)[0]
+    inputs = (contexts, unembedding, targets, places, chunks)
+    return _score_chunks(temperature, softcap, *inputs, kept=None)[0][:2]
 
 
-def _score_fwd(temperature, softcap, x, unembedding, targets):
-    logits, _ = _logits(temperature, softcap, x, unembedding)
-    # Both sums in one reading of the logits: H = log Σ eᶻ − Σ eᶻ z / Σ eᶻ, z measured from its maximum.
-    highest = jnp.max(logits, axis=-1, keepdims=True)
-    centered = logits - highest
-    masses = jnp.exp(centered)
-    total = jnp.sum(masses, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    log_normalizer = jnp.log(total) + highest[..., 0]
-    entropy = jnp.log(total) - jnp.sum(masses * centered, axis=-1) / total
-    saved = (x, unembedding, targets, log_normalizer, entropy)
-    return (chosen - log_normalizer, entropy), saved
+def _score_fwd(temperature, softcap, contexts, unembedding, targets, places, chunks):
+    kept = None
+    if places.size * unembedding.shape[1] <= _CHUNK_LOGITS[jax.default_backend()]:
+        kept = jnp.zeros((*places.shape, unembedding.shape[1]))
+    inputs = (contexts, unembedding, targets, places, chunks)
+    found, kept = _score_chunks(temperature, softcap, *inputs, kept=kept)
+    return found[:2], (inputs, found, kept)
+
+
+def _score_chunks(temperature, softcap, contexts, unembedding, targets, places, chunks, *, kept):
+    """Log-probs, entropies and normalizers, [N] each; and the logits, if there is an array to keep
+    them in, [chunks at most, chunk, V]."""
+
+    def body(index, carry):
+        found, kept = carry
+        at = places[index]
+        logits = _logits(temperature, softcap, _take(contexts, at), unembedding)
+        # Both sums in one reading of the logits: H = log Σ eᶻ − Σ eᶻ z / Σ eᶻ, z measured from its
+        # maximum.
+        highest = jnp.max(logits, axis=-1, keepdims=True)
+        centered = logits - highest
+        masses = jnp.exp(centered)
+        total = jnp.sum(masses, axis=-1)
+        chosen = jnp.take_along_axis(logits, _take(targets, at)[:, None], axis=-1)[:, 0]
+        log_normalizer = jnp.log(total) + highest[:, 0]
+        entropy = jnp.log(total) - jnp.sum(masses * centered, axis=-1) / total
+        found = _put(found, at, (chosen - log_normalizer, entropy, log_normalizer))
+        return found, None if kept is None else kept.at[index].set(logits)
+
+    zeros = jnp.zeros(targets.shape)
+    return jax.lax.fori_loop(0, chunks, body, ((zeros,) * 3, kept))
 
 
 def _score_bwd(temperature, softcap, saved, cotangents):
-    x, unembedding, targets, log_normalizer, entropy = saved
-    d_chosen, d_entropy = (cotangent[..., None] for cotangent in cotangents)
-    logits, slope = _logits(temperature, softcap, x, unembedding)
-    log_probs = logits - log_normalizer[..., None]
-    index = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    is_target = (index == targets[..., None]).astype(logits.dtype)
-    probs = jnp.exp(log_probs)
-    d_logits = d_chosen * (is_target - probs)
-    d_logits -= d_entropy * probs * (log_probs + entropy[..., None])
-    d_scores = (d_logits * slope).astype(x.dtype)
-    rows = tuple(range(x.ndim - 1))
-    # The barrier keeps XLA from making (xᵀ·d)ᵀ, where the unembedding is an embedding's transpose, into
-    # dᵀ·x: on CPU that product takes up to 1.8 times as long (`docs/performance.md`).
-    d_unembedding = jax.lax.optimization_barrier(
-        jax.lax.dot_general(x, d_scores, ((rows, rows), ((), ())))
-    )
-    return d_scores @ unembedding.T, d_unembedding, None
+    (contexts, unembedding, targets, places, chunks), (_, entropies, log_normalizers), kept = saved
+
+    def body(index, slopes):
+        d_contexts, d_unembedding = slopes
+        at = places[index]
+        x = _take(contexts, at)
+        per_position = (*cotangents, log_normalizers, entropies)
+        d_chosen, d_entropy, log_normalizer, entropy = (_take(y, at)[:, None] for y in per_position)
+        logits = _logits(temperature, softcap, x, unembedding) if kept is None else kept[index]
+        log_probs = logits - log_normalizer
+        column = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1)
+        is_target = (column == _take(targets, at)[:, None]).astype(logits.dtype)
+        probs = jnp.exp(log_probs)
+        d_logits = d_chosen * (is_target - probs) - d_entropy * probs * (log_probs + entropy)
+        d_scores = (d_logits * _slope(temperature, softcap, logits)).astype(x.dtype)
+        # Summed over chunks in float32, whatever the products are in.
+        d_unembedding += jax.lax.dot_general(
+            x, d_scores, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return _put(d_contexts, at, d_scores @ unembedding.T), d_unembedding
+
+    zeros = (jnp.zeros_like(contexts), sharding.constrain(jnp.zeros(unembedding.shape), None, "tensor"))
+    d_contexts, d_unembedding = jax.lax.fori_loop(0, chunks, body, zeros)
+    return d_contexts, d_unembedding.astype(unembedding.dtype), None, None, None
 
 
 _score.defvjp(_score_fwd, _score_bwd)
 
 
+def _take(x: jax.Array, at: jax.Array) -> jax.Array:
+    """Entries of a chunk; zeros on padding."""
+    return x.at[at].get(mode="fill", fill_value=0, indices_are_sorted=True)
+
+
+def _put(tree, at: jax.Array, parts):
+    """Arrays with a chunk's entries in them; padding goes nowhere."""
+
+    def put(x: jax.Array, part: jax.Array) -> jax.Array:
+        return x.at[at].set(part, mode="drop", indices_are_sorted=True)
+
+    return jax.tree.map(put, tree, parts)
+
+
 def _logits(
     temperature: float, softcap: float | None, x: jax.Array, unembedding: jax.Array
-) -> tuple[jax.Array, jax.Array | float]:
-    """Logits [..., V] in float32, and their slope with respect to the product x·W."""
+) -> jax.Array:
+    """[C, V] float32."""
     scores = jnp.matmul(x, unembedding, preferred_element_type=jnp.float32)
+    return scores / temperature if softcap is None else softcap * jnp.tanh(scores / softcap) / temperature
+
+
+def _slope(temperature: float, softcap: float | None, logits: jax.Array) -> jax.Array | float:
+    """Derivative of the logits by the product x·W."""
     if softcap is None:
-        return scores / temperature, 1 / temperature
-    squeezed = jnp.tanh(scores / softcap)
-    return softcap * squeezed / temperature, (1 - squeezed * squeezed) / temperature
+        return 1 / temperature
+    squeezed = logits * (temperature / softcap)
+    return (1 - squeezed * squeezed) / temperature

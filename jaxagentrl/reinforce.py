@@ -316,9 +316,11 @@ def _aim(
     scores = learner.empty_scores(batch.tokens.shape)
     ref_logprobs = np.zeros(batch.tokens.shape, np.float32)
     if programs.needs_scores:
-        scores = programs.score(params, batch.tokens, work)
+        scores = programs.score(params, batch.tokens, batch.action_mask, work)
     if programs.needs_reference:
-        ref_logprobs = programs.score(reference, batch.tokens, work).logprobs
+        ref_logprobs = programs.score(
+            reference, batch.tokens, batch.action_mask, work
+        ).logprobs
     return _Aims(scores, ref_logprobs, *programs.estimate(batch, scores, ref_logprobs, anchor_ids))
 
 

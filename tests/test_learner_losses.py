@@ -85,7 +85,7 @@ def model_is_compiled_once():
 
 def forward(params):
     options = dict(temperature=PLAIN["temperature"], remat="none", compute_dtype="float32")
-    return compiled_forward(MODEL, params, TOKENS, **options)
+    return compiled_forward(MODEL, params, TOKENS, jnp.ones(TOKENS.shape, bool), **options)
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""Token log-probs and entropies: values from the definition, the written-out gradient against jax's own."""
+"""Token log-probs and entropies: values from the definition, the written-out gradient against jax's own,
+and nothing computed that is not needed."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxagentrl import logprobs
+from jaxagentrl.models import sharding
 
 B, L, D, V = 3, 7, 5, 11
 
@@ -73,3 +75,111 @@ def test_a_huge_logit_leaves_everything_finite():
 
     value, slope = jax.value_and_grad(loss)(1e4 * hidden)
     assert np.isfinite(value) and np.isfinite(slope).all()
+
+
+def asked(share: str) -> np.ndarray:
+    """[B, L] bool; in the first column, which nothing predicts, too."""
+    rng = np.random.default_rng(3)
+    masks = {"some": rng.random((B, L)) < 0.4, "one row": np.arange(B)[:, None] == [1] * L}
+    masks |= {"none": np.zeros((B, L), bool), "all": np.ones((B, L), bool)}
+    return masks[share]
+
+
+def loss_of(function, weights, **options):
+    """(function's values, the slopes of their weighted sum) from hidden states and unembedding."""
+
+    def loss(hidden, unembedding, tokens):
+        found = function(hidden, unembedding, tokens, **options)
+        return jnp.sum(weights * jnp.stack(found)), found
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 1000])
+@pytest.mark.parametrize("share", ["none", "some", "one row", "all"])
+@pytest.mark.parametrize("keeps_logits", [True, False])
+def test_what_is_not_needed_is_zero_and_has_no_gradient(
+    share, chunk_size, keeps_logits, monkeypatch
+):
+    if not keeps_logits:
+        monkeypatch.setitem(logprobs._CHUNK_LOGITS, "cpu", 0)
+    hidden, unembedding, tokens, weights = inputs()
+    needed = asked(share)
+    options = {"temperature": 0.7, "softcap": 1.5}
+    ours = loss_of(logprobs.token_logprobs, weights, needed=needed, chunk_size=chunk_size, **options)
+    (_, found), slopes = ours(hidden, unembedding, tokens)
+    theirs = loss_of(definition, jnp.where(needed, weights, 0.0), **options)
+    (_, expected), expected_slopes = theirs(hidden, unembedding, tokens)
+    for one, two in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, np.where(needed, two, 0.0), atol=2e-6, rtol=1e-5)
+    for one, two in zip(slopes, expected_slopes, strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-6, rtol=1e-5)
+
+
+def test_cost_goes_by_the_needed_tokens(monkeypatch):
+    """As many chunks of logits as they fill, forward and backward, and one program for any number."""
+    made = []
+    logits = logprobs._logits
+
+    def counted(*args):
+        jax.debug.callback(lambda: made.append(1))
+        return logits(*args)
+
+    monkeypatch.setattr(logprobs, "_logits", counted)
+    monkeypatch.setitem(logprobs._CHUNK_LOGITS, "cpu", 0)  # logits are made again for the gradient
+    hidden, unembedding, tokens, weights = inputs()
+
+    @jax.jit
+    def both(needed):
+        run = loss_of(logprobs.token_logprobs, weights, needed=needed, chunk_size=2)
+        return run(hidden, unembedding, tokens)
+
+    for count in (0, 1, 2, 5, B * (L - 1)):
+        places = np.flatnonzero(np.arange(B * L) % L)[:count]
+        needed = np.zeros(B * L, bool)
+        needed[places] = True
+        made.clear()
+        jax.block_until_ready(both(needed.reshape(B, L)))
+        jax.effects_barrier()
+        assert len(made) == 2 * -(-count // 2)
+    assert both._cache_size() == 1
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (3, 1, 1)])
+def test_devices_work_off_their_own_rows(shape):
+    """Needed tokens are spread unevenly, and 12 rows are shared out; over 8 devices they stay whole."""
+    rng = np.random.default_rng(1)
+    hidden = rng.standard_normal((12, L, 8)).astype(np.float32)
+    unembedding = rng.standard_normal((8, 16)).astype(np.float32)
+    tokens = rng.integers(0, 16, (12, L)).astype(np.int32)
+    weights = rng.standard_normal((2, 12, L)).astype(np.float32)
+    needed = rng.random((12, L)) < np.linspace(0, 0.9, 12)[:, None]
+
+    def run():
+        # A function of its own: what is traced is not the same on another mesh.
+        program = jax.jit(loss_of(logprobs.token_logprobs, weights, needed=needed, chunk_size=3))
+        return program(hidden, unembedding, tokens)
+
+    alone = run()
+    axes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    with sharding.use(sharding.make_mesh(**axes)):
+        spread = run()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), alone, spread)
+
+
+def test_sums_over_chunks_are_float32():
+    """A thousand chunks of one token, computed in bfloat16: their sum is as exact as one chunk's."""
+    rng = np.random.default_rng(4)
+    hidden = jnp.asarray(rng.standard_normal((1, 1025, 4)), jnp.bfloat16)
+    unembedding = jnp.asarray(rng.standard_normal((4, 8)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, 8, (1, 1025)), jnp.int32)
+
+    def slope(chunk_size):
+        def loss(unembedding):
+            found = logprobs.token_logprobs(hidden, unembedding, tokens, chunk_size=chunk_size)
+            return jnp.sum(found[0])
+
+        return np.asarray(jax.grad(loss)(unembedding))
+
+    whole, parts = slope(2000), slope(1)
+    assert np.abs(parts - whole).max() < 2**-7 * np.abs(whole).max()

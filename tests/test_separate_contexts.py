@@ -63,7 +63,7 @@ def test_scores_are_those_of_each_text_alone(played):
         np.arange(3, dtype=np.int32), lengths, shape=batch.tokens.shape, contexts=contexts, **SHAPES)
     # Packed as widely as the longest text needs, not as the longest episode.
     assert [stack.shape[-1] for stack in work] == [24]
-    scores = learner.make_score(MODEL, temperature=1.0)(params, batch.tokens, work)
+    scores = learner.make_score(MODEL, temperature=1.0)(params, batch.tokens, batch.valid_mask, work)
     for row, trajectory in enumerate(played):
         for start, size in trajectory.contexts:
             piece = trajectory.tokens[start:start + size]

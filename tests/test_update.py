@@ -39,7 +39,7 @@ def head_memory(vocab_size: int, rows: int, length: int, width: int = 8) -> int:
 
     def loss(hidden, weights, tokens):
         scores, entropies = logprobs.token_logprobs(
-            hidden, weights, tokens, chunk_size=logprobs.chunk_size(vocab_size)
+            hidden, weights, tokens, chunk_size=logprobs.largest_chunk(vocab_size)
         )
         return jnp.sum(scores) + jnp.sum(entropies)
 
@@ -55,7 +55,7 @@ def head_memory(vocab_size: int, rows: int, length: int, width: int = 8) -> int:
 def test_the_logits_of_a_batch_never_exist():
     """At V = 152k: a constant number of chunks of logits, however long the batch."""
     short, long = (head_memory(BIG_VOCABULARY, 4, length) for length in (1024, 4096))
-    chunk = 4 * BIG_VOCABULARY * logprobs.chunk_size(BIG_VOCABULARY)
+    chunk = 4 * BIG_VOCABULARY * logprobs.largest_chunk(BIG_VOCABULARY)
     logits = 4 * BIG_VOCABULARY * 4 * 4096
     assert chunk <= 2**28
     assert long < 6 * chunk < logits / 6
@@ -135,11 +135,10 @@ def test_packing_changes_no_gradient():
 
 def test_packing_changes_no_score():
     score = learner.make_score(UNTIED, temperature=0.8)
-    tokens = data()[0].tokens
+    tokens, valid = data()[0].tokens, data()[0].valid_mask
     weights = params(UNTIED)
-    whole = score(weights, tokens, whole_rows())
-    packed = score(weights, tokens, (packed_rows(**WIDER),))
-    valid = data()[0].valid_mask
+    whole = score(weights, tokens, valid, whole_rows())
+    packed = score(weights, tokens, valid, (packed_rows(**WIDER),))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(np.where(valid, a, 0), b, atol=1e-5), whole, packed
     )
@@ -203,8 +202,8 @@ def test_rows_by_length_change_no_gradient():
 def test_rows_by_length_change_no_score():
     score = learner.make_score(UNTIED, temperature=0.8)
     batch = data()[0]
-    whole = score(params(UNTIED), batch.tokens, whole_rows())
-    cut = score(params(UNTIED), batch.tokens, by_length())
+    whole = score(params(UNTIED), batch.tokens, batch.valid_mask, whole_rows())
+    cut = score(params(UNTIED), batch.tokens, batch.valid_mask, by_length())
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
         one, other = (np.where(batch.valid_mask, x, 0) for x in (one, other))
         np.testing.assert_allclose(one, other, atol=1e-5)
@@ -226,7 +225,7 @@ def test_steps_of_other_lengths_share_one_program():
         seen.append(tuple(counts(work).values()))
         before = state
         state, _ = step(state, batch, targets, work)
-        score(state.params, batch.tokens, work)
+        score(state.params, batch.tokens, batch.valid_mask, work)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # donated
     assert len(set(seen)) == len(seen)
     assert step._cache_size() == score._cache_size() == 1
@@ -246,7 +245,7 @@ def test_what_a_stack_does_not_hold_is_not_computed():
     batch, targets = data()
     one = rows_in_parts([range(ROWS)]) + rows_in_parts([range(ROWS)], length=16)
     for work in (by_length(), one):
-        for program, inputs in ((step, (state, batch, targets)), (score, (weights, batch.tokens))):
+        for program, inputs in ((step, (state, batch, targets)), (score, (weights, batch.tokens, batch.valid_mask))):
             text = program.lower(*inputs, work).compile().as_text()
             assert text[text.index("\nENTRY") :].count(" while(") == len(work)
 

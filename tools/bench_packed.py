@@ -2,6 +2,7 @@
 
     python tools/bench_packed.py --model 0.5B
     python tools/bench_packed.py --model 1.5B --rows 2 --remat dots
+    python tools/bench_packed.py --model 0.5B --actions 0.06
 
 Random weights of Qwen2.5's shapes, float32 masters, bfloat16 compute, AdamW. Episodes of random
 length (median 900 tokens, at most 4,000) are packed by first-fit, and the step is the learner's own: one
@@ -9,7 +10,8 @@ program that works off --parts micro-batches of --rows packed rows and applies t
 is the clipped surrogate.
 
 Model FLOPs are those that the mathematics need: three times the forward products with weights, for
-real tokens only, plus causal attention within each episode. Nothing computed again counts. They are
+real tokens only and, of the unembedding, for those that are trained on, plus causal attention within
+each episode. Nothing computed again counts. They are
 divided by the datasheet's dense bfloat16 peak (MFU) and by what a plain 8,192³ product reaches in the
 same process.
 """
@@ -53,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=4096, help="of a packed row")
     parser.add_argument("--rows", type=int, default=4, help="packed rows of a micro-batch")
     parser.add_argument("--parts", type=int, default=4, help="micro-batches of a step")
+    parser.add_argument("--actions", type=float, default=2 / 3, help="share of tokens trained on")
     parser.add_argument("--remat", choices=decoder.REMAT, default="none")
     parser.add_argument("--compute_dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
@@ -72,12 +75,12 @@ def episodes(args: argparse.Namespace) -> np.ndarray:
         lengths.append(drawn)
 
 
-def make_batch(config: decoder.DecoderConfig, lengths: np.ndarray):
-    """Random episodes [B, L] of which two tokens of three are actions, and what the update aims at."""
+def make_batch(config: decoder.DecoderConfig, lengths: np.ndarray, share: float):
+    """Random episodes [B, L] of which this share of tokens are actions, and what the update aims at."""
     rng = np.random.default_rng(1)
     shape = (len(lengths), int(lengths.max()))
     valid = np.arange(shape[1])[None] < lengths[:, None]
-    action = valid & (rng.random(shape) < 2 / 3)
+    action = valid & (rng.random(shape) < share)
     action[:, 0] = False
     zeros = np.zeros(shape, np.float32)
     batch = TrajectoryBatch(
@@ -104,13 +107,13 @@ def make_batch(config: decoder.DecoderConfig, lengths: np.ndarray):
     return jax.device_put((batch, targets))
 
 
-def model_flops(config: decoder.DecoderConfig, lengths: np.ndarray) -> float:
-    """Floating-point operations of one step's mathematics."""
+def model_flops(config: decoder.DecoderConfig, lengths: np.ndarray, trained: int) -> float:
+    """Floating-point operations of one step's mathematics, with so many tokens trained on."""
     width = config.num_heads * config.head_dim
     kv_width = config.num_kv_heads * config.head_dim
     layer = config.hidden_size * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
-    weights = config.num_layers * layer + config.hidden_size * config.vocab_size
-    products = 2.0 * weights * lengths.sum()
+    products = 2.0 * config.num_layers * layer * lengths.sum()
+    products += 2.0 * config.hidden_size * config.vocab_size * trained
     # Scores and weighted sum: 2 products, 2 operations, half of them causal.
     attention = 2.0 * config.num_layers * width * (lengths.astype(float) ** 2).sum()
     return 3 * (products + attention)
@@ -145,7 +148,7 @@ def main() -> None:
     device = jax.devices()[0]
     reached = ceiling()
     lengths = episodes(args)
-    batch, targets = make_batch(config, lengths)
+    batch, targets = make_batch(config, lengths, args.actions)
     packed = packing.pack(
         np.arange(len(lengths)), lengths, shape=batch.tokens.shape, length=args.length,
         tokens_per_part=args.rows * args.length, row_multiple=1,
@@ -175,14 +178,16 @@ def main() -> None:
         jax.block_until_ready((state, metrics))
 
     seconds = best_s(step, args.repeats)
-    tokens, work = int(lengths.sum()), model_flops(config, lengths)
+    tokens, trained = int(lengths.sum()), int(batch.action_mask.sum())
+    work = model_flops(config, lengths, trained)
     rate = work / seconds
     peak = next((value for name, value in PEAKS.items() if name in device.device_kind), None)
     places = args.parts * args.rows * args.length
     print(
         f"{args.model}: {count / 1e6:.0f} M parameters, {len(lengths)} episodes in "
-        f"{args.parts} x [{args.rows}, {args.length}], {tokens / places:.1%} filled, remat "
-        f"{args.remat}, {device.device_kind}, first step {compiling:.0f} s, entropy "
+        f"{args.parts} x [{args.rows}, {args.length}], {tokens / places:.1%} filled, "
+        f"{trained / tokens:.1%} of the tokens trained on, remat {args.remat}, "
+        f"{device.device_kind}, first step {compiling:.0f} s, entropy "
         f"{float(first['policy/entropy']):.3f}"
     )
     held = (device.memory_stats() or {}).get("peak_bytes_in_use", float("nan"))

@@ -216,7 +216,9 @@ def check_logprobs(
             rows, lengths, shape=batch.tokens.shape, length=_rounded(int(lengths.sum())),
             tokens_per_part=1, row_multiple=1,
         )
-    scored = np.asarray(score({"policy": params}, batch.tokens, (work,)).logprobs)
+    scored = np.asarray(
+        score({"policy": params}, batch.tokens, batch.action_mask, (work,)).logprobs
+    )
     gaps = np.where(batch.action_mask, np.abs(scored - batch.sampler_logprobs), 0.0)
     if not np.all(np.isfinite(scored[batch.action_mask])):
         return Finding(name, False, "the scoring pass gives non-finite log-probs")
