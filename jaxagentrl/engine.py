@@ -21,6 +21,15 @@ from jaxagentrl.models import decoder, kv_cache
 from jaxagentrl.turns import Counters, TurnRequest, TurnSample, Waiting
 
 
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A program on a wave's cache: (cache, the others) → (cache, result)."""
+
+    program: Any  # of jax.jit, all arguments by keyword
+    arguments: dict[str, Any]  # all but the cache
+    name: tuple[Any, ...]  # what it is and its static sizes; one name is one compiled program
+
+
 @dataclasses.dataclass
 class _Launched:
     """What the device is doing for a wave."""
@@ -258,6 +267,20 @@ class Engine:
         Args:
             restricted: whether turns will use top-k, top-p or min-p.
         """
+        calls = list(self._every_call(params, restricted))
+
+        def lowered(call: _Call) -> jax.stages.Lowered:
+            self._announce(call)
+            return call.program.lower(cache=self._caches[0], **call.arguments)
+
+        with self._counting_compiles():
+            compiles.ahead(map(lowered, calls))
+        for call in calls:
+            self._run(0, call).result()
+        jax.block_until_ready(self._caches[0])
+
+    def _every_call(self, params: decoder.Params, restricted: bool) -> Iterator[_Call]:
+        """One of every program, on no rows."""
         for rows in self._row_buckets:
             nobody, zeros = np.full(rows, self.slots_per_wave, np.int32), np.zeros(rows, np.int32)
             for index, width in enumerate(self._width_buckets):
@@ -265,14 +288,13 @@ class Engine:
                 tokens = np.zeros((rows, width), np.int32)
                 for filled in self._filled_buckets:
                     if filled > narrower:
-                        self._run_extend(params, 0, tokens, nobody, zeros, zeros, filled).result()
+                        yield self._extend_call(params, tokens, nobody, zeros, zeros, filled)
             for filled in self._filled_buckets:
-                self._run_fork(0, zeros, nobody, filled).result()
+                yield self._fork_call(zeros, nobody, filled)
         decode_rows = self._row_buckets if sampling.decodes_some_rows() else [self.slots_per_wave]
         for rows in decode_rows:
             for filled in self._filled_buckets:
-                self._run_decode(params, 0, {}, rows, filled, restricted).result()
-        jax.block_until_ready(self._caches[0])
+                yield self._decode_call(params, 0, {}, rows, filled, restricted)
 
     def _check_settled(self, wave: int) -> None:
         if self._launched[wave] is not None:
@@ -312,7 +334,8 @@ class Engine:
             targets = np.full(num_rows, self.slots_per_wave, np.int32)
             sources[: len(rows)], targets[: len(rows)] = np.array(rows, np.int32).T
             longest = max(len(waiting[target].ids) - 1 for _, target in rows)
-            markers.append(self._run_fork(wave, sources, targets, self._filled(longest)))
+            call = self._fork_call(sources, targets, self._filled(longest))
+            markers.append(self._run(wave, call))
         for _, target in copies:
             item = waiting[target]
             self._lengths[wave, target] = len(item.ids) - 1
@@ -354,7 +377,8 @@ class Engine:
         for row, (slot, ids) in enumerate(rows.items()):
             tokens[row, : len(ids)] = ids
             slots[row], lengths[row], counts[row] = slot, self._lengths[wave, slot], len(ids)
-        marker = self._run_extend(params, wave, tokens, slots, lengths, counts, filled)
+        call = self._extend_call(params, tokens, slots, lengths, counts, filled)
+        marker = self._run(wave, call)
         for slot, ids in rows.items():
             self._lengths[wave, slot] += len(ids)
             self._waiting[wave][slot].ids = self._waiting[wave][slot].ids[len(ids) :]
@@ -387,21 +411,17 @@ class Engine:
     ) -> Future[sampling.Sampled]:
         requests = (self._waiting[wave][slot].request for slot in rows.values())
         restricted = any(r.top_k > 0 or r.top_p < 1 or r.min_p > 0 for r in requests)
-        return self._run_decode(params, wave, rows, num_rows, filled, restricted)
+        return self._run(wave, self._decode_call(params, wave, rows, num_rows, filled, restricted))
 
-    def _run_extend(self, params, wave, tokens, slots, lengths, counts, filled) -> Future[jax.Array]:
-        def call(cache):
-            return self._extend(params, cache, tokens, slots, lengths, counts, filled=filled)
+    def _extend_call(self, params, tokens, slots, lengths, counts, filled) -> _Call:
+        arguments = dict(params=params, tokens=tokens, slots=slots, lengths=lengths, counts=counts)
+        return _Call(self._extend, arguments | {"filled": filled}, ("extend", *tokens.shape, filled))
 
-        return self._run(wave, call, "extend", *tokens.shape, filled)
+    def _fork_call(self, sources, targets, filled) -> _Call:
+        arguments = dict(sources=sources, targets=targets, filled=filled)
+        return _Call(self._fork, arguments, ("fork", len(sources), filled))
 
-    def _run_fork(self, wave, sources, targets, filled) -> Future[jax.Array]:
-        def call(cache):
-            return self._fork(cache, sources, targets, filled=filled)
-
-        return self._run(wave, call, "fork", len(sources), filled)
-
-    def _run_decode(
+    def _decode_call(
         self,
         params: decoder.Params,
         wave: int,
@@ -409,7 +429,7 @@ class Engine:
         num_rows: int,
         filled: int,
         restricted: bool,
-    ) -> Future[sampling.Sampled]:
+    ) -> _Call:
         slots, pending, lengths = np.full((3, num_rows), [[self.slots_per_wave], [0], [0]], np.int32)
         controls = sampling.Controls(
             budgets=np.zeros(num_rows, np.int32),
@@ -429,43 +449,42 @@ class Engine:
             controls.top_p[row] = item.request.top_p
             controls.min_p[row] = item.request.min_p
             controls.streams[row] = turns.stream_words(item.request.stream)
+        arguments = dict(
+            params=params,
+            slots=slots if sampling.decodes_some_rows() else None,
+            pending=pending,
+            lengths=lengths,
+            controls=controls,
+            linger=np.int32(self._linger_share * len(rows)),
+            filled=filled,
+            restricted=restricted,
+        )
         words = ["restricted"] if restricted else []
+        return _Call(self._decode, arguments, ("decode", num_rows, filled, *words))
 
-        def call(cache):
-            sampled, cache = self._decode(
-                params,
-                cache,
-                slots if sampling.decodes_some_rows() else None,
-                pending,
-                lengths,
-                controls,
-                np.int32(self._linger_share * len(rows)),
-                filled=filled,
-                restricted=restricted,
-            )
-            return cache, sampled
-
-        return self._run(wave, call, "decode", num_rows, filled, *words)
-
-    def _run(
-        self, wave: int, call: Callable[[kv_cache.KVCache], tuple[kv_cache.KVCache, Any]], *name: Any
-    ) -> Future[Any]:
+    def _run(self, wave: int, call: _Call) -> Future[Any]:
         """Has the device's thread call a program on the wave's cache, which only that thread touches."""
 
         def run() -> Any:
-            with self._first_call(*name):
-                self._caches[wave], result = call(self._caches[wave])
+            self._announce(call)
+            with self._counting_compiles():
+                cache, result = call.program(cache=self._caches[wave], **call.arguments)
+            self._caches[wave] = cache
             return result
 
         return self._queue.put(run)
 
-    @contextlib.contextmanager
-    def _first_call(self, program: str, *sizes: int | str) -> Iterator[None]:
-        """Says so before the compiler goes silent, and counts what jax compiled, expected or not: other
-        parameters than those of the warm-up (their dtype, say) compile everything anew."""
-        if (program, *sizes) not in self._seen:
-            self._seen.add((program, *sizes))
+    def _announce(self, call: _Call) -> None:
+        """Says so before the compiler goes silent."""
+        if call.name not in self._seen:
+            self._seen.add(call.name)
+            program, *sizes = call.name
             self._notice(f"compiling {program} {' x '.join(map(str, sizes))}")
+
+    @contextlib.contextmanager
+    def _counting_compiles(self) -> Iterator[None]:
+        """Counts what jax compiled, expected or not: other parameters than those of the warm-up (their
+        dtype, say) compile everything anew."""
         before, since = compiles.count(), time.monotonic()
         yield
         if compiles.count() > before:

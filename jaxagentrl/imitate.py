@@ -86,10 +86,11 @@ def split(
         rows: rows of the batch to work on.
         lengths: tokens of every real row of the batch.
         shape: (B, width) of the batch's arrays.
-        most_rows: that any step has. But for packed rows the shapes of what is returned, and with
-            them the program, are the same whichever rows, and however few, these are.
+        most_rows: that any step has. The shapes of what is returned, and with them the program, are
+            the same whichever rows, and however few, these are (but for `Packed.max_segments`).
         contexts: of `contexts_of`; rows of several contexts are always packed, each context by
-            itself, in rows of the smallest length that holds the longest.
+            itself, in rows of the smallest length that holds the longest. How many there are is not
+            known beforehand: these steps share a few programs.
     """
     if packing or contexts is not None:
         length = max(length_buckets)
@@ -101,6 +102,7 @@ def split(
             lengths,
             shape=shape,
             length=length,
+            most_rows=most_rows,
             contexts=contexts,
             tokens_per_part=tokens_per_part,
             row_multiple=row_multiple,

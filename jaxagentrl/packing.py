@@ -87,6 +87,7 @@ def pack(
     length: int,
     tokens_per_part: int,
     row_multiple: int,
+    most_rows: int | None = None,
     contexts: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> Packed:
     """Index of the batch rows `rows` packed into micro-batches of about tokens_per_part tokens.
@@ -98,11 +99,14 @@ def pack(
         length: L of packed rows.
         tokens_per_part: upper bound of R × L, as long as `row_multiple` rows fit.
         row_multiple: R is a multiple of this.
+        most_rows: that any step has; without `contexts` a packed row holds one of them at least, which
+            bounds M.
         contexts: for every row of the batch the (start, size) of what the model saw as one text,
             see `Trajectory.contexts`; each is packed by itself. None: a row is one text.
 
     Returns:
-        M is a power of two, so that the numbers of trajectories that occur share few programs.
+        M is what `most_rows` can need: one program for all steps. Where that is not known, it is a power
+        of two, so that the numbers that occur share few programs.
     """
     if contexts is None:
         pieces = [(int(row), 0, int(lengths[row])) for row in rows]
@@ -112,6 +116,8 @@ def pack(
     per_part = max(tokens_per_part // (length * row_multiple), 1) * row_multiple
     count = -(-len(bins) // per_part)
     capacity = 1 << max(count - 1, 0).bit_length()
+    if most_rows is not None and contexts is None:
+        capacity = -(-most_rows // per_part)
     full = (capacity * per_part, length)
     places = np.full(full, shape[0] * shape[1], np.int32)
     positions, segment_ids = np.zeros(full, np.int32), np.full(full, -1, np.int32)

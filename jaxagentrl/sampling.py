@@ -166,7 +166,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
     after temperature, top-k, top-p and min-p, renormalized.
 
     Returns:
-        (Sampled, cache). The last sampled token of a row is in no cache: it opens the next extend.
+        (cache, Sampled). The last sampled token of a row is in no cache: it opens the next extend.
     """
 
     @functools.partial(
@@ -240,7 +240,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
             },
         )
         cache = dataclasses.replace(final["cache"], mirrors=None)
-        return Sampled(*final["out"], final["counts"], final["active"], final["steps"]), cache
+        return cache, Sampled(*final["out"], final["counts"], final["active"], final["steps"])
 
     return decode
 

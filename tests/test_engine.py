@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxagentrl import engine, logprobs, sampling, tiling, turns
-from jaxagentrl.models import decoder
+from jaxagentrl.models import decoder, sharding
 
 CONFIG = decoder.DecoderConfig(
     vocab_size=61,
@@ -198,6 +198,16 @@ def test_warm_up_compiles_everything_and_changes_nothing(params):
     for index in cold:
         for a, b in zip(cold[index], results[index], strict=True):
             np.testing.assert_array_equal(a.ids, b.ids)
+
+
+def test_programs_of_a_mesh_are_compiled_once(params):
+    """What is compiled ahead is what is called: parameters and caches lie on four devices."""
+    said = []
+    mesh = sharding.make_mesh(data=2, fsdp=1, tensor=2)
+    with sharding.use(mesh):
+        eng = make_engine(4, width_buckets=(8,), filled_buckets=(96,), notice=said.append)
+        eng.warm_up(sharding.place(params, mesh))
+    assert eng.counters.compiles == len(said) == sum(compiled(eng))
 
 
 def compiled(eng: engine.Engine) -> list[int]:

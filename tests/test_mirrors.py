@@ -28,7 +28,7 @@ def controls() -> sampling.Controls:
 
 
 def sampled(config, params, lengths, *, capacity: int, filled: int, order=None):
-    """One decode call after `lengths` tokens of each slot: what it sampled, and the cache.
+    """One decode call after `lengths` tokens of each slot: the cache, and what it sampled.
 
     `order` is the slot of each row, None all slots in order without saying so: on CPU what reads
     the cache itself.
@@ -67,9 +67,9 @@ def sampled(config, params, lengths, *, capacity: int, filled: int, order=None):
 def test_mirrors_change_neither_samples_nor_the_cache(name, lengths, capacity, filled):
     config, params = variant(name)
     run = functools.partial(sampled, config, params, lengths, capacity=capacity, filled=filled)
-    plain, plain_cache = run()
+    plain_cache, plain = run()
     order = [3, 0, 4, 1]  # without slot 2, which is idle
-    ours, cache = run(order=order)
+    cache, ours = run(order=order)
     assert int(ours.steps) == int(plain.steps) > 3
     for row, slot in enumerate(order):
         count = int(plain.counts[slot])
@@ -87,8 +87,8 @@ def test_rows_that_are_padding_change_nothing():
     run = functools.partial(
         sampled, config, params, (60, 63, 64, 52, 1), capacity=150, filled=100
     )
-    wanted, wanted_cache = run(order=[3, 1])
-    ours, cache = run(order=[3, 1, SLOTS, SLOTS])
+    wanted_cache, wanted = run(order=[3, 1])
+    cache, ours = run(order=[3, 1, SLOTS, SLOTS])
     for name in ("tokens", "counts", "logprobs"):
         np.testing.assert_allclose(getattr(ours, name)[:2], getattr(wanted, name), atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cache, wanted_cache)

@@ -231,6 +231,22 @@ def test_steps_of_other_lengths_share_one_program():
     assert step._cache_size() == score._cache_size() == 1
 
 
+def test_packed_steps_of_fewer_rows_have_the_same_shapes():
+    """However many rows there are, and whatever fits together: a step compiles once in a run."""
+    settings = dict(
+        shape=(ROWS, LENGTH), most_rows=ROWS, length_buckets=BUCKETS[:4], tokens_per_part=32,
+        row_multiple=1, packing=True,
+    )
+    assert BUCKETS[3] == LENGTH
+    full = imitate.split(np.arange(ROWS), np.full(ROWS, LENGTH), **settings)
+    assert int(full[0].count) == len(full[0].places) == -(-ROWS // (32 // LENGTH))
+    for rows in (range(ROWS), range(5), [int(np.argmin(lengths()))], []):
+        some = imitate.split(np.array(rows, np.int32), lengths(), **settings)
+        assert jax.tree.map(np.shape, some) == jax.tree.map(np.shape, full)
+        held = some[0].places[some[0].places < ROWS * LENGTH]
+        assert len(held) == lengths()[list(rows)].sum() and int(some[0].count) <= len(some[0].places)
+
+
 def test_what_a_stack_does_not_hold_is_not_computed():
     """All that a program computes for micro-batches is in loops over them, which may be of none.
 

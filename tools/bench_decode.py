@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace, params: decoder.Params, slots: int, speed:
 
     def run() -> None:
         nonlocal cache
-        sampled, cache = decode(
+        cache, sampled = decode(
             params, cache, None, np.zeros(slots, np.int32), lengths, controls, np.int32(0),
             filled=filled, restricted=False,
         )
