@@ -1,11 +1,13 @@
 """Times the update step on this machine, beside the same step written with transformers and torch.
 
     python tools/bench_update.py                      # on CPU: 1 M to 50 M parameters, both sides
+    python tools/bench_update.py --actions 0.1       # as in episodes that are mostly the environment's
     python tools/bench_update.py --only=jax --sizes 20M --profile=/tmp/trace
 
 Same model, same weights, same batch, same loss (mean cross-entropy of the action tokens), same
 optimizer (AdamW with clipping by global norm), float32; loss and gradient norm of the first step are
-compared before anything is timed. Each side and size runs in a process of its own, so that peak
+compared before anything is timed. Ours unembeds the action tokens alone, theirs computes all logits, as
+`transformers` does. Each side and size runs in a process of its own, so that peak
 memory is its own. "of ceiling" is the model's arithmetic (three forward passes) per second over
 what this machine reaches in a plain float32 matrix product in the same process. The last three columns say
 the same by processor time, which other programs on the machine disturb less: on a busy one, run with
@@ -46,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--actions", type=float, default=2 / 3, help="share of tokens trained on")
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--only", choices=["jax", "torch"])
     parser.add_argument("--compute_dtype", default="float32", help="of our side")
@@ -72,20 +75,21 @@ def model_config(size: str, length: int):
     )
 
 
-def batch(vocab: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, and the mask of tokens that are trained on: two of three."""
+def batch(args: argparse.Namespace, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, and the mask of tokens that are trained on."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, vocab, (rows, length)).astype(np.int32)
-    action = rng.random((rows, length)) < 2 / 3
+    tokens = rng.integers(0, vocab, (args.rows, args.length)).astype(np.int32)
+    action = rng.random((args.rows, args.length)) < args.actions
     action[:, 0] = False
     return tokens, action
 
 
-def flops(size: str, rows: int, length: int) -> float:
-    """Floating-point operations of one step: three forward passes, attention counted in full."""
+def flops(size: str, rows: int, length: int, unembedded: float) -> float:
+    """Floating-point operations of one step: three forward passes, attention counted in full, logits of
+    this share of the tokens."""
     hidden, layers, heads, kv_heads, inner, vocab = SIZES[size]
     projections = hidden * hidden * 2 + 2 * hidden * (hidden // heads) * kv_heads
-    per_token = 2 * (layers * (projections + 3 * hidden * inner) + hidden * vocab)
+    per_token = 2 * (layers * (projections + 3 * hidden * inner) + unembedded * hidden * vocab)
     attention = 4 * length * hidden * layers  # scores and weighted sum, per token
     return 3.0 * rows * length * (per_token + attention)
 
@@ -115,7 +119,7 @@ def run_jax(args: argparse.Namespace, size: str, folder: str) -> dict:
     ceiling = best_s(lambda: product(square, square).block_until_ready(), 5)
 
     config, policy = pretrained.load(folder)
-    tokens, action = batch(config.vocab_size, args.rows, args.length)
+    tokens, action = batch(args, config.vocab_size)
     zeros = np.zeros(tokens.shape, np.float32)
     whole = TrajectoryBatch(
         tokens, np.ones_like(action), action, np.zeros_like(tokens), np.zeros_like(action),
@@ -157,7 +161,7 @@ def run_torch(args: argparse.Namespace, size: str, folder: str) -> dict:
     ceiling = best_s(lambda: square @ square, 5)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.train()
-    tokens, action = batch(SIZES[size][5], args.rows, args.length)
+    tokens, action = batch(args, SIZES[size][5])
     tokens = torch.tensor(tokens).long()
     labels = torch.where(torch.tensor(action), tokens, -100)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -214,8 +218,8 @@ def main() -> None:
 
     sides = [args.only] if args.only else ["jax", "torch"]
     print(
-        f"[{args.rows}, {args.length}] on {args.threads} of {os.cpu_count()} cores, load "
-        f"{os.getloadavg()[0]:.1f}, best of {args.repeats}"
+        f"[{args.rows}, {args.length}] on {args.threads} of {os.cpu_count()} cores, {args.actions:.0%} "
+        f"of the tokens trained on, load {os.getloadavg()[0]:.1f}, best of {args.repeats}"
     )
     print(f"{'':6} {'side':6} {'params':>8} {'ms':>9} {'tokens/s':>9} {'GFLOP/s':>8} "
           f"{'of ceiling':>10} {'peak MiB':>9} {'ratio':>6} {'cpu ms':>9} {'of ceiling':>10} "
@@ -230,8 +234,9 @@ def main() -> None:
         if len(found) == 2 and args.compute_dtype == "float32":
             for key in ("loss", "norm"):
                 np.testing.assert_allclose(found["jax"][key], found["torch"][key], rtol=1e-3)
-        work = flops(size, args.rows, args.length)
         for side, one in found.items():
+            share = args.actions if side == "jax" else 1.0
+            work = flops(size, args.rows, args.length, share)
             rate = work / one["seconds"]
             best = [2 * CEILING**3 / seconds for seconds in one["ceiling"]]
             ratios = [
