@@ -38,9 +38,11 @@ def token_logprobs(
     Most tokens of an agent's episode are the environment's, and no loss asks for their log-probs. So
     the needed ones are brought together and worked off in chunks, as many as there are, forward and
     backward: cost is by needed tokens, their number is data and compiles nothing. A chunk's logits are
-    computed again in the backward pass, so the peak is [chunk_size, V] in both. The softmax is float32.
+    computed again in the backward pass, so the peak is [chunk_size, V] in both; where all of the batch fit
+    in the memory of a chunk, they are kept instead. The softmax is float32.
 
-    On a mesh (`models.sharding`) every device that holds rows works off its own.
+    On a mesh (`models.sharding`) every device that holds rows works off its own, and they sum the
+    unembedding's gradient once.
 
     Args:
         hidden: [B, L, D] final hidden states; entry t has seen tokens 0..t.

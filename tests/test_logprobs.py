@@ -1,6 +1,8 @@
 """Token log-probs and entropies: values from the definition, the written-out gradient against jax's own,
 and nothing computed that is not needed."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,6 +167,31 @@ def test_devices_work_off_their_own_rows(shape):
     with sharding.use(sharding.make_mesh(**axes)):
         spread = run()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), alone, spread)
+
+
+def test_devices_wait_for_each_other_once():
+    """What they exchange lies outside the loops over chunks: one sum of the unembedding's gradient."""
+    mesh = sharding.make_mesh(data=2, fsdp=4, tensor=1)
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.ROWS))
+    columns = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+
+    def loss(hidden, embedding, tokens, needed):
+        found = logprobs.token_logprobs(hidden, embedding.T, tokens, needed=needed, chunk_size=4)
+        return jnp.sum(jnp.stack(found))
+
+    shapes = (
+        jax.ShapeDtypeStruct((16, L, 8), jnp.float32, sharding=rows),
+        jax.ShapeDtypeStruct((32, 8), jnp.float32, sharding=columns),
+        jax.ShapeDtypeStruct((16, L), jnp.int32, sharding=rows),
+        jax.ShapeDtypeStruct((16, L), bool, sharding=rows),
+    )
+    with sharding.use(mesh):
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile().as_text()
+    pattern = r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\("
+    loops, whole = text[: text.index("\nENTRY")], text[text.index("\nENTRY") :]
+    assert not re.findall(pattern, loops)
+    summed = [line for line in whole.splitlines() if re.search(pattern, line) and "reduce_sum" in line]
+    assert len(summed) == 1 and whole.count(" while(") == 2
 
 
 def test_sums_over_chunks_are_float32():
