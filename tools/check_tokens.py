@@ -227,11 +227,17 @@ def check_logprobs(
     mean = float(gaps.sum() / batch.action_mask.sum())
     text = made.tokenizer.decode([token], clean_up_tokenization_spaces=False)
     said = (
-        f"largest gap {gaps[row, place]:.2e} (limit {tolerance:.0e}), mean {mean:.2e}; worst token "
+        f"largest gap {gaps[row, place]:.2e} (limit {tolerance:g}), mean {mean:.2e}; worst token "
         f"{token} {text!r} in conversation {row}, turn {batch.turn_ids[row, place] + 1}, position "
         f"{place}: sampler {batch.sampler_logprobs[row, place]:.6f}, scoring {scored[row, place]:.6f}"
     )
-    return Finding(name, bool(gaps.max() <= tolerance), said)
+    passed = bool(gaps.max() <= tolerance)
+    if not passed and compute_dtype != "float32":
+        said += (
+            f". Rounding or a mistake? If --dtype float32 passes, it is {compute_dtype}'s rounding on these "
+            "weights, and the mean says how much of it a run will have"
+        )
+    return Finding(name, passed, said)
 
 
 def check(directory: str, options: argparse.Namespace) -> list[Finding]:
