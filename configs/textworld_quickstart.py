@@ -170,6 +170,7 @@ def get_config() -> ml_collections.ConfigDict:
             entropy_coefficient=0.0,
             value_coefficient=0.5,
             value_clip=optional(0.5),
+            importance_cap=ml_collections.config_dict.placeholder(float),
         ),
         kl=dict(placement="none", estimator="k2", coefficient=0.0),
         optimizer=dict(

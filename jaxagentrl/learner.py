@@ -262,6 +262,7 @@ def make_rl_loss(
     entropy_coefficient: float,
     value_coefficient: float,
     value_clip: float | None,
+    importance_cap: float | None,
     old_is_current: bool,
     remat: str = "none",
     compute_dtype: str = "float32",
@@ -271,6 +272,8 @@ def make_rl_loss(
     Args:
         surrogate: of `SURROGATES`. "clipped" is that of PPO, GRPO, RLOO and REINFORCE++.
         kl_coefficient: of the KL term in the loss; 0 leaves it out.
+        importance_cap: C of truncated importance sampling: every token's term is multiplied by
+            min(π_old/μ, C), where μ is what the sampler drew it from (`importance`); None leaves that out.
         old_is_current: the batch gets one update only, so the old log-probs are the current ones
             and the scoring pass that would give them is saved. The gradient is the same.
 
@@ -303,6 +306,9 @@ def make_rl_loss(
             per_token = losses.cispo(*rows, **clips, action_mask=mask)
         else:
             per_token = losses.policy_gradient(rows[0], rows[2], action_mask=mask)
+        if importance_cap is not None:
+            ratios = losses.importance_ratios(old, batch.sampler_logprobs, mask)
+            per_token *= losses.truncated_importance_weights(ratios, cap=importance_cap)
         policy = jnp.sum(weights * per_token)
         entropy = jnp.sum(weights * scores.entropies)
         observation = -jnp.sum(targets.observation_weights * scores.logprobs)
@@ -319,6 +325,8 @@ def make_rl_loss(
             "policy/sampler_gap_mean": jnp.sum(weights * gap),
             "policy/sampler_gap_max": jnp.max(gap),
         }
+        if importance_cap is not None:
+            metrics["policy/importance_capped"] = jnp.sum(weights * (ratios > importance_cap))
         if kl_coefficient:
             kl = losses.kl_loss(
                 scores.logprobs, targets.ref_logprobs, estimator=kl_estimator, action_mask=mask

@@ -123,6 +123,7 @@ def _check_values(rl: Mapping[str, Any]) -> None:
         ("loss.dual_clip", loss["dual_clip"], 1, infinity),
         ("loss.value_coefficient", loss["value_coefficient"], 0, infinity),
         ("loss.value_clip", loss["value_clip"], 0, infinity),
+        ("loss.importance_cap", loss["importance_cap"], 1, infinity),
         ("kl.coefficient", kl["coefficient"], 0, infinity),
     ):
         if value is not None and not low <= value <= high:

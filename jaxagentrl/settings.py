@@ -47,7 +47,8 @@ _SECTIONS = {
     "aggregation aggregation_constant? observation_weight skip_zero_signal eval_every save_every",
     "rl.advantage": "name whiten negative_weight gae_lambda group_scale turn_horizon turn_discount "
     "step_weight",
-    "rl.loss": "surrogate clip_low clip_high dual_clip? entropy_coefficient value_coefficient value_clip?",
+    "rl.loss": "surrogate clip_low clip_high dual_clip? entropy_coefficient value_coefficient value_clip? "
+    "importance_cap?",
     "rl.kl": "placement estimator coefficient",
     "rl.optimizer": _OPTIMIZER,
     "eval": "temperature other_temperatures",

@@ -49,6 +49,7 @@ PLAIN = dict(
     entropy_coefficient=0.0,
     value_coefficient=0.0,
     value_clip=None,
+    importance_cap=None,
     old_is_current=False,
 )
 TERMS = {
@@ -340,6 +341,33 @@ def test_old_log_probs_that_are_the_current_ones_need_not_be_given(surrogate):
     # And it is REINFORCE's.
     check_gradients(same, expected(targets, surrogate="policy_gradient")[2])
     assert metrics["policy/clip_fraction"] == 0 and abs(float(metrics["policy/old_kl"])) < 1e-6
+
+
+@pytest.mark.parametrize("old_is_current", [False, True])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_truncated_importance_weights_multiply_the_policys_term_alone(surrogate, old_is_current):
+    """min(π_old/μ, C) of the token, without gradient; entropy and observations keep their weights."""
+    cap, mask = 1.1, case().batch.action_mask
+    new, sampler = case().scores.logprobs, case().batch.sampler_logprobs.astype(np.float64)
+    targets = changed()
+    if old_is_current:
+        targets = changed(old_logprobs=new.astype(np.float32))
+    ratios = np.exp(targets.old_logprobs.astype(np.float64) - sampler)[mask]
+    assert np.any(ratios < 1) and np.any(ratios > cap) and np.any((ratios > 1) & (ratios < cap))
+    factors = np.zeros(mask.shape)
+    factors[mask] = np.minimum(ratios, cap)
+    weighed = dataclasses.replace(targets, weights=(targets.weights * factors).astype(np.float32))
+    options = dict(surrogate=surrogate, old_is_current=old_is_current)
+    loss, metrics, gradient = measure(targets, importance_cap=cap, **options)
+    wanted_loss, _, wanted_gradient = expected(weighed, surrogate=surrogate)
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/policy"], wanted_loss, rtol=1e-5)
+    check_gradients(gradient, wanted_gradient)
+    capped = np.sum(targets.weights[mask] * (ratios > cap))
+    np.testing.assert_allclose(metrics["policy/importance_capped"], capped, rtol=1e-5)
+    plain = measure(targets, **options)[1]
+    assert "policy/importance_capped" not in plain
+    np.testing.assert_allclose(metrics["policy/entropy"], plain["policy/entropy"], rtol=1e-6)
 
 
 def test_reports_how_far_the_policy_is_from_the_old_one_and_the_old_one_from_the_sampler():

@@ -47,6 +47,7 @@ RL = dict(
     entropy_coefficient=0.01,
     value_coefficient=0.5,
     value_clip=0.5,
+    importance_cap=None,
     old_is_current=False,
 )
 OPTIMIZER = dict(

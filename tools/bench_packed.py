@@ -157,7 +157,8 @@ def main() -> None:
     loss = learner.make_rl_loss(
         config, surrogate="clipped", clip_low=0.2, clip_high=0.28, dual_clip=3.0, temperature=1.0,
         kl_coefficient=0.0, kl_estimator="k2", entropy_coefficient=0.0, value_coefficient=0.0,
-        value_clip=None, old_is_current=True, remat=args.remat, compute_dtype=args.compute_dtype,
+        value_clip=None, importance_cap=None, old_is_current=True, remat=args.remat,
+        compute_dtype=args.compute_dtype,
     )
     chain = optimizer.make(
         learning_rate=1e-6, warmup_steps=0, decay_steps=None, final_fraction=1.0, b1=0.9, b2=0.95,
