@@ -3,7 +3,7 @@ its cache, by its own account."""
 
 import concurrent.futures
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 
@@ -15,16 +15,19 @@ def count() -> int:
     return _count
 
 
-def ahead(programs: Iterable[jax.stages.Lowered]) -> None:
+def ahead(compilations: Iterable[Callable[[], object]]) -> None:
     """Compiles programs that are about to be called, as many at a time as there are cores.
 
-    A later call of the jitted function that a program was lowered from, with arguments like those,
-    finds it compiled. One program keeps few cores of the compiler busy; what comes first is compiled
-    while the next is still traced, in the caller's thread (and so in its mesh).
+    One program keeps few cores of the compiler busy. What comes first is compiled while the next is still
+    traced, in the caller's thread and so in its mesh. A later call of the jitted function, with arguments
+    like those it was lowered with, finds it compiled.
+
+    Args:
+        compilations: `jitted.lower(...).compile` of each, or what calls it.
     """
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile")
     try:
-        for done in [pool.submit(program.compile) for program in programs]:
+        for done in [pool.submit(compilation) for compilation in compilations]:
             done.result()
     finally:  # at an error or an interrupt the rest is not compiled
         pool.shutdown(cancel_futures=True)

@@ -269,12 +269,17 @@ class Engine:
         """
         calls = list(self._every_call(params, restricted))
 
-        def lowered(call: _Call) -> jax.stages.Lowered:
-            self._announce(call)
-            return call.program.lower(cache=self._caches[0], **call.arguments)
+        def compilation(call: _Call) -> Callable[[], None]:
+            lowered = call.program.lower(cache=self._caches[0], **call.arguments)
+
+            def compile_it() -> None:
+                self._announce(call)
+                lowered.compile()
+
+            return compile_it
 
         with self._counting_compiles():
-            compiles.ahead(map(lowered, calls))
+            compiles.ahead(map(compilation, calls))
         for call in calls:
             self._run(0, call).result()
         jax.block_until_ready(self._caches[0])
