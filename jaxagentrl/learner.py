@@ -116,11 +116,13 @@ def forward(
     x = hidden(policy)
     logprobs, entropies = token_scores.token_logprobs(
         x,
-        decoder.unembedding(policy),
+        # Gathered over fsdp once, not in every chunk.
+        sharding.constrain(decoder.unembedding(policy), None, "tensor"),
         tokens,
         needed=needed,
         temperature=temperature,
         softcap=config.logit_softcap,
+        row_shards=sharding.row_shards_in_use(),
     )
     values = jnp.zeros_like(logprobs)
     if "value_head" in params:

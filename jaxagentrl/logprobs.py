@@ -6,8 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxagentrl.models import sharding
-
 # Logits that exist at once: 256 MiB of float32, 1 GiB on accelerators, where every chunk reads and writes
 # the unembedding's gradient once more.
 _CHUNK_LOGITS = {"cpu": 1 << 26, "gpu": 1 << 28, "tpu": 1 << 28}
@@ -30,6 +28,7 @@ def token_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    row_shards: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob of every needed token given those before it, and the entropy it was drawn with.
 
@@ -41,9 +40,6 @@ def token_logprobs(
     computed again in the backward pass, so the peak is [chunk_size, V] in both; where all of the batch fit
     in the memory of a chunk, they are kept instead. The softmax is float32.
 
-    On a mesh (`models.sharding`) every device that holds rows works off its own, and they sum the
-    unembedding's gradient once.
-
     Args:
         hidden: [B, L, D] final hidden states; entry t has seen tokens 0..t.
         unembedding: [D, V].
@@ -53,14 +49,15 @@ def token_logprobs(
         temperature: divides the logits; that of the sampler, so that both score one distribution.
         softcap: cap(x) = softcap · tanh(x / softcap) on the logits (Gemma 2); None is no cap.
         chunk_size: positions of a device whose logits exist at once; None is `largest_chunk`.
+        row_shards: parts that the rows are shared out into over devices. Every part works off its own
+            tokens, and they sum the unembedding's gradient once. A number that does not divide B is 1.
 
     Returns:
         log-probs and entropies (nats), both [B, L] float32. Entry t describes token t; what is not
         needed is 0, without gradient.
     """
     batch, length, width = hidden.shape
-    shards = sharding.row_shards_in_use()
-    shards = 1 if batch % shards else shards
+    shards = 1 if batch % row_shards else row_shards
     held = batch // shards * length  # positions of a device
     size = min(chunk_size or largest_chunk(unembedding.shape[1]), held)
     needed = jnp.ones(tokens.shape, bool) if needed is None else needed
@@ -73,13 +70,12 @@ def token_logprobs(
     asked = jnp.roll(needed, -1, axis=1).at[:, -1].set(False).reshape(shards, held)
     targets = jnp.roll(tokens, -1, axis=1).reshape(shards, held)
     contexts = hidden.reshape(shards, held, width)
-    # Gathered over fsdp once, not in every chunk.
-    weights = sharding.constrain(unembedding.astype(hidden.dtype), None, "tensor")
+    weights = unembedding.astype(hidden.dtype)
     chunks = -(-jnp.max(jnp.sum(asked, axis=1)) // size)
     if shards == 1:
         found = shard(contexts[0], targets[0], asked[0])
     else:
-        found = jax.vmap(shard, spmd_axis_name=sharding.ROWS)(contexts, targets, asked)
+        found = jax.vmap(shard)(contexts, targets, asked)
     return tuple(jnp.roll(x.reshape(batch, length), 1, axis=1) for x in found)
 
 
@@ -162,7 +158,7 @@ def _score_bwd(temperature, softcap, saved, cotangents):
         )
         return _put(d_contexts, at, d_scores @ unembedding.T), d_unembedding
 
-    zeros = (jnp.zeros_like(contexts), sharding.constrain(jnp.zeros(unembedding.shape), None, "tensor"))
+    zeros = (jnp.zeros_like(contexts), jnp.zeros(unembedding.shape))
     d_contexts, d_unembedding = jax.lax.fori_loop(0, chunks, body, zeros)
     return d_contexts, d_unembedding.astype(unembedding.dtype), None, None, None
 

@@ -158,13 +158,16 @@ def test_devices_work_off_their_own_rows(shape):
     needed = rng.random((12, L)) < np.linspace(0, 0.9, 12)[:, None]
 
     def run():
-        # A function of its own: what is traced is not the same on another mesh.
-        program = jax.jit(loss_of(logprobs.token_logprobs, weights, needed=needed, chunk_size=3))
-        return program(hidden, unembedding, tokens)
+        options = dict(needed=needed, chunk_size=3, row_shards=sharding.row_shards_in_use())
+        rows = sharding.constrain(hidden, sharding.ROWS)
+        columns = sharding.constrain(unembedding, None, "tensor")
+        program = jax.jit(loss_of(logprobs.token_logprobs, weights, **options))
+        return program(rows, columns, tokens)
 
     alone = run()
     axes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
     with sharding.use(sharding.make_mesh(**axes)):
+        assert sharding.row_shards_in_use() == shape[0] * shape[1]
         spread = run()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), alone, spread)
 
@@ -176,8 +179,9 @@ def test_devices_wait_for_each_other_once():
     columns = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
 
     def loss(hidden, embedding, tokens, needed):
-        found = logprobs.token_logprobs(hidden, embedding.T, tokens, needed=needed, chunk_size=4)
-        return jnp.sum(jnp.stack(found))
+        weights = sharding.constrain(embedding.T, None, "tensor")
+        options = dict(needed=needed, chunk_size=4, row_shards=8)
+        return jnp.sum(jnp.stack(logprobs.token_logprobs(hidden, weights, tokens, **options)))
 
     shapes = (
         jax.ShapeDtypeStruct((16, L, 8), jnp.float32, sharding=rows),

@@ -424,7 +424,7 @@ def test_every_used_row_is_in_one_minibatch_of_every_epoch(num_minibatches, num_
 
     recorded = dataclasses.replace(
         programs,
-        score=lambda params, tokens, work: learner.empty_scores(tokens.shape),
+        score=lambda params, tokens, needed, work: learner.empty_scores(tokens.shape),
         update=record,
     )
     state = types.SimpleNamespace(params={})
