@@ -324,6 +324,33 @@ def test_observations_are_imitated_with_their_own_weights():
     assert got[0] > 0.1  # a cross-entropy
 
 
+@pytest.mark.parametrize("is_rl", [True, False])
+def test_losses_ask_for_the_log_probs_that_they_read_and_no_others(is_rl, monkeypatch):
+    asked = []
+
+    def spy(config, params, tokens, needed, **options):
+        asked.append(np.asarray(needed))
+        return compiled_forward(config, params, tokens, needed, **options)
+
+    monkeypatch.setattr(learner, "forward", spy)
+    loss = learner.make_rl_loss(MODEL, **PLAIN) if is_rl else learner.make_sft_loss(MODEL)
+    for targets in (changed(), case().targets):  # without weight on observations, and with
+        loss(case().params, case().batch, targets)
+    mask = case().batch.action_mask
+    np.testing.assert_array_equal(asked[0], mask)
+    np.testing.assert_array_equal(asked[1], mask | (case().targets.observation_weights > 0))
+    assert mask.sum() < asked[1].sum() < mask.size
+
+
+def test_scores_of_what_is_not_needed_are_zero_and_values_are_of_every_token():
+    mask, options = case().batch.action_mask, dict(temperature=PLAIN["temperature"])
+    few = compiled_forward(MODEL, case().params, TOKENS, mask, **options)
+    for name in ("logprobs", "entropies"):
+        wanted = np.where(mask, getattr(case().scores, name), 0.0)
+        np.testing.assert_allclose(getattr(few, name), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(few.values, case().scores.values, rtol=1e-5, atol=1e-6)
+
+
 def test_the_loss_is_the_sum_of_its_terms():
     options = TERMS["entropy"] | TERMS["clipped value"] | TERMS["k3"] | dict(surrogate="gspo")
     check(measure(case().targets, **options), expected(case().targets, **options))
