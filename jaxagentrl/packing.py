@@ -115,8 +115,9 @@ def pack(
     bins = first_fit([size for _, _, size in pieces], length)
     per_part = max(tokens_per_part // (length * row_multiple), 1) * row_multiple
     count = -(-len(bins) // per_part)
-    capacity = 1 << max(count - 1, 0).bit_length()
-    if most_rows is not None and contexts is None:
+    if most_rows is None or contexts is not None:
+        capacity = 1 << max(count - 1, 0).bit_length()
+    else:
         capacity = -(-most_rows // per_part)
     full = (capacity * per_part, length)
     places = np.full(full, shape[0] * shape[1], np.int32)

@@ -235,7 +235,7 @@ def check_logprobs(
     if not passed and compute_dtype != "float32":
         said += (
             f". Rounding or a mistake? If --dtype float32 passes, it is {compute_dtype}'s rounding on these "
-            "weights, and the mean says how much of it a run will have"
+            "weights; rl.loss.importance_cap corrects for it"
         )
     return Finding(name, passed, said)
 
