@@ -101,11 +101,12 @@ def forward(
         positions, segment_ids, max_segments: of packed rows, see `packing`.
     """
 
-    def hidden(weights: Params) -> Array:
+    def hidden(weights: Params, *, is_finished: bool = True) -> Array:
         return decoder.hidden(
             config,
             weights,
             tokens,
+            is_finished=is_finished,
             positions=positions,
             segment_ids=segment_ids,
             max_segments=max_segments,
@@ -113,7 +114,12 @@ def forward(
         )
 
     policy = in_dtype(policy_of(params), compute_dtype)
-    x = hidden(policy)
+    finish = {}
+    # A critic's head on the policy reads every position's final hidden state.
+    if decoder.finishes_apart(config) and ("value_head" not in params or "critic" in params):
+        finish["finish"] = functools.partial(decoder.finish, config)
+        finish["finish_params"] = decoder.finish_params(policy)
+    x = hidden(policy, is_finished=not finish)
     logprobs, entropies = token_scores.token_logprobs(
         x,
         # Gathered over fsdp once, not in every chunk.
@@ -123,6 +129,7 @@ def forward(
         temperature=temperature,
         softcap=config.logit_softcap,
         row_shards=sharding.row_shards_in_use(),
+        **finish,
     )
     values = jnp.zeros_like(logprobs)
     if "value_head" in params:

@@ -2,6 +2,8 @@
 without ever holding the [B, L, V] logits."""
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,13 @@ import jax.numpy as jnp
 _CHUNK_LOGITS = {"cpu": 1 << 26, "gpu": 1 << 28, "tpu": 1 << 28}
 # Positions: products of more rows are no faster, and a chunk is computed whole, however few it holds.
 _MAX_CHUNK = {"cpu": 256, "gpu": 4096, "tpu": 4096}
+
+# (parameters, [C, D]) → [C, D].
+Finish = Callable[[Any, jax.Array], jax.Array]
+
+
+def _as_it_is(_: Any, x: jax.Array) -> jax.Array:
+    return x
 
 
 def largest_chunk(vocab_size: int) -> int:
@@ -29,6 +38,8 @@ def token_logprobs(
     softcap: float | None = None,
     chunk_size: int | None = None,
     row_shards: int = 1,
+    finish: Finish = _as_it_is,
+    finish_params: Any = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob of every needed token given those before it, and the entropy it was drawn with.
 
@@ -50,7 +61,11 @@ def token_logprobs(
         softcap: cap(x) = softcap · tanh(x / softcap) on the logits (Gemma 2); None is no cap.
         chunk_size: positions of a device whose logits exist at once; None is `largest_chunk`.
         row_shards: parts that the rows are shared out into over devices. Every part works off its own
-            tokens, and they sum the unembedding's gradient once. A number that does not divide B is 1.
+            tokens, and they sum the gradients of weights once. A number that does not divide B is 1.
+        finish: what is left of the model for every position by itself, if `hidden` are not final yet: then
+            that is done for needed positions only, too. It is computed again in the backward pass, and
+            for zeros, which fill the last chunk, its derivative must be finite.
+        finish_params: its parameters, a tree, in the dtype of `hidden`.
 
     Returns:
         log-probs and entropies (nats), both [B, L] float32. Entry t describes token t; what is not
@@ -64,13 +79,14 @@ def token_logprobs(
 
     def shard(contexts: jax.Array, targets: jax.Array, asked: jax.Array) -> jax.Array:
         places = jnp.nonzero(asked, size=-(-held // size) * size, fill_value=held)[0]
-        return _score(temperature, softcap, contexts, weights, targets, places.reshape(-1, size), chunks)
+        return _score(reading, contexts, weights, targets, places.reshape(-1, size), chunks)
 
     # Entry t of these is about the token after it, which the hidden state there predicts.
     asked = jnp.roll(needed, -1, axis=1).at[:, -1].set(False).reshape(shards, held)
     targets = jnp.roll(tokens, -1, axis=1).reshape(shards, held)
     contexts = hidden.reshape(shards, held, width)
-    weights = unembedding.astype(hidden.dtype)
+    reading = _Reading(finish, temperature, softcap)
+    weights = _Weights(finish_params, unembedding.astype(hidden.dtype))
     chunks = -(-jnp.max(jnp.sum(asked, axis=1)) // size)
     if shards == 1:
         found = shard(contexts[0], targets[0], asked[0])
@@ -79,12 +95,24 @@ def token_logprobs(
     return tuple(jnp.roll(x.reshape(batch, length), 1, axis=1) for x in found)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+class _Reading(NamedTuple):
+    """How hidden states are read."""
+
+    finish: Finish
+    temperature: float
+    softcap: float | None
+
+
+class _Weights(NamedTuple):
+    finish: Any  # the parameters of `_Reading.finish`
+    unembedding: jax.Array  # [D, V]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _score(
-    temperature: float,
-    softcap: float | None,
+    reading: _Reading,
     contexts: jax.Array,
-    unembedding: jax.Array,
+    weights: _Weights,
     targets: jax.Array,
     places: jax.Array,
     chunks: jax.Array,
@@ -99,27 +127,27 @@ def _score(
 
         ∂ log p[y] / ∂zⱼ = 1[j = y] − pⱼ,   ∂H / ∂zⱼ = −pⱼ (log pⱼ + H)
     """
-    inputs = (contexts, unembedding, targets, places, chunks)
-    return _score_chunks(temperature, softcap, *inputs, kept=None)[0][:2]
+    return _score_chunks(reading, contexts, weights, targets, places, chunks, kept=None)[0][:2]
 
 
-def _score_fwd(temperature, softcap, contexts, unembedding, targets, places, chunks):
-    kept = None
-    if places.size * unembedding.shape[1] <= _CHUNK_LOGITS[jax.default_backend()]:
-        kept = jnp.zeros((*places.shape, unembedding.shape[1]))
-    inputs = (contexts, unembedding, targets, places, chunks)
-    found, kept = _score_chunks(temperature, softcap, *inputs, kept=kept)
+def _score_fwd(reading, contexts, weights, targets, places, chunks):
+    kept, vocab_size = None, weights.unembedding.shape[1]
+    if places.size * vocab_size <= _CHUNK_LOGITS[jax.default_backend()]:
+        kept = jnp.zeros((*places.shape, vocab_size))
+    inputs = (contexts, weights, targets, places, chunks)
+    found, kept = _score_chunks(reading, *inputs, kept=kept)
     return found[:2], (inputs, found, kept)
 
 
-def _score_chunks(temperature, softcap, contexts, unembedding, targets, places, chunks, *, kept):
+def _score_chunks(reading, contexts, weights, targets, places, chunks, *, kept):
     """Log-probs, entropies and normalizers, [N] each; and the logits, if there is an array to keep
     them in, [chunks at most, chunk, V]."""
 
     def body(index, carry):
         found, kept = carry
         at = places[index]
-        logits = _logits(temperature, softcap, _take(contexts, at), unembedding)
+        x = reading.finish(weights.finish, _take(contexts, at))
+        logits = _logits(reading, x, weights.unembedding)
         # Both sums in one reading of the logits: H = log Σ eᶻ − Σ eᶻ z / Σ eᶻ, z measured from its
         # maximum.
         highest = jnp.max(logits, axis=-1, keepdims=True)
@@ -136,31 +164,35 @@ def _score_chunks(temperature, softcap, contexts, unembedding, targets, places, 
     return jax.lax.fori_loop(0, chunks, body, ((zeros,) * 3, kept))
 
 
-def _score_bwd(temperature, softcap, saved, cotangents):
-    (contexts, unembedding, targets, places, chunks), (_, entropies, log_normalizers), kept = saved
+def _score_bwd(reading, saved, cotangents):
+    (contexts, weights, targets, places, chunks), (_, entropies, log_normalizers), kept = saved
+    unembedding = weights.unembedding
 
     def body(index, slopes):
-        d_contexts, d_unembedding = slopes
+        d_contexts, d_weights = slopes
         at = places[index]
-        x = _take(contexts, at)
+        x, slope_of = jax.vjp(reading.finish, weights.finish, _take(contexts, at))
         per_position = (*cotangents, log_normalizers, entropies)
         d_chosen, d_entropy, log_normalizer, entropy = (_take(y, at)[:, None] for y in per_position)
-        logits = _logits(temperature, softcap, x, unembedding) if kept is None else kept[index]
+        logits = _logits(reading, x, unembedding) if kept is None else kept[index]
         log_probs = logits - log_normalizer
         column = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1)
         is_target = (column == _take(targets, at)[:, None]).astype(logits.dtype)
         probs = jnp.exp(log_probs)
         d_logits = d_chosen * (is_target - probs) - d_entropy * probs * (log_probs + entropy)
-        d_scores = (d_logits * _slope(temperature, softcap, logits)).astype(x.dtype)
-        # Summed over chunks in float32, whatever the products are in.
-        d_unembedding += jax.lax.dot_general(
+        d_scores = (d_logits * _slope(reading, logits)).astype(x.dtype)
+        d_unembedding = jax.lax.dot_general(
             x, d_scores, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
         )
-        return _put(d_contexts, at, d_scores @ unembedding.T), d_unembedding
+        d_finish, d_taken = slope_of(d_scores @ unembedding.T)
+        # Summed over chunks in float32, whatever the products are in.
+        d_weights = jax.tree.map(jnp.add, d_weights, _Weights(d_finish, d_unembedding))
+        return _put(d_contexts, at, d_taken), d_weights
 
-    zeros = (jnp.zeros_like(contexts), jnp.zeros(unembedding.shape))
-    d_contexts, d_unembedding = jax.lax.fori_loop(0, chunks, body, zeros)
-    return d_contexts, d_unembedding.astype(unembedding.dtype), None, None, None
+    zeros = (jnp.zeros_like(contexts), jax.tree.map(lambda x: jnp.zeros(x.shape), weights))
+    d_contexts, d_weights = jax.lax.fori_loop(0, chunks, body, zeros)
+    d_weights = jax.tree.map(lambda slope, x: slope.astype(x.dtype), d_weights, weights)
+    return d_contexts, d_weights, None, None, None
 
 
 _score.defvjp(_score_fwd, _score_bwd)
@@ -180,17 +212,17 @@ def _put(tree, at: jax.Array, parts):
     return jax.tree.map(put, tree, parts)
 
 
-def _logits(
-    temperature: float, softcap: float | None, x: jax.Array, unembedding: jax.Array
-) -> jax.Array:
+def _logits(reading: _Reading, x: jax.Array, unembedding: jax.Array) -> jax.Array:
     """[C, V] float32."""
     scores = jnp.matmul(x, unembedding, preferred_element_type=jnp.float32)
-    return scores / temperature if softcap is None else softcap * jnp.tanh(scores / softcap) / temperature
+    if reading.softcap is not None:
+        scores = reading.softcap * jnp.tanh(scores / reading.softcap)
+    return scores / reading.temperature
 
 
-def _slope(temperature: float, softcap: float | None, logits: jax.Array) -> jax.Array | float:
+def _slope(reading: _Reading, logits: jax.Array) -> jax.Array | float:
     """Derivative of the logits by the product x·W."""
-    if softcap is None:
-        return 1 / temperature
-    squeezed = logits * (temperature / softcap)
-    return (1 - squeezed * squeezed) / temperature
+    if reading.softcap is None:
+        return 1 / reading.temperature
+    squeezed = logits * (reading.temperature / reading.softcap)
+    return (1 - squeezed * squeezed) / reading.temperature

@@ -1,6 +1,7 @@
 """The decoder: shapes, masks, cache, and the scoring pass built on it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxagentrl import logprobs
-from jaxagentrl.models import decoder, kv_cache, rope
+from jaxagentrl.models import decoder, kv_cache, layers, lora, rope
 
 CONFIG = decoder.DecoderConfig(
     vocab_size=61,
@@ -148,6 +149,36 @@ def test_rematerialization_changes_neither_value_nor_gradient(params, policy):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), plain[1], remat[1])
 
 
+@pytest.mark.parametrize("name", ["biases", "two rotations", "gemma", "one layer", "adapters"])
+def test_a_pass_finished_apart_is_the_whole_pass(name):
+    remat = "full" if name == "adapters" else "none"
+    config, params = variant("gemma" if name == "adapters" else name if name in VARIANTS else "plain")
+    if name == "one layer":
+        config = dataclasses.replace(config, num_layers=1)
+        params |= {"layers": jax.tree.map(lambda leaf: leaf[:1], params["layers"])}
+    if name == "adapters":
+        adapters = lora.init(params, jax.random.key(1), rank=2, targets=("mlp/.*", "attention/q"))
+        params = lora.attach(params, jax.tree.map(lambda leaf: leaf + 0.1, adapters), 2.0)
+    ids, weights = tokens(2, 9), np.random.default_rng(3).standard_normal((18, 32))
+
+    def whole(params):
+        return decoder.hidden(config, params, ids, remat=remat).reshape(18, 32)
+
+    def apart(params):
+        x = decoder.hidden(config, params, ids, remat=remat, is_finished=False)
+        return decoder.finish(config, decoder.finish_params(params), x.reshape(18, 32))
+
+    def slopes(run):
+        def loss(params):
+            x = run(params)
+            return jnp.sum(weights * x), x
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    assert_near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(assert_near, slopes(apart), slopes(whole))
+
+
 @pytest.mark.parametrize("name", ["plain", "two rotations"])
 def test_appending_in_any_pieces_equals_one_pass(name):
     config, params = variant(name)
@@ -230,7 +261,7 @@ def test_a_products_gradient_is_that_of_jax():
     def slopes(multiply):
         return jax.grad(lambda x, k: jnp.sum(weights * multiply(x, k)), (0, 1))(x, kernel)
 
-    for one, two in zip(slopes(decoder.product), slopes(jnp.matmul), strict=True):
+    for one, two in zip(slopes(layers.product), slopes(jnp.matmul), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ import pytest
 from core_cases import quick_compilation  # noqa: F401
 
 from jaxagentrl import learner
-from jaxagentrl.models import decoder
+from jaxagentrl.models import decoder, sharding
 from jaxagentrl.types import TrajectoryBatch
 
 MODEL = decoder.DecoderConfig(
@@ -72,6 +72,7 @@ class Case:
 
 # The loss looks `learner.forward` up when it is made. Compiled apart, the model is compiled once for
 # all losses, and these are run operation by operation.
+uncompiled_forward = learner.forward
 compiled_forward = jax.jit(
     learner.forward, static_argnums=0, static_argnames=("temperature", "remat", "compute_dtype")
 )
@@ -340,6 +341,43 @@ def test_losses_ask_for_the_log_probs_that_they_read_and_no_others(is_rl, monkey
     np.testing.assert_array_equal(asked[0], mask)
     np.testing.assert_array_equal(asked[1], mask | (case().targets.observation_weights > 0))
     assert mask.sum() < asked[1].sum() < mask.size
+
+
+@pytest.mark.parametrize("critic", ["none", "separate", "head"])
+def test_a_model_of_few_layers_is_finished_where_it_is_read(critic, monkeypatch):
+    """The last feed-forward runs on needed positions, if no head reads the others; nothing else changes."""
+    needed, finished = case().batch.action_mask, []
+    params = learner.with_critic({"policy": case().params["policy"]}, MODEL, critic=critic)
+    finish = decoder.finish
+
+    def spy(config, params, x):
+        finished.append(x.shape)
+        return finish(config, params, x)
+
+    def run():
+        def loss(params):
+            scores = uncompiled_forward(MODEL, params, TOKENS, needed, temperature=0.8)
+            return sum(jnp.sum(jnp.sin(part)) for part in jax.tree.leaves(scores)), scores
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    monkeypatch.setattr(decoder, "finish", spy)
+    ours = run()
+    assert bool(finished) == (critic != "head")
+    assert not finished or set(finished) == {(min(TOKENS.size, 256), MODEL.hidden_size)}
+    monkeypatch.setattr(decoder, "finishes_apart", lambda config: False)
+    finished.clear()
+    theirs = run()
+    assert not finished
+    assert_near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6)
+    jax.tree.map(assert_near, ours, theirs)
+
+
+def test_deep_models_and_meshes_are_finished_everywhere():
+    assert decoder.finishes_apart(MODEL)
+    assert not decoder.finishes_apart(dataclasses.replace(MODEL, num_layers=17))
+    with sharding.use(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+        assert not decoder.finishes_apart(MODEL)
 
 
 def test_scores_of_what_is_not_needed_are_zero_and_values_are_of_every_token():

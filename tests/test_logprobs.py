@@ -118,14 +118,62 @@ def test_what_is_not_needed_is_zero_and_has_no_gradient(
         np.testing.assert_allclose(one, two, atol=2e-6, rtol=1e-5)
 
 
+def squash(params, x):
+    """What a model may do last to every position by itself."""
+    return x + jnp.tanh(x @ params["in"] + params["bias"][None]) @ params["out"]
+
+
+def squash_params():
+    rng = np.random.default_rng(5)
+    shapes = {"in": (D, 4), "bias": (4,), "out": (4, D)}
+    return {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("share", ["none", "some", "all"])
+@pytest.mark.parametrize("chunk_size, row_shards", [(1, 1), (4, 3), (1000, 1)])
+@pytest.mark.parametrize("keeps_logits", [True, False])
+def test_needed_positions_are_finished_alone(
+    share, chunk_size, row_shards, keeps_logits, monkeypatch
+):
+    if not keeps_logits:
+        monkeypatch.setitem(logprobs._CHUNK_LOGITS, "cpu", 0)
+    hidden, unembedding, tokens, weights = inputs()
+    needed = asked(share)
+
+    def ours(hidden, unembedding, params):
+        options = dict(needed=needed, chunk_size=chunk_size, row_shards=row_shards)
+        options |= dict(finish=squash, finish_params=params, temperature=0.7, softcap=1.5)
+        return logprobs.token_logprobs(hidden, unembedding, tokens, **options)
+
+    def theirs(hidden, unembedding, params):
+        x = squash(params, hidden.reshape(-1, D)).reshape(hidden.shape)
+        found = definition(x, unembedding, tokens, temperature=0.7, softcap=1.5)
+        return tuple(jnp.where(needed, x, 0.0) for x in found)
+
+    def run(function):
+        def loss(*args):
+            found = function(*args)
+            return jnp.sum(weights * jnp.stack(found)), found
+
+        slopes = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+        return slopes(hidden, unembedding, squash_params())
+
+    for one, two in zip(jax.tree.leaves(run(ours)), jax.tree.leaves(run(theirs)), strict=True):
+        np.testing.assert_allclose(one, two, atol=3e-6, rtol=1e-5)
+
+
 def test_cost_goes_by_the_needed_tokens(monkeypatch):
     """As many chunks of logits as they fill, forward and backward, and one program for any number."""
-    made = []
+    made, finished = [], []
     logits = logprobs._logits
 
     def counted(*args):
         jax.debug.callback(lambda: made.append(1))
         return logits(*args)
+
+    def finish(params, x):
+        jax.debug.callback(lambda: finished.append(len(x)))
+        return squash(params, x)
 
     monkeypatch.setattr(logprobs, "_logits", counted)
     monkeypatch.setitem(logprobs._CHUNK_LOGITS, "cpu", 0)  # logits are made again for the gradient
@@ -133,7 +181,8 @@ def test_cost_goes_by_the_needed_tokens(monkeypatch):
 
     @jax.jit
     def both(needed):
-        run = loss_of(logprobs.token_logprobs, weights, needed=needed, chunk_size=2)
+        options = dict(chunk_size=2, finish=finish, finish_params=squash_params())
+        run = loss_of(logprobs.token_logprobs, weights, needed=needed, **options)
         return run(hidden, unembedding, tokens)
 
     for count in (0, 1, 2, 5, B * (L - 1)):
@@ -141,9 +190,11 @@ def test_cost_goes_by_the_needed_tokens(monkeypatch):
         needed = np.zeros(B * L, bool)
         needed[places] = True
         made.clear()
+        finished.clear()
         jax.block_until_ready(both(needed.reshape(B, L)))
         jax.effects_barrier()
         assert len(made) == 2 * -(-count // 2)
+        assert finished == [2] * len(made)
     assert both._cache_size() == 1
 
 

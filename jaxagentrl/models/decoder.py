@@ -17,7 +17,7 @@ Shapes: B rows, L positions, D hidden size, N layers, H query heads, K key/value
 V vocabulary, F feed-forward size.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,15 +27,11 @@ from flax import nnx
 
 from jaxagentrl.models import attention, decode_kernel, kv_cache, rope, sharding
 from jaxagentrl.models.decoder_config import DecoderConfig
-
-Params = dict[str, Any]
+from jaxagentrl.models.layers import Layer, Params, Projection, RMSNorm, graph_of, merge
 
 _UNROLLED_LAYERS = 16
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
+_ATTENTION_PARTS = ("attention_norm", "attention", "post_attention_norm")  # of a layer; the others finish it
 
 # What the backward pass keeps of a layer; the rest is computed again (Chen et al. 2016).
 REMAT = {
@@ -43,145 +39,6 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
     "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
 }
-
-
-@jax.custom_vjp
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., D] @ kernel [D, F], with the kernel's gradient as xᵀ·dy.
-
-    jax's own rule computes (dyᵀ·x)ᵀ. The same numbers, but XLA on CPU then writes a transposed copy of
-    dy, element by element, in the midst of what dy is made of: a fifth of a whole update's time
-    (`docs/performance.md`).
-    """
-    return x @ kernel
-
-
-def _product_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return x @ kernel, (x, kernel)
-
-
-def _product_bwd(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
-    return dy @ kernel.T, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
-
-
-product.defvjp(_product_fwd, _product_bwd)
-
-
-class RMSNorm(nnx.Module):
-    def __init__(self, config: DecoderConfig, size: int):
-        self.plus_one = config.norm_plus_one
-        self.scale = nnx.Param(jnp.zeros((size,)) if self.plus_one else jnp.ones((size,)))
-        self.eps = config.norm_eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        if self.plus_one:  # Gemma scales before it rounds to the lower precision, the others after
-            return _per_channel(normed, 1 + self.scale[...].astype(jnp.float32)).astype(x.dtype)
-        return _per_channel(normed.astype(x.dtype), self.scale[...])
-
-
-class Projection(nnx.Module):
-    """y = x @ kernel (+ bias) (+ low-rank adapter, see `lora`)."""
-
-    def __init__(self, size_in: int, size_out: int, bias: bool, scale: float, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(
-            scale * jax.random.truncated_normal(rngs.params(), -2, 2, (size_in, size_out))
-        )
-        if bias:
-            self.bias = nnx.Param(jnp.zeros((size_out,)))
-        self.has_bias = bias
-        self.is_adapted = False
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = product(x, self.kernel[...].astype(x.dtype))
-        if self.is_adapted:
-            low = product(x, self.lora_a[...].astype(x.dtype))
-            y = y + product(low, self.lora_b[...].astype(x.dtype))
-        return y + self.bias[...].astype(x.dtype)[None, None] if self.has_bias else y
-
-
-class Attention(nnx.Module):
-    """With `is_joined`, q, k and v are one projection, see `decoding_layout`."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, is_joined: bool = False):
-        width, heads = config.hidden_size, config.num_heads * config.head_dim
-        kv_heads, scale = config.num_kv_heads * config.head_dim, config.hidden_size**-0.5
-
-        def projection(size: int) -> Projection:
-            return Projection(width, size, config.attention_bias, scale, rngs)
-
-        self.is_joined, self.ends = is_joined, (heads, heads + kv_heads)
-        if is_joined:
-            self.joined = projection(heads + 2 * kv_heads)
-        else:
-            self.q, self.k, self.v = (projection(size) for size in (heads, kv_heads, kv_heads))
-        out_scale = heads**-0.5 * (2 * config.num_layers) ** -0.5
-        self.o = Projection(heads, width, False, out_scale, rngs)
-        self.head_dim = config.head_dim
-        self.has_norms = config.qk_norm
-        if self.has_norms:
-            self.q_norm = RMSNorm(config, config.head_dim)
-            self.k_norm = RMSNorm(config, config.head_dim)
-
-    def qkv(self, x: jax.Array, table: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        """Rotated queries [B, L, H, E], rotated keys and values [B, L, K, E]."""
-        if self.is_joined:
-            parts = jnp.split(self.joined(x), self.ends, axis=-1)
-        else:
-            parts = self.q(x), self.k(x), self.v(x)
-        q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in parts)
-        if self.has_norms:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rope.rotate(q, table), rope.rotate(k, table), v
-
-    def out(self, attended: jax.Array) -> jax.Array:
-        return self.o(attended.reshape(*attended.shape[:-2], -1))
-
-
-class FeedForward(nnx.Module):
-    """With `is_joined`, gate and up are one projection, see `decoding_layout`."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, is_joined: bool = False):
-        width, inner = config.hidden_size, config.intermediate_size
-        self.is_joined = is_joined
-        if is_joined:
-            self.joined = Projection(width, 2 * inner, False, width**-0.5, rngs)
-        else:
-            self.gate = Projection(width, inner, False, width**-0.5, rngs)
-            self.up = Projection(width, inner, False, width**-0.5, rngs)
-        down_scale = inner**-0.5 * (2 * config.num_layers) ** -0.5
-        self.down = Projection(inner, width, False, down_scale, rngs)
-        self.activation = config.activation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.is_joined:
-            gate, up = jnp.split(self.joined(x), 2, axis=-1)
-        else:
-            gate, up = self.gate(x), self.up(x)
-        return self.down(ACTIVATIONS[self.activation](gate) * up)
-
-
-class Layer(nnx.Module):
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, is_joined: bool = False):
-        self.attention_norm = RMSNorm(config, config.hidden_size)
-        self.attention = Attention(config, rngs, is_joined)
-        self.mlp_norm = RMSNorm(config, config.hidden_size)
-        self.mlp = FeedForward(config, rngs, is_joined)
-        self.has_post_norms = config.post_norms
-        if self.has_post_norms:
-            self.post_attention_norm = RMSNorm(config, config.hidden_size)
-            self.post_mlp_norm = RMSNorm(config, config.hidden_size)
-
-    def add_attention(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        y = self.attention.out(attended)
-        return x + (self.post_attention_norm(y) if self.has_post_norms else y)
-
-    def add_mlp(self, x: jax.Array) -> jax.Array:
-        y = self.mlp(self.mlp_norm(x))
-        return x + (self.post_mlp_norm(y) if self.has_post_norms else y)
 
 
 class Embedding(nnx.Module):
@@ -227,6 +84,7 @@ def hidden(
     segment_ids: jax.Array | None = None,
     max_segments: int | None = None,
     remat: str = "none",
+    is_finished: bool = True,
 ) -> jax.Array:
     """Final hidden states of whole sequences, causal attention.
 
@@ -236,6 +94,7 @@ def hidden(
         segment_ids: [B, L] int32, attention stays within equal ids (packed rows).
         max_segments: of `Packed`; None where no kernel asks for it.
         remat: what the backward pass recomputes, a name of `REMAT`.
+        is_finished: False stops before what is left for every position by itself, which is `finish`.
 
     Returns:
         [B, L, D]. Entry t predicts token t + 1.
@@ -256,9 +115,9 @@ def hidden(
         "window": config.sliding_window,
     }
 
-    def step(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, None]:
+    def attend(x: jax.Array, inputs: tuple[Params, Any]) -> jax.Array:
         layer_params, is_local = inputs
-        layer = _merge(graph, layer_params)
+        layer = merge(graph, layer_params)
         q, k, v = (
             sharding.constrain(y, sharding.ROWS, None, "tensor")
             for y in layer.attention.qkv(layer.attention_norm(x), _table_of(tables, is_local))
@@ -271,15 +130,54 @@ def hidden(
             config.attention_softcap,
             one_window=is_local is None,
         )
-        x = layer.add_attention(
+        return layer.add_attention(
             x, attention.attend(q, k, v, seen, **scores, kernel=kernel, **made_of)
         )
-        return sharding.constrain(layer.add_mlp(x), sharding.ROWS), None
+
+    def step(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, None]:
+        x = merge(graph, inputs[0]).add_mlp(attend(x, inputs))
+        return sharding.constrain(x, sharding.ROWS), None
+
+    def again(part: Callable) -> Callable:
+        return part if REMAT[remat] is None else jax.checkpoint(part, policy=REMAT[remat])
 
     x = sharding.constrain(embed(config, params, tokens), sharding.ROWS)
-    step = step if REMAT[remat] is None else jax.checkpoint(step, policy=REMAT[remat])
-    x, _ = jax.lax.scan(step, x, (layers, _local_layers(config)), unroll=_unroll(config))
-    return final_norm(config, params, x)
+    stack = (layers, _local_layers(config))
+    if is_finished:
+        x, _ = jax.lax.scan(again(step), x, stack, unroll=_unroll(config))
+        return final_norm(config, params, x)
+    before, last = (jax.tree.map(lambda leaf, at=at: leaf[at], stack) for at in (slice(-1), -1))
+    x, _ = jax.lax.scan(again(step), x, before, unroll=_unroll(config))
+    return sharding.constrain(again(attend)(x, last), sharding.ROWS)
+
+
+def finishes_apart(config: DecoderConfig) -> bool:
+    """Whether a caller that reads few positions should `finish` those alone.
+
+    The last feed-forward is a good part of a model of few layers. A loop over layers would have the
+    stacked weights copied without the last one's; on a mesh the weights would be gathered for every
+    chunk of positions; and on a GPU, where it could save 3 % at 24 layers, it has not been measured.
+    """
+    is_unrolled = _unroll(config) == config.num_layers
+    return is_unrolled and jax.default_backend() == "cpu" and not sharding.active()
+
+
+def finish(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:
+    """The last layer's feed-forward and the final norm: [C, D] of what `hidden(is_finished=False)`
+    returns to [C, D] final hidden states. `params` are those of `finish_params`."""
+    layer = nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0)))
+    for name in _ATTENTION_PARTS:
+        if hasattr(layer, name):
+            delattr(layer, name)
+    layer = merge(graph_of(layer, params["layer"]), params["layer"])
+    return final_norm(config, params, layer.add_mlp(x[None])[0])
+
+
+def finish_params(params: Params) -> Params:
+    """The parameters that `finish` reads, of all."""
+    parts = {name: part for name, part in params["layers"].items() if name not in _ATTENTION_PARTS}
+    last = jax.tree.map(lambda leaf: leaf[-1], parts)
+    return {"layer": last, "final_norm": params["final_norm"]}
 
 
 def hidden_cached(
@@ -335,7 +233,7 @@ def hidden_cached(
             layer_params = layers[index]
         else:
             layer_params = jax.tree.map(lambda leaf: _at(leaf, index), layers)
-        layer = _merge(graph, layer_params)
+        layer = merge(graph, layer_params)
         is_local = None if local_layers is None else _at(local_layers, index)
         q, k, v = layer.attention.qkv(layer.attention_norm(x), _table_of(tables, is_local))
         if is_fused:
@@ -396,7 +294,7 @@ def unembed(params: Params, x: jax.Array, *, softcap: float | None = None) -> ja
 
 def final_norm(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:
     norm = nnx.eval_shape(lambda: RMSNorm(config, config.hidden_size))
-    return _merge(nnx.split(norm)[0], params["final_norm"])(x)
+    return merge(nnx.split(norm)[0], params["final_norm"])(x)
 
 
 def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -481,20 +379,4 @@ def _layers(config: DecoderConfig, params: Params) -> tuple[nnx.GraphDef, Params
     example = layers[0] if isinstance(layers, tuple) else layers
     is_joined = "joined" in example["mlp"]
     layer = nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0), is_joined))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(example):
-        if path[-1].key in ("lora_a", "lora_b"):
-            projection = layer
-            for entry in path[:-1]:
-                projection = getattr(projection, entry.key)
-            projection.is_adapted = True
-            setattr(projection, path[-1].key, nnx.Param(leaf))
-    return nnx.split(layer)[0], layers
-
-
-def _merge(graph: nnx.GraphDef, params: Params) -> Any:
-    """An NNX module of this graph around these arrays."""
-    return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
-
-
-def _per_channel(x: jax.Array, scale: jax.Array) -> jax.Array:
-    return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return graph_of(layer, example), layers

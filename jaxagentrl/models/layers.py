@@ -1,0 +1,185 @@
+"""The Flax NNX modules of a layer: norms, projections, attention, feed-forward. `decoder` runs them.
+
+What families of published models do differently are settings of `DecoderConfig`; a setting that is
+off adds nothing to the compiled program.
+
+Shapes: B rows, L positions, D hidden size, H query heads, K key/value heads, E head size, F
+feed-forward size.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxagentrl.models import rope
+from jaxagentrl.models.decoder_config import DecoderConfig
+
+Params = dict[str, Any]
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., D] @ kernel [D, F], with the kernel's gradient as xᵀ·dy.
+
+    jax's own rule computes (dyᵀ·x)ᵀ. The same numbers, but XLA on CPU then writes a transposed copy of
+    dy, element by element, in the midst of what dy is made of: a fifth of a whole update's time
+    (`docs/performance.md`).
+    """
+    return x @ kernel
+
+
+def _product_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return x @ kernel, (x, kernel)
+
+
+def _product_bwd(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows = tuple(range(x.ndim - 1))
+    return dy @ kernel.T, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+
+
+product.defvjp(_product_fwd, _product_bwd)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, config: DecoderConfig, size: int):
+        self.plus_one = config.norm_plus_one
+        self.scale = nnx.Param(jnp.zeros((size,)) if self.plus_one else jnp.ones((size,)))
+        self.eps = config.norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        if self.plus_one:  # Gemma scales before it rounds to the lower precision, the others after
+            return _per_channel(normed, 1 + self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return _per_channel(normed.astype(x.dtype), self.scale[...])
+
+
+class Projection(nnx.Module):
+    """y = x @ kernel (+ bias) (+ low-rank adapter, see `lora`)."""
+
+    def __init__(self, size_in: int, size_out: int, bias: bool, scale: float, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(
+            scale * jax.random.truncated_normal(rngs.params(), -2, 2, (size_in, size_out))
+        )
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((size_out,)))
+        self.has_bias = bias
+        self.is_adapted = False
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = product(x, self.kernel[...].astype(x.dtype))
+        if self.is_adapted:
+            low = product(x, self.lora_a[...].astype(x.dtype))
+            y = y + product(low, self.lora_b[...].astype(x.dtype))
+        return y + self.bias[...].astype(x.dtype)[None, None] if self.has_bias else y
+
+
+class Attention(nnx.Module):
+    """With `is_joined`, q, k and v are one projection, see `decoding_layout`."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, is_joined: bool = False):
+        width, heads = config.hidden_size, config.num_heads * config.head_dim
+        kv_heads, scale = config.num_kv_heads * config.head_dim, config.hidden_size**-0.5
+
+        def projection(size: int) -> Projection:
+            return Projection(width, size, config.attention_bias, scale, rngs)
+
+        self.is_joined, self.ends = is_joined, (heads, heads + kv_heads)
+        if is_joined:
+            self.joined = projection(heads + 2 * kv_heads)
+        else:
+            self.q, self.k, self.v = (projection(size) for size in (heads, kv_heads, kv_heads))
+        out_scale = heads**-0.5 * (2 * config.num_layers) ** -0.5
+        self.o = Projection(heads, width, False, out_scale, rngs)
+        self.head_dim = config.head_dim
+        self.has_norms = config.qk_norm
+        if self.has_norms:
+            self.q_norm = RMSNorm(config, config.head_dim)
+            self.k_norm = RMSNorm(config, config.head_dim)
+
+    def qkv(self, x: jax.Array, table: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        """Rotated queries [B, L, H, E], rotated keys and values [B, L, K, E]."""
+        if self.is_joined:
+            parts = jnp.split(self.joined(x), self.ends, axis=-1)
+        else:
+            parts = self.q(x), self.k(x), self.v(x)
+        q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in parts)
+        if self.has_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rope.rotate(q, table), rope.rotate(k, table), v
+
+    def out(self, attended: jax.Array) -> jax.Array:
+        return self.o(attended.reshape(*attended.shape[:-2], -1))
+
+
+class FeedForward(nnx.Module):
+    """With `is_joined`, gate and up are one projection, see `decoding_layout`."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, is_joined: bool = False):
+        width, inner = config.hidden_size, config.intermediate_size
+        self.is_joined = is_joined
+        if is_joined:
+            self.joined = Projection(width, 2 * inner, False, width**-0.5, rngs)
+        else:
+            self.gate = Projection(width, inner, False, width**-0.5, rngs)
+            self.up = Projection(width, inner, False, width**-0.5, rngs)
+        down_scale = inner**-0.5 * (2 * config.num_layers) ** -0.5
+        self.down = Projection(inner, width, False, down_scale, rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.is_joined:
+            gate, up = jnp.split(self.joined(x), 2, axis=-1)
+        else:
+            gate, up = self.gate(x), self.up(x)
+        return self.down(ACTIVATIONS[self.activation](gate) * up)
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, is_joined: bool = False):
+        self.attention_norm = RMSNorm(config, config.hidden_size)
+        self.attention = Attention(config, rngs, is_joined)
+        self.mlp_norm = RMSNorm(config, config.hidden_size)
+        self.mlp = FeedForward(config, rngs, is_joined)
+        self.has_post_norms = config.post_norms
+        if self.has_post_norms:
+            self.post_attention_norm = RMSNorm(config, config.hidden_size)
+            self.post_mlp_norm = RMSNorm(config, config.hidden_size)
+
+    def add_attention(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        y = self.attention.out(attended)
+        return x + (self.post_attention_norm(y) if self.has_post_norms else y)
+
+    def add_mlp(self, x: jax.Array) -> jax.Array:
+        y = self.mlp(self.mlp_norm(x))
+        return x + (self.post_mlp_norm(y) if self.has_post_norms else y)
+
+
+def graph_of(layer: Layer, params: Params) -> nnx.GraphDef:
+    """The graph of a layer with the adapters that are among its parameters."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if path[-1].key in ("lora_a", "lora_b"):
+            projection = layer
+            for entry in path[:-1]:
+                projection = getattr(projection, entry.key)
+            projection.is_adapted = True
+            setattr(projection, path[-1].key, nnx.Param(leaf))
+    return nnx.split(layer)[0]
+
+
+def merge(graph: nnx.GraphDef, params: Params) -> Any:
+    """An NNX module of this graph around these arrays."""
+    return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
+
+
+def _per_channel(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
