@@ -14,7 +14,7 @@ import numpy as np
 from envs_host.types import EnvFailure, ResetResult, StepResult, StopReason, Task
 from jaxagentrl import chat, windowed
 from jaxagentrl.rollout import Pool
-from jaxagentrl.trajectory import Trajectory, Turn
+from jaxagentrl.trajectory import Trajectory, Turn, anchor_of
 
 
 class DemonstrationError(RuntimeError):
@@ -175,7 +175,7 @@ def encode(
                     intermediate_reward=step.info.intermediate_reward,
                     valid_command=step.info.valid_command,
                     score=step.info.score,
-                    anchor=seen[index].observation,
+                    anchor=anchor_of(turns, seen[index].observation),
                     fresh=own_prompt and index > 0,
                 )
             )

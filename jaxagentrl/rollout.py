@@ -21,7 +21,7 @@ from jaxagentrl import chat, contexts, windowed
 from jaxagentrl.engine import Engine, TurnRequest, TurnSample
 from jaxagentrl.episodes import Episode, branch, episodes, task_word
 from jaxagentrl.rules import Rules
-from jaxagentrl.trajectory import Trajectory, Turn
+from jaxagentrl.trajectory import Trajectory, Turn, anchor_of
 
 
 __all__ = ["Episode", "Rollout", "Rules", "branch", "collect", "episodes", "task_word"]
@@ -387,7 +387,7 @@ class _Player:
                 intermediate_reward=intermediate,
                 valid_command=valid,
                 score=item.score,
-                anchor=item.observation,
+                anchor=anchor_of(item.turns, item.observation),
                 fresh=item.fresh,
             )
         )

@@ -5,6 +5,7 @@ Numpy and the standard library only. Ids, log-probs and rewards are kept exactly
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ class Turn:
         intermediate_reward: the environment's own progress signal for this step, 0 if it has none.
         valid_command: False if the environment's parser refused the command.
         score: the environment's score after the action.
-        anchor: key of the state the action was taken in, equal for equal states; None if unknown.
+        anchor: key of the state the action was taken in, equal for equal states, see `anchor_of`;
+            None if unknown.
         fresh: the prompt opens a new context: the model saw nothing of the episode but what
             `prompt_ids` holds. True of turns before which the context slid; an episode's first turn
             is one anyway.
@@ -88,6 +90,16 @@ class Turn:
         """The inverse of `to_json`."""
         _check_keys(cls, record)
         return cls(**record)
+
+
+def anchor_of(turns: Sequence[Turn], observation: str) -> str | None:
+    """The key of the state that `observation` leaves an episode of these turns in.
+
+    Text worlds are told apart by what they say, as in GiGPO (Feng et al. 2025, section 4.2). A refused
+    command leaves the world where it was, and so does the key: worlds answer all of them alike
+    ("Nothing happens."), and by that answer turns in quite different places would be compared.
+    """
+    return observation if not turns or turns[-1].valid_command else turns[-1].anchor
 
 
 _TURN_ARRAYS = {

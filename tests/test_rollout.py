@@ -208,6 +208,17 @@ def test_an_episode_ends_after_so_many_refusals_in_a_row():
     assert play(scripts, max_turns=4).trajectories[0].num_turns == 4
 
 
+def test_refused_commands_leave_a_turn_in_the_state_of_the_turn_before():
+    """GiGPO compares what was done in equal states: worlds answer every refused command alike."""
+    scripts = {"one": ["bad", "a", "bad", "bad", "one"], "two": ["a", "bad", "two"]}
+    one, two = play(scripts, max_turns=5).trajectories
+    assert [turn.observation for turn in one.turns] == [
+        "start", "after bad", "after a", "after bad", "after bad",
+    ]
+    assert [turn.anchor for turn in one.turns] == ["start", "start"] + 3 * ["after a"]
+    assert [turn.anchor for turn in two.turns] == ["start", "after a", "after a"]
+
+
 def test_time_in_the_queue_is_not_an_episodes_own(clock):
     scripts = {name: ["a", "a", name] for name in ("one", "two", "three", "four", "five")}
     # Four answers each, while those of the other wave are waited for, too: 0.64 s in a slot. The later
