@@ -4,11 +4,11 @@
     python tools/bench_update.py --actions 0.1       # as in episodes that are mostly the environment's
     python tools/bench_update.py --only=jax --sizes 20M --profile=/tmp/trace
 
-Same model, same weights, same batch, same loss (mean cross-entropy of the action tokens), same
-optimizer (AdamW with clipping by global norm), float32; loss and gradient norm of the first step are
-compared before anything is timed. Ours unembeds the action tokens alone, theirs computes all logits, as
-`transformers` does. Each side and size runs in a process of its own, so that peak
-memory is its own. "of ceiling" is the model's arithmetic (three forward passes) per second over
+Same model, same weights, same batch, same loss (mean cross-entropy of the action tokens), same optimizer
+(AdamW with clipping by global norm), float32; loss and gradient norm of the first step are compared before
+anything is timed. Ours unembeds the action tokens alone (and, on CPU, runs the last feed-forward for them
+alone), theirs computes all, as `transformers` does. Each side and size runs in a process of its own, so
+that peak memory is its own. "of ceiling" is the model's arithmetic (three forward passes) per second over
 what this machine reaches in a plain float32 matrix product in the same process. The last three columns say
 the same by processor time, which other programs on the machine disturb less: on a busy one, run with
 --threads=1 and read those.
@@ -84,12 +84,13 @@ def batch(args: argparse.Namespace, vocab: int) -> tuple[np.ndarray, np.ndarray]
     return tokens, action
 
 
-def flops(size: str, rows: int, length: int, unembedded: float) -> float:
-    """Floating-point operations of one step: three forward passes, attention counted in full, logits of
-    this share of the tokens."""
+def flops(size: str, rows: int, length: int, *, unembedded: float, finished: float) -> float:
+    """Floating-point operations of one step: three forward passes, attention counted in full; logits
+    and the last layer's feed-forward of these shares of the tokens."""
     hidden, layers, heads, kv_heads, inner, vocab = SIZES[size]
     projections = hidden * hidden * 2 + 2 * hidden * (hidden // heads) * kv_heads
-    per_token = 2 * (layers * (projections + 3 * hidden * inner) + unembedded * hidden * vocab)
+    inner_layers = layers - 1 + finished
+    per_token = 2 * (layers * projections + inner_layers * 3 * hidden * inner + unembedded * hidden * vocab)
     attention = 4 * length * hidden * layers  # scores and weighted sum, per token
     return 3.0 * rows * length * (per_token + attention)
 
@@ -235,8 +236,10 @@ def main() -> None:
             for key in ("loss", "norm"):
                 np.testing.assert_allclose(found["jax"][key], found["torch"][key], rtol=1e-3)
         for side, one in found.items():
-            share = args.actions if side == "jax" else 1.0
-            work = flops(size, args.rows, args.length, share)
+            is_ours = side == "jax"
+            unembedded = args.actions if is_ours else 1.0
+            finished = args.actions if is_ours and decoder.finishes_apart(config) else 1.0
+            work = flops(size, args.rows, args.length, unembedded=unembedded, finished=finished)
             rate = work / one["seconds"]
             best = [2 * CEILING**3 / seconds for seconds in one["ceiling"]]
             ratios = [

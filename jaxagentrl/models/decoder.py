@@ -1,8 +1,8 @@
 """A Flax NNX decoder, used through pure functions on plain parameter trees.
 
 RMSNorm before each block (Zhang & Sennrich 2019), rotary positions (`rope`), grouped-query attention
-(Ainslie et al. 2023), gated feed-forward (Shazeer 2020). Layers are one stacked module scanned over
-depth, so compile time does not grow with depth.
+(Ainslie et al. 2023), gated feed-forward (Shazeer 2020): the modules of `layers`. Layers are one stacked
+module scanned over depth, so compile time does not grow with depth.
 
 What families of published models do differently are settings of `DecoderConfig`: biases (Qwen2),
 norms of queries and keys (Qwen3), sliding windows in all or some layers (Mistral, Gemma), soft caps,
