@@ -161,6 +161,7 @@ def get_config() -> ml_collections.ConfigDict:
             turn_horizon="episode",
             turn_discount=0.5,
             step_weight=3.0,
+            first_visit=False,
         ),
         loss=dict(
             surrogate="clipped",

@@ -38,6 +38,7 @@ def _make_credit(
     turn_horizon: str,
     turn_discount: float,
     step_weight: float,
+    first_visit: bool,
     max_turns: int,
 ) -> Credit:
     """Function (rewards, batch, values, anchor_ids) → advantages [B, L]. Arguments as below."""
@@ -81,6 +82,7 @@ def _make_credit(
             turn_discount=turn_discount,
             step_weight=step_weight,
             scale=group_scale,
+            first_visit=first_visit,
         )
 
     def leave_one_out(rewards: Array, batch: TrajectoryBatch, *_: Array) -> Array:
@@ -112,6 +114,7 @@ def make_estimate(
     turn_horizon: str,
     turn_discount: float,
     step_weight: float,
+    first_visit: bool,
     max_turns: int,
     kl_in_reward: float,
     skip_zero_signal: bool,
@@ -140,6 +143,7 @@ def make_estimate(
         turn_horizon: "episode" or "turn", of rewards_to_go_group.
         turn_discount: γ per turn of gigpo's step returns.
         step_weight: ω of gigpo: weight of the turn's credit beside the episode's.
+        first_visit: of gigpo: a state's mean is over each trajectory's first visit of it.
         max_turns: static bound on turns, of rewards_to_go_group and gigpo.
         kl_in_reward: coefficient of −k1 on every action token; 0 for none.
         skip_zero_signal: rows whose credit is 0 throughout, such as those of a group that was won or
@@ -156,6 +160,7 @@ def make_estimate(
         turn_horizon=turn_horizon,
         turn_discount=turn_discount,
         step_weight=step_weight,
+        first_visit=first_visit,
         max_turns=max_turns,
     )
 

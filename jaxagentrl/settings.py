@@ -46,7 +46,7 @@ _SECTIONS = {
     "critic_learning_rate? "
     "aggregation aggregation_constant? observation_weight skip_zero_signal eval_every save_every",
     "rl.advantage": "name whiten negative_weight gae_lambda group_scale turn_horizon turn_discount "
-    "step_weight",
+    "step_weight first_visit",
     "rl.loss": "surrogate clip_low clip_high dual_clip? entropy_coefficient value_coefficient value_clip? "
     "importance_cap?",
     "rl.kl": "placement estimator coefficient",
@@ -297,6 +297,7 @@ def unused(config: Config) -> list[str]:
         "rl.advantage.turn_horizon": name == "rewards_to_go_group",
         "rl.advantage.turn_discount": name == "gigpo",
         "rl.advantage.step_weight": name == "gigpo",
+        "rl.advantage.first_visit": name == "gigpo",
         # Estimators that take an episode's summed reward, or discount by turns.
         "rl.discount": name in ("gae", "turn_gae", "reinforce_plus_plus", "rewards_to_go_group"),
         "rl.skip_zero_signal": reinforce.skips_rows(rl) or not rl["skip_zero_signal"],

@@ -34,6 +34,7 @@ PLAIN = dict(
     turn_horizon="episode",
     turn_discount=0.7,
     step_weight=0.5,
+    first_visit=False,
     max_turns=TURNS,
     kl_in_reward=0.0,
     skip_zero_signal=False,
@@ -45,7 +46,8 @@ ARGUMENTS = {
     "group_normalized": [dict(group_scale="none")],
     "leave_one_out": [],
     "rewards_to_go_group": [dict(group_scale="none"), dict(turn_horizon="turn")],
-    "gigpo": [dict(group_scale="none"), dict(turn_discount=0.4), dict(step_weight=2.0)],
+    "gigpo": [dict(group_scale="none"), dict(turn_discount=0.4), dict(step_weight=2.0),
+              dict(first_visit=True)],
     "reinforce_plus_plus": [],
 }
 CASES = [(name, change) for name in ARGUMENTS for change in [{}, *ARGUMENTS[name]]]
@@ -146,6 +148,7 @@ def by_definition(name, rewards=BATCH.rewards, **changes):
             turn_discount=options["turn_discount"],
             step_weight=options["step_weight"],
             scale=options["group_scale"],
+            first_visit=options["first_visit"],
         )
     totals = [sum(float(r) for r in row[mask]) for row, mask in zip(rewards, MASK)]
     if name == "leave_one_out":
