@@ -23,6 +23,7 @@ from jaxagentrl import (
     imitate,
     learner,
     metrics,
+    openings,
     optimizer,
     plan,
     precision,
@@ -68,6 +69,11 @@ def run(config: Mapping[str, Any], directory: str) -> None:
     unused = settings.unused(config)
     if unused:
         progress.notice(f"without effect in this run: {', '.join(unused)}")
+    if folder.replaced:
+        progress.notice(
+            f"{folder.root} held a run that had not begun; this one takes its place, with other "
+            f"settings: {'; '.join(folder.replaced)}"
+        )
     for change in folder.version_changes:
         progress.notice(f"package version differs from the run's first start: {change}")
     started = time.monotonic()
@@ -76,6 +82,8 @@ def run(config: Mapping[str, Any], directory: str) -> None:
         programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
         _plan(config, setup, programs, chain)
         state, host = states.restore(folder, config, setup)
+        if host["stage"] == "start":
+            _read_openings(config, setup)
         _warm_up(config, setup, state.params)
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
             session = Session(config, folder, setup, writer)
@@ -116,6 +124,26 @@ def _open(root: pathlib.Path, config: Mapping[str, Any]) -> workdir.Workdir:
     own = root / "processes" / f"{jax.process_index():03d}"
     folder = workdir.open_workdir(own, config, free_keys=FREE_KEYS)
     return dataclasses.replace(folder, shared_root=root)
+
+
+def _read_openings(config: Mapping[str, Any], setup: prepare.Setup) -> None:
+    """Says how long first prompts are, and refuses a run that would end where a long one is drawn."""
+    sampled = sorted(set(setup.splits) - {"demo"})
+    to_open = [task for split in sampled for task in setup.splits[split]]
+    mine = hosts.share(to_open)
+    with progress.bar("reading first prompts", len(mine)) as advance:
+        lengths = openings.lengths(
+            mine,
+            setup.pool,
+            setup.chat_format,
+            prompt_style=config["prompt"]["style"],
+            show_admissible=config["prompt"]["show_admissible"],
+            advance=advance,
+        )
+    # The same for all processes, so that all of them refuse or none does.
+    lengths = [length for part in hosts.gather(lengths) for length in part]
+    sizes = {key: config["sampling"][key] for key in ("max_length", "max_turn_tokens")}
+    progress.notice(openings.check(to_open, lengths, **sizes))
 
 
 def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState:

@@ -8,7 +8,9 @@
     curves.png  report.html
 
 A workdir belongs to one config: `open_workdir` writes it the first time and compares it ever after,
-so that a resumed run can never silently become another experiment.
+so that a resumed run can never silently become another experiment. Only where nothing has been measured
+or learned yet does another config take the folder over: a run that was refused, by its memory plan for
+example, is changed and started again by the same command.
 """
 
 import contextlib
@@ -32,6 +34,8 @@ _LAYOUT = (
     "metrics.jsonl", "tensorboard", "checkpoints", "trajectories", "tokenizer", "model", "adapters",
     "curves.png", "report.html",
 )
+# What a run has from its first measurement on; not what it prepares.
+_BEGUN = ("checkpoints", "trajectories", "model", "adapters")
 _MAX_LISTED = 8
 
 
@@ -47,12 +51,15 @@ class Workdir:
         root: the folder.
         version_changes: one line per package whose version differs from the run's first start
             (empty for a new run). The run may go on; the caller should say so aloud.
+        replaced: one line per key that differs from the config of a run that had not begun, whose
+            place this one takes. The caller should say so, too.
         shared_root: where several processes of one run have their checkpoints and tokenizer; None
             is `root`.
     """
 
     root: pathlib.Path
     version_changes: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
     shared_root: pathlib.Path | None = None
     _lock: TextIO | None = dataclasses.field(default=None, repr=False)
 
@@ -141,8 +148,8 @@ def open_workdir(
             cannot change the result, for example "env.num_workers".
 
     Raises:
-        WorkdirError: the folder cannot be written, is in use, is not a workdir, or belongs to
-            another config. Nothing in it is changed in any of these cases.
+        WorkdirError: the folder cannot be written, is in use, is not a workdir, or holds a run of
+            another config that has begun. Nothing in it is changed in any of these cases.
     """
     root = pathlib.Path(path).expanduser()
     _make_writable(root)
@@ -151,10 +158,10 @@ def open_workdir(
         lock = _lock(root)
         if lock is not None:
             on_error.callback(lock.close)
-        changes = _write_or_compare_config(root, config, tuple(free_keys))
+        changes, replaced = _write_or_compare_config(root, config, tuple(free_keys))
         _remove_leftovers(root)
         on_error.pop_all()
-    return Workdir(root, version_changes=changes, _lock=lock)
+    return Workdir(root, version_changes=changes, replaced=replaced, _lock=lock)
 
 
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
@@ -242,15 +249,18 @@ def _lock(root: pathlib.Path) -> TextIO | None:
 
 def _write_or_compare_config(
     root: pathlib.Path, config: dict[str, Any], free_keys: tuple[str, ...]
-) -> tuple[str, ...]:
-    """Writes config.json of a new workdir, compares that of an old one; returns version changes."""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Writes config.json of a new workdir, compares that of an old one.
+
+    Returns:
+        `Workdir.version_changes` and `Workdir.replaced`.
+    """
     path = root / "config.json"
     versions = _versions()
     if not path.exists():
         _refuse_foreign_folder(root)
-        content = {"config": config, "versions": versions, "facts": {}}
-        write_atomic(path, json.dumps(content, indent=2) + "\n")
-        return ()
+        _write_config(path, config, versions)
+        return (), ()
     content = _read_json(path)
     if "config" not in content or "versions" not in content:
         raise WorkdirError(
@@ -261,13 +271,29 @@ def _write_or_compare_config(
         line for line in _differences(content["config"], config, "")
         if not any(_is_under(line.split(":", 1)[0], key) for key in free_keys)
     ]
+    if differences and not _has_begun(root):
+        if (root / "tokenizer").exists():  # made by the other config
+            shutil.rmtree(root / "tokenizer")
+        _write_config(path, config, versions)
+        return (), tuple(differences)
     if differences:
         raise WorkdirError(
             f"{root} holds a run of another config. {len(differences)} key(s) differ (there → "
             f"here): {_listed(differences)}. Use another --workdir, or the config the run was "
             "started with; the old run has not been touched."
         )
-    return tuple(_differences(content["versions"], versions, ""))
+    return tuple(_differences(content["versions"], versions, "")), ()
+
+
+def _write_config(path: pathlib.Path, config: dict[str, Any], versions: dict[str, str]) -> None:
+    content = {"config": config, "versions": versions, "facts": {}}
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def _has_begun(root: pathlib.Path) -> bool:
+    """Whether the folder's run has measured or learned anything."""
+    lines = root / "metrics.jsonl"
+    return any((root / name).exists() for name in _BEGUN) or (lines.exists() and lines.stat().st_size > 0)
 
 
 def _refuse_foreign_folder(root: pathlib.Path) -> None:

@@ -93,6 +93,7 @@ jaxagentrl.episodes
 jaxagentrl.rewards
 jaxagentrl.contexts
 jaxagentrl.rollout
+jaxagentrl.openings
 jaxagentrl.batching
 jaxagentrl.demos
 jaxagentrl.tasks

@@ -208,6 +208,19 @@ def test_a_wrong_setting_is_one_paragraph_and_no_traceback(tmp_path, cache):
     assert "Traceback" not in done.stderr
 
 
+def test_a_first_prompt_that_fits_no_slot_is_refused_before_training(tmp_path, cache):
+    """Not in the iteration that draws its task; demonstrations are not sampled and may be longer."""
+    done = run(tmp_path / "new", cache, "--config.sampling.max_turn_tokens=150", check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert re.search(r"error: sampling.max_length is 176, but the first prompts of 16 of 16 tasks", done.stderr)
+    # Changed as it says, the same command goes on: it comes to the next thing that is wrong.
+    more = ("--config.sampling.max_turn_tokens=12", "--config.memory_limit_gb=0.001")
+    done = run(tmp_path / "new", cache, *more, check=False)
+    told = " ".join(done.stderr.split())
+    assert "held a run that had not begun" in told and "sampling.max_turn_tokens: 150 → 12" in told
+    assert "error: " in told and "memory" in told
+
+
 def test_none_is_a_value_on_the_command_line(tmp_path, cache):
     done = run(
         tmp_path / "new",

@@ -18,6 +18,13 @@ def open_once(path, config=CONFIG, **options):
     return folder
 
 
+def open_begun(path, config=CONFIG):
+    """A folder whose run has measured something."""
+    folder = open_once(path, config)
+    folder.metrics.write_text('{"phase": "baseline"}\n')
+    return folder
+
+
 def test_layout(tmp_path):
     folder = open_once(tmp_path / "deep" / "run")
     content = json.loads(folder.config.read_text())
@@ -36,7 +43,7 @@ def test_same_config_opens_again_and_is_never_rewritten(tmp_path):
 
 
 def test_other_config_is_refused_key_by_key(tmp_path):
-    path = open_once(tmp_path).config
+    path = open_begun(tmp_path).config
     before = path.read_bytes()
     other = {"seed": 1, "env": {"name": "textworld", "num_workers": 4, "theme": "house"}}
     with pytest.raises(workdir.WorkdirError) as caught:
@@ -50,15 +57,39 @@ def test_other_config_is_refused_key_by_key(tmp_path):
     open_once(tmp_path)   # and the refusal holds no lock
 
 
+def test_a_run_that_has_not_begun_gives_its_place_to_another_config(tmp_path):
+    """One that was refused, for its memory for example, is changed and started by the same command."""
+    first = open_once(tmp_path)
+    first.record("games", {"test": "abc"})
+    first.tokenizer.mkdir()
+    first.metrics.touch()  # opened, with nothing in it
+    other = CONFIG | {"seed": 1}
+    second = open_once(tmp_path, other)
+    assert second.replaced == ("seed: 0 → 1",) and not second.tokenizer.exists()
+    content = json.loads(second.config.read_text())
+    assert content["config"]["seed"] == 1 and content["facts"] == {}
+    second.tokenizer.mkdir()
+    again = open_once(tmp_path, other)
+    assert again.replaced == () and again.tokenizer.exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "trajectories", "model", "adapters"])
+def test_what_a_run_has_made_keeps_its_config(name, tmp_path):
+    folder = open_once(tmp_path)
+    (folder.root / name).mkdir()
+    with pytest.raises(workdir.WorkdirError, match="seed: 0 → 1"):
+        open_once(tmp_path, CONFIG | {"seed": 1})
+
+
 @pytest.mark.parametrize("old, new", [(1, True), (0, False), ([1], 1), (None, 0), ("1", 1)])
 def test_values_that_only_look_alike_differ(old, new, tmp_path):
-    open_once(tmp_path, {"a": old})
+    open_begun(tmp_path, {"a": old})
     with pytest.raises(workdir.WorkdirError, match="a: "):
         open_once(tmp_path, {"a": new})
 
 
 def test_free_keys_may_change(tmp_path):
-    open_once(tmp_path)
+    open_begun(tmp_path)
     other = {**CONFIG, "env": {"name": "textworld", "num_workers": 16}}
     open_once(tmp_path, other, free_keys=["env.num_workers"])
     open_once(tmp_path, other, free_keys=["env"])
