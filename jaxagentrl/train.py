@@ -44,9 +44,10 @@ from jaxagentrl.types import TrainState
 # Words of the random streams, so that no two uses of one seed coincide.
 STREAM_EVALUATE, STREAM_RL = 1, 2
 
-# Keys that cannot change a result, only how fast it comes (a mesh: up to rounding).
+# Keys that cannot change a result, only how fast it comes (a mesh: up to rounding), and where it ends.
 FREE_KEYS = (
     "compilation_cache_dir", "env.cache_dir", "env.num_workers", "memory_limit_gb", "mesh", "pool",
+    "rl.num_iterations",
 )
 
 
@@ -82,6 +83,7 @@ def run(config: Mapping[str, Any], directory: str) -> None:
         programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
         _plan(config, setup, programs, chain)
         state, host = states.restore(folder, config, setup)
+        _check_end(host, config["rl"]["num_iterations"])
         if host["stage"] == "start":
             _read_openings(config, setup)
         _warm_up(config, setup, state.params)
@@ -124,6 +126,15 @@ def _open(root: pathlib.Path, config: Mapping[str, Any]) -> workdir.Workdir:
     own = root / "processes" / f"{jax.process_index():03d}"
     folder = workdir.open_workdir(own, config, free_keys=FREE_KEYS)
     return dataclasses.replace(folder, shared_root=root)
+
+
+def _check_end(host: Mapping[str, Any], num_iterations: int) -> None:
+    """A run may be given more iterations than it was started with, or fewer, but not fewer than it has."""
+    if host["stage"] == "rl" and host["step"] > num_iterations:
+        raise ValueError(
+            f"rl.num_iterations is {num_iterations}, but the run in this workdir has done {host['step']}: "
+            "ask for at least as many, or use another --workdir."
+        )
 
 
 def _read_openings(config: Mapping[str, Any], setup: prepare.Setup) -> None:

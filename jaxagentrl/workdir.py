@@ -145,7 +145,7 @@ def open_workdir(
         path: the folder; its parents are created.
         config: the resolved config as nested dicts of JSON values.
         free_keys: dotted keys (or prefixes of such) that may differ between starts because they
-            cannot change the result, for example "env.num_workers".
+            cannot change the result, for example "env.num_workers". The newest are kept.
 
     Raises:
         WorkdirError: the folder cannot be written, is in use, is not a workdir, or holds a run of
@@ -282,6 +282,8 @@ def _write_or_compare_config(
             f"here): {_listed(differences)}. Use another --workdir, or the config the run was "
             "started with; the old run has not been touched."
         )
+    if content["config"] != config:  # as of its newest start
+        write_atomic(path, json.dumps(content | {"config": config}, indent=2) + "\n")
     return tuple(_differences(content["versions"], versions, "")), ()
 
 

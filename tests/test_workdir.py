@@ -92,9 +92,10 @@ def test_free_keys_may_change(tmp_path):
     open_begun(tmp_path)
     other = {**CONFIG, "env": {"name": "textworld", "num_workers": 16}}
     open_once(tmp_path, other, free_keys=["env.num_workers"])
-    open_once(tmp_path, other, free_keys=["env"])
+    kept = open_once(tmp_path, other, free_keys=["env"])
+    assert json.loads(kept.config.read_text())["config"]["env"]["num_workers"] == 16
     with pytest.raises(workdir.WorkdirError, match="env.num_workers"):
-        open_once(tmp_path, other, free_keys=["env.num", "seed"])
+        open_once(tmp_path, CONFIG, free_keys=["env.num", "seed"])
 
 
 def test_facts_are_recorded_once_and_compared(tmp_path):
