@@ -42,8 +42,8 @@ def _draw_success(axes: Axes, run: Run) -> None:
     bounds = np.array([[e.success - e.low for e in points], [e.high - e.success for e in points]])
     axes.plot(minutes, rate, color=_GRAY, linewidth=1, zorder=1)
     for stage, color, label in (
-        ("untrained", _GRAY, "untrained model"),
-        ("sft", _ORANGE, "after imitation"),
+        ("untrained", _GRAY, run.stage_names["untrained"]),
+        ("sft", _ORANGE, run.stage_names["sft"]),
         ("rl", _BLUE, "during RL"),
     ):
         mine = np.array([e.stage == stage for e in points])

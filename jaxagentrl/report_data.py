@@ -80,6 +80,20 @@ class Run:
         return line["time/run_s"] + self.prepare_seconds
 
     @property
+    def has_imitation(self) -> bool:
+        return self.content.get("config", {}).get("sft", {}).get("num_steps") != 0
+
+    @property
+    def stage_names(self) -> dict[str, str]:
+        """What the model is called before each stage and at its end."""
+        loaded = self.content.get("config", {}).get("model", {}).get("directory") is not None
+        return {
+            "untrained": "model as loaded" if loaded else "untrained model",
+            "sft": "after imitation" if self.has_imitation else "before RL",
+            "rl": "after RL",
+        }
+
+    @property
     def prepare_seconds(self) -> float:
         return sum(line.get("time/prepare_s", 0.0) for line in self.lines)
 
@@ -101,8 +115,9 @@ class Run:
 
     @property
     def milestones(self) -> list[Evaluation]:
-        """What a reader compares: the rules, then the model before and after each stage."""
-        model = [self.last(stage) for stage in ("untrained", "sft", "rl")]
+        """What a reader compares: the rules, then the model before and after each stage there was."""
+        stages = ("untrained", "sft", "rl") if self.has_imitation else ("untrained", "rl")
+        model = [self.last(stage) for stage in stages]
         return [*self.agents.values(), *(e for e in model if e is not None)]
 
 
@@ -126,7 +141,9 @@ def read(root: str | os.PathLike) -> Run:
                 if f"{name}/episodes" in line:
                     run.agents[name] = _evaluation(run, line, name, f"{name} agent", name)
         if "eval/episodes" in line:
-            stage, name = _stage(line)
+            stage = {"baseline": "untrained", "rl": "rl"}.get(line["phase"], "sft")
+            name = run.stage_names[stage]
+            name += f" ({line['step']} iterations)" if stage == "rl" else ""
             run.evaluations.append(_evaluation(run, line, "eval", name, stage))
             for key in line:
                 if found := _OTHER_TEMPERATURE.fullmatch(key):
@@ -139,7 +156,8 @@ def read(root: str | os.PathLike) -> Run:
 
 
 def verdict(run: Run) -> str | None:
-    """One sentence on what RL added to imitation; None when either was not measured."""
+    """One sentence on what RL added to imitation, or to what it began with; None when either was not
+    measured."""
     before, after = run.last("sft"), run.last("rl")
     if before is None or after is None:
         return None
@@ -147,8 +165,9 @@ def verdict(run: Run) -> str | None:
     apart = before.high < after.low or after.high < before.low
     intervals = "do not overlap" if apart else "overlap: this may be chance"
     word = "added" if points >= 0 else "lost"
+    base = "imitation" if run.has_imitation else f"the {run.stage_names['untrained']}"
     return (
-        f"RL {word} {abs(points):.1f} points of held-out success over imitation "
+        f"RL {word} {abs(points):.1f} points of held-out success over {base} "
         f"({100 * before.success:.1f} % to {100 * after.success:.1f} %); the 95 % intervals "
         f"{intervals}."
     )
@@ -187,14 +206,6 @@ def percent(evaluation: Evaluation) -> str:
         f"{100 * evaluation.success:.1f} % "
         f"[{100 * evaluation.low:.1f}, {100 * evaluation.high:.1f}]"
     )
-
-
-def _stage(line: metrics.Line) -> tuple[str, str]:
-    if line["phase"] == "baseline":
-        return "untrained", "untrained model"
-    if line["phase"] == "rl":
-        return "rl", f"after RL ({line['step']} iterations)"
-    return "sft", "after imitation"
 
 
 def _evaluation(

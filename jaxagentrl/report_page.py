@@ -115,7 +115,7 @@ def _episodes(run: Run) -> str:
         "they were sampled from: no color is near certain, full color is 2 % or less; hover for "
         "the number.</p>"
     ]
-    titles = {"rl": "after RL", "sft": "after imitation", "untrained": "untrained"}
+    titles = run.stage_names
     others = {
         stage: {t.task.name: t for t in _read_trajectories(path)}
         for stage, path in played.items() if stage != newest
