@@ -127,7 +127,7 @@ def test_a_run_without_imitation_says_nothing_of_it(root):
     assert [e.name for e in run.milestones[2:]] == ["model as loaded", "after RL (80 iterations)"]
     assert report_data.verdict(run).startswith(
         "RL added 21.0 points of held-out success over the model as loaded (42.0 % to 63.0 %)")
-    assert "imitation" not in table_text(root)
+    assert "after imitation" not in table_text(root)
     content["config"]["model"]["directory"] = None
     (root / "config.json").write_text(json.dumps(content))
     assert report_data.read(root).milestones[2].name == "untrained model"
