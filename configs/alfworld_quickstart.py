@@ -62,8 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
         width_buckets=(32, 96),
     )
     config.rollout.update(max_turns=25, max_refusals=None)
-    # Half of what a step towards the goal brings: without it half of the turns are refused.
-    config.reward.update(intermediate_scale=0.08, invalid_penalty=0.04)
+    config.reward.update(intermediate_scale=0.08)
     # The longest searches of the expert are longer than any episode of RL may be.
     config.learner.update(
         length_buckets=(192, 256, 384, 512, 768, 1024), tokens_per_part=3072, row_multiple=1
@@ -75,5 +74,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.rl.optimizer.update(
         learning_rate=4e-4, warmup_steps=5, decay_steps=40, final_fraction=0.25
     )
-    config.eval.update(temperature=0.4, other_temperatures=(0.0,))
+    config.eval.update(temperature=0.0, other_temperatures=())
     return config
