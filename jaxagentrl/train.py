@@ -66,7 +66,9 @@ def run(config: Mapping[str, Any], directory: str) -> None:
     settings.check(config)
     precision.keep_float32(config["learner"]["compute_dtype"])
     _keep_compiled_programs(config["compilation_cache_dir"])
-    folder = _open(pathlib.Path(directory).expanduser(), config)
+    root = pathlib.Path(directory).expanduser()
+    _check_end(root, config["rl"]["num_iterations"])
+    folder = _open(root, config)
     unused = settings.unused(config)
     if unused:
         progress.notice(f"without effect in this run: {', '.join(unused)}")
@@ -83,7 +85,6 @@ def run(config: Mapping[str, Any], directory: str) -> None:
         programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
         _plan(config, setup, programs, chain)
         state, host = states.restore(folder, config, setup)
-        _check_end(host, config["rl"]["num_iterations"])
         if host["stage"] == "start":
             _read_openings(config, setup)
         _warm_up(config, setup, state.params)
@@ -128,12 +129,13 @@ def _open(root: pathlib.Path, config: Mapping[str, Any]) -> workdir.Workdir:
     return dataclasses.replace(folder, shared_root=root)
 
 
-def _check_end(host: Mapping[str, Any], num_iterations: int) -> None:
+def _check_end(root: pathlib.Path, num_iterations: int) -> None:
     """A run may be given more iterations than it was started with, or fewer, but not fewer than it has."""
-    if host["stage"] == "rl" and host["step"] > num_iterations:
+    done = checkpoints.latest_step(root / "checkpoints" / "rl")
+    if done is not None and done > num_iterations:
         raise ValueError(
-            f"rl.num_iterations is {num_iterations}, but the run in this workdir has done {host['step']}: "
-            "ask for at least as many, or use another --workdir."
+            f"rl.num_iterations is {num_iterations}, but the run in {root} has done {done}: ask for at "
+            "least as many, or use another --workdir."
         )
 
 

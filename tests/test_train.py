@@ -163,7 +163,10 @@ def test_imitation_ends_at_its_target_and_is_not_taken_up_again(finished, cache,
     assert "continuing after rl step 1" in run(*longer).stderr
     more = comparable(tmp_path / "new")
     assert more[:-1] == lines and (more[-1]["phase"], more[-1]["step"]) == ("rl", 2)
-    assert run(*arguments, check=False).stderr.count("rl.num_iterations is 1, but the run in this workdir has done 2")
+    refused = run(*arguments, check=False)
+    assert "rl.num_iterations is 1, but the run in" in refused.stderr and "has done 2" in refused.stderr
+    kept = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert kept["config"]["rl"]["num_iterations"] == 2
 
 
 def smoke_config() -> dict:
