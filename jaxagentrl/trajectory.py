@@ -95,7 +95,7 @@ class Turn:
 def anchor_of(turns: Sequence[Turn], observation: str) -> str | None:
     """The key of the state that `observation` leaves an episode of these turns in.
 
-    Text worlds are told apart by what they say, as in GiGPO (Feng et al. 2025, section 4.2). A refused
+    Text worlds are told apart by what they say, as in GiGPO (Feng et al. 2025). A refused
     command leaves the world where it was, and so does the key: worlds answer all of them alike
     ("Nothing happens."), and by that answer turns in quite different places would be compared.
     """

@@ -125,8 +125,9 @@ def test_the_model_loads_in_transformers(finished):
 def test_kill_9_and_go_on_equals_an_uninterrupted_run(finished, cache, tmp_path, phase, step):
     workdir = tmp_path / "killed"
     # Meant to be longer, too: where a run ends may change.
+    longer = command(workdir, cache, "--config.rl.num_iterations=9")
     process = subprocess.Popen(
-        command(workdir, cache, "--config.rl.num_iterations=9"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        longer, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:

@@ -31,7 +31,8 @@ from jaxagentrl.models.layers import Layer, Params, Projection, RMSNorm, graph_o
 
 _UNROLLED_LAYERS = 16
 
-_ATTENTION_PARTS = ("attention_norm", "attention", "post_attention_norm")  # of a layer; the others finish it
+# Of a layer; its other parts finish it.
+_ATTENTION_PARTS = ("attention_norm", "attention", "post_attention_norm")
 
 # What the backward pass keeps of a layer; the rest is computed again (Chen et al. 2016).
 REMAT = {
