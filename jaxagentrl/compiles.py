@@ -2,6 +2,7 @@
 its cache, by its own account."""
 
 import concurrent.futures
+import functools
 import os
 from collections.abc import Callable, Iterable
 
@@ -31,6 +32,18 @@ def ahead(compilations: Iterable[Callable[[], object]]) -> None:
             done.result()
     finally:  # at an error or an interrupt the rest is not compiled
         pool.shutdown(cancel_futures=True)
+
+
+@functools.cache
+def knows(option: str, value: str | bool) -> bool:
+    """Whether this jaxlib takes a compiler option. Those that XLA calls experimental come and go."""
+    try:
+        jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        return False
+    return True
 
 
 def _hear(event: str, duration: float, **_) -> None:

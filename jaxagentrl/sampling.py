@@ -16,11 +16,16 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxagentrl import compiles
 from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
 
-# Of decoding, by backend. Products of a few hundred rows are faster by cuBLAS than by the kernels that
-# XLA writes itself: by up to a tenth of a step (`docs/performance.md`).
-_COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+# Compiler options by backend. Of decode: products of a few hundred rows are faster by cuBLAS than by the
+# kernels that XLA writes itself, by up to a tenth of a step.
+_DECODE_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+# Of extend: by YNNPACK, XLA's choice, products of batches of matrices of few rows, which are attention's,
+# take one core. Of its fusions only those of sums are left: an extend takes 2 to 25 % less time, the more
+# the longer the history; decode steps and updates would take more (`docs/performance.md`).
+_EXTEND_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}}
 
 
 class Controls(NamedTuple):
@@ -112,7 +117,12 @@ def make_extend(config: decoder.DecoderConfig) -> Extend:
     comes the rows' new lengths [R], which the host may wait for when the cache is donated on.
     """
 
-    @functools.partial(jax.jit, static_argnames="filled", donate_argnames="cache")
+    @functools.partial(
+        jax.jit,
+        static_argnames="filled",
+        donate_argnames="cache",
+        compiler_options=_known(_EXTEND_OPTIONS),
+    )
     def extend(params, cache, tokens, slots, lengths, counts, *, filled):
         _, cache = decoder.hidden_cached(
             config,
@@ -173,7 +183,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         jax.jit,
         static_argnames=("filled", "restricted"),
         donate_argnames="cache",
-        compiler_options=_COMPILER_OPTIONS.get(jax.default_backend()),
+        compiler_options=_known(_DECODE_OPTIONS),
     )
     def decode(params, cache, slots, pending, lengths, controls, linger, *, filled, restricted):
         keys = jax.random.wrap_key_data(controls.streams)
@@ -243,6 +253,12 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         return cache, Sampled(*final["out"], final["counts"], final["active"], final["steps"])
 
     return decode
+
+
+def _known(options: dict[str, dict[str, str | bool]]) -> dict[str, str | bool]:
+    """This backend's options, without those that this jaxlib has not heard of."""
+    mine = options.get(jax.default_backend(), {})
+    return {name: value for name, value in mine.items() if compiles.knows(name, value)}
 
 
 def decodes_some_rows() -> bool:

@@ -64,3 +64,9 @@ def test_tracing_that_fails_leaves_no_threads():
     with pytest.raises(ValueError, match="no such bucket"):
         compiles.ahead(programs())
     assert not [t for t in threading.enumerate() if t.name.startswith("compile")]
+
+
+def test_options_that_this_jaxlib_has_not_heard_of_are_told_from_those_it_takes():
+    assert compiles.knows("xla_cpu_enable_fast_math", False)
+    assert not compiles.knows("xla_cpu_no_such_option", False)
+    assert not compiles.knows("xla_cpu_enable_fast_math", "no such value")

@@ -1,6 +1,7 @@
 """Decode steps on CPU, which read mirrors of the cache, against steps that read the cache itself."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from core_cases import quick_compilation  # noqa: F401
 from jax.interpreters import partial_eval
 from test_decoder import CONFIG, tokens, variant
 
-from jaxagentrl import sampling
+from jaxagentrl import compiles, sampling
 from jaxagentrl.models import decoder, decoding_layout, kv_cache
 
 SLOTS, TURN = 5, 12
@@ -166,8 +167,30 @@ def test_an_extend_does_no_more_in_its_last_layer_than_keys_and_values():
         return total
 
     hidden = functools.partial(decoder.hidden_cached, config)
-    assert products(sampling.make_extend(config)) == 7 + 2
+    assert products(sampling.make_extend(config).__wrapped__) == 7 + 2
     assert products(lambda *given, filled: hidden(*reorder(given), filled=filled)) == 7 + 7
+
+
+def test_products_of_an_extend_are_not_left_to_ynnpack():
+    """Which computes those of attention on one core."""
+    option, value = next(iter(sampling._EXTEND_OPTIONS["cpu"].items()))
+    if not compiles.knows(option, value):
+        pytest.skip("this jaxlib has no such option.")
+    config, params = variant("plain")
+    rows, width = 4, 32
+    cache = kv_cache.init(2, rows, 64, 2, 8, "float32")
+    given = (params, cache, tokens(rows, width), jnp.arange(rows), *2 * [jnp.zeros(rows, jnp.int32)])
+
+    def fused(program) -> int:
+        """Products within fusions of YNNPACK."""
+        text = program.lower(*given, filled=64).compile().as_text()
+        bodies = dict(re.findall(r"^%?(\S+) \(.*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+        theirs = re.findall(r"calls=%?(\S+?), .*__ynn_fusion", text)
+        return sum(bodies[name].count(" dot(") for name in theirs)
+
+    extend = sampling.make_extend(config)
+    assert fused(extend) == 0
+    assert fused(jax.jit(extend.__wrapped__, static_argnames="filled")) > 0
 
 
 def reorder(given):
