@@ -7,6 +7,8 @@ fresh interpreter that is told one function to call:
 - it ignores SIGINT: Ctrl-C is the parent's to handle, which then closes its children;
 - its standard input is a pipe that only the parent holds open. A thread waits for its end, so the
   child is gone even after `kill -9` of the parent, even while it hangs inside a C library;
+- it is in a process group of its own, which is killed as a whole: what it has started itself (a
+  compiler, a planner, a shell in a repository) goes with it, however it ended;
 - its error output goes to a file, whose end the parent quotes when a child dies.
 """
 
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from multiprocessing.connection import Connection
 
 _STDERR_TAIL = 2000
@@ -54,6 +57,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,
+            start_new_session=True,
             pass_fds=[theirs.fileno(), *pass_fds],
             env=environment,
         )
@@ -65,14 +69,17 @@ class Child:
             pass  # Died at birth; the caller reads the end of the file, as for any death.
 
     def is_alive(self) -> bool:
-        return self._process.poll() is None
+        if self._process.returncode is not None:
+            return False
+        # Asked without reaping it: its number stays its own, and `kill` can still name its group by it.
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def last_words(self) -> str:
         """Says how the process ended and what it last wrote to stderr; killed if it lives on."""
-        try:  # One that has closed its connection is about to end by itself, for its own reason.
-            self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            pass
+        # One that has closed its connection is about to end by itself, for its own reason.
+        until = time.monotonic() + _END_S
+        while self.is_alive() and time.monotonic() < until:
+            time.sleep(0.005)
         code = self.kill()
         size = self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, size - _STDERR_TAIL))
@@ -81,9 +88,10 @@ class Child:
         return f"{how}\n{tail}" if tail else how
 
     def kill(self) -> int:
-        """Kills the process if it is alive, waits for its end and returns the exit code."""
-        if self._process.poll() is None:
-            self._process.kill()
+        """Kills the process if it is alive, and what it has started; waits for its end and returns the
+        exit code."""
+        if self._process.returncode is None:
+            os.killpg(self.pid, signal.SIGKILL)
         code = self._process.wait()
         self._process.stdin.close()
         self.connection.close()
@@ -109,4 +117,4 @@ def _run(fd: int) -> None:
 def _die_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)

@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import signal
+import subprocess
 import sys
 import time
 
@@ -77,6 +78,8 @@ class ScriptedEnv:
             print("this must not appear on the terminal")
         elif verb == "pid":
             return str(os.getpid())
+        elif verb == "start":
+            return str(subprocess.Popen(["sleep", "1000"]).pid)
         elif verb == "unpicklable":
             return {"look": 1}.keys()
         elif verb == "close_files":

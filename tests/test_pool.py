@@ -408,11 +408,20 @@ with EnvPool("fakes:ScriptedEnv", {}, num_workers=2, step_limit_s=600, reset_lim
     answers = []
     while len(answers) < 8:
         answers += pool.poll()
+    pool.step(7, "start")
+    ((_, started),) = pool.poll()
     for handle in range(4):
         pool.step(handle, "hang_in_c" if handle else "hang")
-    print(*pool.worker_pids, flush=True)
+    print(*pool.worker_pids, started.observation, flush=True)
     pool.poll()
 """
+
+
+def assert_gone(*pids):
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
@@ -427,18 +436,31 @@ def test_workers_die_with_their_parent(ending):
         start_new_session=True,
     )
     pids = [int(pid) for pid in process.stdout.readline().split()]
-    assert len(pids) == 2 and all(psutil.pid_exists(pid) for pid in pids)
+    assert len(pids) == 3 and all(psutil.pid_exists(pid) for pid in pids)
     if ending == signal.SIGINT:
         os.killpg(process.pid, ending)  # As the terminal does: to parent and workers alike.
     else:
         os.kill(process.pid, ending)
     _, errors = process.communicate(timeout=20)
-    deadline = time.monotonic() + 10
-    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert_gone(*pids)
     if ending == signal.SIGINT:
         assert errors.count("KeyboardInterrupt") == 1, errors
+
+
+def test_what_a_worker_has_started_goes_with_it():
+    """A shell, say, or a compiler: whether its worker crashes, is killed or closed."""
+    with make_pool(step_limit_s=2.0, max_replays=0) as pool:
+        for ending in ("crash", "hang", "close"):
+            start(pool, ["a"])
+            (answer,) = say(pool, {"a": "start"}).values()
+            started = int(answer.observation)
+            assert psutil.pid_exists(started)
+            if ending != "close":
+                (answer,) = say(pool, {"a": ending}).values()
+                assert isinstance(answer, EnvFailure)
+                assert_gone(started)
+                pool.release("a")
+    assert_gone(started)
 
 
 def test_everything_imports_without_jax():
