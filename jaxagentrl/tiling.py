@@ -12,9 +12,6 @@ import jax
 
 from jaxagentrl.models.decoder_config import DecoderConfig
 
-# How fast attention's arithmetic over the cache is, beside that of products with weights (CPU, extends).
-_ATTENTION_SPEED = 0.45
-
 
 class Costs(NamedTuple):
     """What calls of a program cost, in tokens: what one token's products with the weights take.
@@ -35,7 +32,10 @@ def extend_costs(config: DecoderConfig) -> Costs:
     # 1,000 TFLOP/s to 3.4 TB/s. And it is a call, which is what counts for small models.
     reading, flops, seconds = (16, 230e9, 1e-3) if is_cpu else (256, 500e12, 2e-4)
     call = reading + seconds * flops / (2 * config.num_layers * layer)
-    return Costs(call, _ATTENTION_SPEED * layer / (2 * queries))
+    # How fast attention's arithmetic over the cache is, beside that of products with weights: on CPU
+    # as measured, on accelerators a guess.
+    speed = 0.45 if is_cpu else 0.18
+    return Costs(call, speed * layer / (2 * queries))
 
 
 def decode_costs(config: DecoderConfig) -> Costs:
