@@ -22,9 +22,10 @@ from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
 # Compiler options by backend. Of decode: products of a few hundred rows are faster by cuBLAS than by the
 # kernels that XLA writes itself, by up to a tenth of a step.
 _DECODE_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
-# Of extend: by YNNPACK, XLA's choice, products of batches of matrices of few rows, which are attention's,
-# take one core. Of its fusions only those of sums are left: an extend takes 2 to 25 % less time, the more
-# the longer the history; decode steps and updates would take more (`docs/performance.md`).
+# Of extend: jaxlib 0.10's YNNPACK, to which XLA hands products, takes one core for batches of matrices of few
+# rows, which are attention's. Of its fusions only those of sums are left: an extend takes up to 25 % less
+# time, the more the longer the history, and with jaxlib 0.12 the same; decode steps would take more
+# (`docs/performance.md`).
 _EXTEND_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}}
 
 
