@@ -155,7 +155,8 @@ def test_weights_for_decoding_are_copied_only_where_they_change(monkeypatch):
 
 
 def test_the_compiler_knows_the_options_of_decoding():
-    """They are for GPUs, where no test runs; a version of jax without one would refuse to decode there."""
+    """They are for GPUs, where no test runs; with a version of jax that has none, decoding there would go
+    on without them, slower."""
     (options,) = sampling._DECODE_OPTIONS.values()
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such"):
