@@ -103,6 +103,7 @@ def get_config() -> ml_collections.ConfigDict:
         tokens_per_part=3072,
         row_multiple=8,
         packing=False,
+        tree_length=480,
         remat="none",
         compute_dtype="float32",
     )

@@ -1,9 +1,9 @@
 """Compiled programs of learning: one scores a batch, one is a whole optimizer step.
 
 A batch lives on the device as whole arrays [B, L]. A program takes an index of what it works off
-(`packing`): for every length, so that short trajectories are not computed at the longest one's
-width, the micro-batches of rows of that length; or packed rows. It loops over them, as many as there
-are, and a step applies the optimizer to the sum of their gradients. Every token carries its weight
+(`packing`, `trees`): for every length, so that short trajectories are not computed at the longest
+one's width, the micro-batches of rows of that length; or packed rows; or rows of trees, in which what
+trajectories begin with alike is there once. It loops over them, as many as there are, and a step applies the optimizer to the sum of their gradients. Every token carries its weight
 in the global loss, computed once for the whole batch: the sum is then the gradient of the whole,
 whatever the split, the padding or the order.
 
@@ -29,6 +29,7 @@ from jaxagentrl import logprobs as token_scores
 from jaxagentrl import diagnostics, losses
 from jaxagentrl.models import decoder, lora, sharding
 from jaxagentrl.packing import Packed, Rows
+from jaxagentrl.trees import Tree, Trees
 from jaxagentrl.types import Array, TrainState, TrajectoryBatch
 
 CRITICS = ("none", "head", "separate")
@@ -36,9 +37,10 @@ SURROGATES = ("clipped", "gspo", "cispo", "policy_gradient")
 
 Params = dict[str, Any]
 Metrics = dict[str, Array]
-# What a program works off: packed rows, or one `Rows` for every length. Its shapes are the
-# program's; what there is of each is data.
-Work = tuple[Packed | Rows, ...]
+# What a program works off: packed rows, or rows of trees, or one `Rows` for every length. Its shapes
+# are the program's; what there is of each is data.
+Stack = Packed | Rows | Trees
+Work = tuple[Stack, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +91,7 @@ def forward(
     positions: Array | None = None,
     segment_ids: Array | None = None,
     max_segments: int | None = None,
+    tree: Tree | None = None,
 ) -> Scores:
     """Scores [B, L] tokens with the policy and, if there is one, the critic.
 
@@ -99,10 +102,16 @@ def forward(
         compute_dtype: of activations and of the weights they meet; "bfloat16" halves both. Norms,
             softmax and log-probs are float32 all the same, and so are gradients and parameters.
         positions, segment_ids, max_segments: of packed rows, see `packing`.
+        tree: what these rows begin with alike, which is then computed once.
     """
+    ends = None
+    if tree is not None:
+        tokens, needed = tree.of_nodes(tokens), tree.any_of_nodes(needed)
+        positions, ends = tree.positions, tree.ends
 
     def hidden(weights: Params, *, is_finished: bool = True) -> Array:
-        return decoder.hidden(
+        """Entry t predicts token t + 1."""
+        x = decoder.hidden(
             config,
             weights,
             tokens,
@@ -110,8 +119,10 @@ def forward(
             positions=positions,
             segment_ids=segment_ids,
             max_segments=max_segments,
+            ends=ends,
             remat=remat,
         )
+        return x if tree is None else tree.before(x)
 
     policy = in_dtype(policy_of(params), compute_dtype)
     finish = {}
@@ -139,10 +150,10 @@ def forward(
         read = x[:, :-1].astype(jnp.float32) @ head["kernel"] + head["bias"]
         values = jnp.pad(read, ((0, 0), (1, 0)))
     scores = Scores(logprobs, entropies, values)
-    if positions is None:
-        return scores
-    # A packed sequence's first token has another sequence before it, which says nothing of it.
-    return jax.tree.map(lambda x: jnp.where(positions > 0, x, 0.0), scores)
+    if positions is not None:
+        # A packed sequence's first token has another sequence before it, which says nothing of it.
+        scores = jax.tree.map(lambda x: jnp.where(positions > 0, x, 0.0), scores)
+    return scores if tree is None else jax.tree.map(tree.of_tokens, scores)
 
 
 def policy_of(params: Params) -> Params:
@@ -172,7 +183,7 @@ def make_score(
 
     @jax.jit
     def score(params: Params, tokens: Array, needed: Array, work: Work) -> Scores:
-        def body(stack: Packed | Rows, index: Array, scores: Scores) -> Scores:
+        def body(stack: Stack, index: Array, scores: Scores) -> Scores:
             cut = _cut(stack, index, tokens.shape)
             part = forward_part(params, cut.take(tokens), cut.take(needed), **cut.layout)
             return cut.put(scores, part)
@@ -216,7 +227,7 @@ class _Cut:
         return jax.tree.map(whole, tree, parts)
 
 
-def _cut(stack: Packed | Rows, index: Array, shape: tuple[int, int]) -> _Cut:
+def _cut(stack: Stack, index: Array, shape: tuple[int, int]) -> _Cut:
     """Where micro-batch number `index` of a stack lies in arrays of this shape [B, L]."""
 
     def of(x: Array) -> Array:
@@ -226,6 +237,11 @@ def _cut(stack: Packed | Rows, index: Array, shape: tuple[int, int]) -> _Cut:
         x, _ = jax.lax.optimization_barrier((x, index))
         return sharding.constrain(x, sharding.ROWS)
 
+    if isinstance(stack, Trees):
+        rows = of(stack.rows)
+        nodes = stack.nodes.at[rows].get(mode="fill", fill_value=math.prod(stack.shape))
+        tree = Tree(nodes, of(stack.places), of(stack.parents), of(stack.ends))
+        return _Cut(shape, rows, {"tree": tree})
     if isinstance(stack, Rows):  # attention is causal: padding behind a text needs no segment
         return _Cut(shape, (of(stack.rows), slice(stack.length)), {})
     layout = {"positions": of(stack.positions), "segment_ids": of(stack.segment_ids)}
@@ -375,13 +391,13 @@ def make_step(
         work: Work,
         frozen: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
-        def gradient(stack: Packed | Rows, index: Array) -> tuple[Params, Metrics]:
+        def gradient(stack: Stack, index: Array) -> tuple[Params, Metrics]:
             cut = _cut(stack, index, batch.tokens.shape)
             mine = _part(batch, cut.take)
             return _gradient(loss_fn, state.params, frozen, mine, cut.take(targets), cut.layout)
 
         def body(
-            stack: Packed | Rows, index: Array, total: tuple[Params, Metrics]
+            stack: Stack, index: Array, total: tuple[Params, Metrics]
         ) -> tuple[Params, Metrics]:
             grads, metrics = gradient(stack, index)
             return jax.tree.map(jnp.add, total[0], grads), _join(total[1], metrics)

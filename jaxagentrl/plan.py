@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import psutil
 
-from jaxagentrl import batching, imitate, learner, sampling
+from jaxagentrl import batching, imitate, learner, sampling, trees
 from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
@@ -151,11 +151,12 @@ def largest_works(
     tokens_per_part: int,
     row_multiple: int,
     packing: bool,
+    tree_length: int = 0,
     longest_context: int | None = None,
 ) -> list[learner.Work]:
-    """Work of which one takes the most memory of all that may come; see `imitate.split`. It has one
-    micro-batch of every length, and the shapes of the run's: what is compiled for it is compiled for
-    the run.
+    """Work of which one takes the most memory of all that may come; see `imitate.split`, or with a
+    `tree_length` `trees.grow`. It has one micro-batch of every length, and the shapes of the run's: what
+    is compiled for it is compiled for the run.
 
     There is one, except where episodes consist of several texts, the longest of `longest_context`
     tokens: then packed rows are as long as the longest text of a step. Memory grows with a
@@ -164,6 +165,17 @@ def largest_works(
     candidates but those that a longer one has as many tokens as.
     """
     width = max(length_buckets)
+    if tree_length:
+        tree = trees.grow(
+            np.arange(num_rows, dtype=np.int32),
+            np.zeros((num_rows, width), np.int32),
+            np.full(num_rows, min(width, tree_length)),
+            length=tree_length,
+            tokens_per_part=tokens_per_part,
+            row_multiple=row_multiple,
+            most_rows=num_rows,
+        )
+        return [(tree,)]
     longest = width if longest_context is None else batching.bucket(longest_context, length_buckets)
     lengths = [width]
     if longest_context is not None:

@@ -20,6 +20,7 @@ from jaxagentrl import (
     masking,
     optimizer,
     rewards,
+    trees,
 )
 from jaxagentrl.models import decoder, sharding
 from jaxagentrl.trajectory import Trajectory
@@ -223,14 +224,7 @@ def learn(
     host_batch = _to_batch(trajectories, turn_rewards, config, mesh)
     batch = sharding.place_rows(host_batch, mesh)
     whole = batch.tokens.shape[0]
-    split = functools.partial(
-        imitate.split,
-        lengths=np.array([trajectory.num_tokens for trajectory in trajectories]),
-        shape=batch.tokens.shape,
-        most_rows=whole,
-        contexts=imitate.contexts_of(trajectories),
-        **part_shapes(config["learner"], mesh),
-    )
+    split = _splitter(host_batch.tokens, trajectories, config["learner"], mesh)
     used = np.arange(len(trajectories), dtype=np.int32)
     work = split(used)
     anchor_ids = batching.anchor_ids(
@@ -271,6 +265,29 @@ def learn(
         means["value/explained_variance"] = float(diagnosed["explained_variance"])
     facts = _facts(host_batch, credit, turn_rewards, trajectories, work, used)
     return state, means | facts, [row[: t.num_tokens] for row, t in zip(credit, trajectories)]
+
+
+def _splitter(
+    tokens: np.ndarray,
+    trajectories: Sequence[Trajectory],
+    shapes: Mapping[str, Any],
+    mesh: jax.sharding.Mesh | None,
+) -> Callable[[np.ndarray], learner.Work]:
+    """How rows of the batch's tokens [B, L] become the work of a step, from the config's `learner`."""
+    lengths = np.array([trajectory.num_tokens for trajectory in trajectories])
+    parts, most_rows = part_shapes(shapes, mesh), tokens.shape[0]
+    if shapes["tree_length"]:
+        sizes = {key: parts[key] for key in ("tokens_per_part", "row_multiple")}
+        sizes |= {"length": shapes["tree_length"], "most_rows": most_rows}
+        return lambda rows: (trees.grow(rows, tokens, lengths, **sizes),)
+    return functools.partial(
+        imitate.split,
+        lengths=lengths,
+        shape=tokens.shape,
+        most_rows=most_rows,
+        contexts=imitate.contexts_of(trajectories),
+        **parts,
+    )
 
 
 def _to_batch(
@@ -392,20 +409,23 @@ def part_shapes(shapes: Mapping[str, Any], mesh: jax.sharding.Mesh | None) -> di
 
 
 def _facts(batch, credit, turn_rewards, trajectories, work, used) -> dict[str, float]:
-    """What the batch was like: signal, padding."""
+    """What the batch was like: signal, padding, and what of it was computed once for several."""
     returns = np.array([float(np.sum(r)) for r in turn_rewards])
     groups: dict[int, list[float]] = {}
     for trajectory, value in zip(trajectories, returns, strict=True):
         groups.setdefault(trajectory.group, []).append(value)
     deviations = [float(np.std(values)) for values in groups.values()]
     places = sum(int(stack.count) * math.prod(stack.shape) for stack in work)
-    tokens = sum(trajectories[row].num_tokens for row in used)
+    tokens = computed = sum(trajectories[row].num_tokens for row in used)
+    if isinstance(work[0], trees.Trees):
+        computed = work[0].num_nodes()
     credit = credit[batch.action_mask]
     return {
         "batch/reward_mean": float(np.mean(returns)),
         "batch/group_std_mean": float(np.mean(deviations)),
         "batch/groups_without_signal": float(np.mean([d == 0.0 for d in deviations])),
         "batch/advantage_std": float(np.std(credit)),
-        "batch/padding_share": 1.0 - tokens / max(1, places),
+        "batch/padding_share": 1.0 - computed / max(1, places),
+        "batch/shared_share": 1.0 - computed / max(1, tokens),
         "batch/rows_used_share": len(used) / len(trajectories),
     }

@@ -37,7 +37,7 @@ _SECTIONS = {
     "rollout": "max_turns max_refusals? temperature top_k top_p min_p cut_turns stop_strings context "
     "context_keep history_turns straggler_s? episode_limit_s?",
     "reward": "kind invalid_penalty no_end_of_turn_penalty intermediate_scale?",
-    "learner": "length_buckets tokens_per_part row_multiple packing remat compute_dtype",
+    "learner": "length_buckets tokens_per_part row_multiple packing tree_length remat compute_dtype",
     "mesh": "data fsdp tensor",
     "lora": "rank alpha targets export",
     "sft": "num_steps target_loss? batch_size observation_weight log_every save_every",
@@ -85,6 +85,7 @@ def check(config: Config) -> None:
     for stage in ("sft", "rl"):
         optimizer.make(**config[stage]["optimizer"])
     _check_lengths(config)
+    _check_trees(config)
     _check_imitation(config)
     _check_rows(config)
     _check_model(config)
@@ -147,7 +148,7 @@ def _check_values(config: Config) -> None:
             "sft.log_every", "sft.save_every",
         )),
         *((key, _at_least(0), "0 or more") for key in (
-            "seed", "lora.rank", "sft.num_steps", "sft.observation_weight",
+            "seed", "learner.tree_length", "lora.rank", "sft.num_steps", "sft.observation_weight",
         )),
         *((key, _above(0), "more than 0") for key in (
             "pool.step_limit_s", "pool.reset_limit_s", "pool.worker_memory_mb", "lora.alpha",
@@ -226,6 +227,20 @@ def _check_lengths(config: Config) -> None:
             f"learner.length_buckets ends at {max(buckets)}, but with rollout.context "
             f"{rollout['context']!r} an episode may have rollout.max_turns x sampling.max_length = "
             f"{needed} tokens: add a bucket that holds it."
+        )
+
+
+def _check_trees(config: Config) -> None:
+    length, longest = config["learner"]["tree_length"], config["sampling"]["max_length"]
+    if length and config["rollout"]["context"] != "end":
+        raise ValueError(
+            f"learner.tree_length is {length}, but with rollout.context {config['rollout']['context']!r} an "
+            "episode is several texts, and trees are of one each: set learner.tree_length to 0."
+        )
+    if 0 < length < longest:
+        raise ValueError(
+            f"learner.tree_length is {length}, but an episode may have sampling.max_length = {longest} "
+            "tokens: set it to as many or more, or to 0, which is no trees."
         )
 
 

@@ -232,7 +232,12 @@ def _plan(
         model=setup.model,
         mesh=setup.mesh,
         num_rows=num_rows,
-        works=plan.largest_works(num_rows, longest_context=longest_context, **shapes),
+        works=plan.largest_works(
+            num_rows,
+            longest_context=longest_context,
+            tree_length=config["learner"]["tree_length"],
+            **shapes,
+        ),
         width=max(config["learner"]["length_buckets"]),
         sampling_options=config["sampling"],
         needs_reference=programs.needs_reference,

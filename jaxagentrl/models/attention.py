@@ -25,7 +25,13 @@ _CUDNN_HEAD_DIM = 128  # the largest that cuDNN takes on every GPU from Ampere o
 
 
 def kernel_for(
-    dtype: jnp.dtype, length: int, head_dim: int, softcap: float | None, *, one_window: bool = True
+    dtype: jnp.dtype,
+    length: int,
+    head_dim: int,
+    softcap: float | None,
+    *,
+    one_window: bool = True,
+    is_tree: bool = False,
 ) -> str:
     """The name in `KERNELS` that suits the backend: a fused one where it takes these inputs.
 
@@ -36,8 +42,9 @@ def kernel_for(
         head_dim: E.
         softcap: of the scores, see `cap`; cuDNN has none.
         one_window: all layers see equally far; splash must know how far when it is compiled.
+        is_tree: rows of `trees`, whose mask no segments say; splash reads nothing else.
     """
-    if jax.default_backend() == "tpu" and one_window and splash.takes(length):
+    if jax.default_backend() == "tpu" and one_window and not is_tree and splash.takes(length):
         return "splash"
     takes = (
         dtype in (jnp.bfloat16, jnp.float16)

@@ -84,6 +84,7 @@ def hidden(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     max_segments: int | None = None,
+    ends: jax.Array | None = None,
     remat: str = "none",
     is_finished: bool = True,
 ) -> jax.Array:
@@ -94,6 +95,7 @@ def hidden(
         positions: [B, L] int32, default 0..L-1.
         segment_ids: [B, L] int32, attention stays within equal ids (packed rows).
         max_segments: of `Packed`; None where no kernel asks for it.
+        ends: [B, L] int32, attention from token t to s needs t < ends[s] (rows of `trees`).
         remat: what the backward pass recomputes, a name of `REMAT`.
         is_finished: False stops before what is left for every position by itself, which is `finish`.
 
@@ -105,6 +107,9 @@ def hidden(
     mask = None
     if segment_ids is not None:
         mask = segment_ids[:, None, :] == segment_ids[:, :, None]
+    if ends is not None:  # other branches may lie between a token and its past
+        mask = index[None, :, None] < ends[:, None, :]
+        distance = positions[:, :, None] - positions[:, None, :]
     if positions is None:
         positions = jnp.broadcast_to(index[None], tokens.shape)
     tables = rope_tables(config, positions)
@@ -130,6 +135,7 @@ def hidden(
             config.head_dim,
             config.attention_softcap,
             one_window=is_local is None,
+            is_tree=ends is not None,
         )
         return layer.add_attention(
             x, attention.attend(q, k, v, seen, **scores, kernel=kernel, **made_of)
