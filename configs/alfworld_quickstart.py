@@ -65,7 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.reward.update(intermediate_scale=0.08)
     # The longest searches of the expert are longer than any episode of RL may be.
     config.learner.update(
-        length_buckets=(192, 256, 384, 512, 768, 1024), tokens_per_part=3072, row_multiple=1
+        length_buckets=(192, 256, 384, 512, 768, 1024), tokens_per_part=3072, tree_length=0
     )
     config.sft.update(num_steps=400, target_loss=None, log_every=20, save_every=100)
     config.sft.optimizer.update(learning_rate=2e-3)

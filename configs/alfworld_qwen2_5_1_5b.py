@@ -58,6 +58,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.learner.update(
         length_buckets=(2560, 128_000),
         tokens_per_part=40_960,
+        row_multiple=8,
+        tree_length=0,
         compute_dtype="bfloat16",
         remat="full",
     )

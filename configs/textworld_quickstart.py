@@ -100,9 +100,10 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.learner = dict(
         length_buckets=(80, 96, 112, 128, 144, 176, 240),
-        tokens_per_part=3072,
-        row_multiple=8,
+        tokens_per_part=1440,
+        row_multiple=1,
         packing=False,
+        # Two longest episodes. Longer rows share more and, with a model this small, spend it on attention.
         tree_length=480,
         remat="none",
         compute_dtype="float32",

@@ -50,6 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
         length_buckets=(512, 1024, 2048, 3072),
         tokens_per_part=24_576,
         packing=True,
+        tree_length=0,
         compute_dtype="bfloat16",
         remat="full",
     )

@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.rollout.update(max_turns=8)
     config.learner.update(
-        length_buckets=(256, 320, 384, 448, 512, 640), tokens_per_part=2560, row_multiple=1
+        length_buckets=(256, 320, 384, 448, 512, 640), tokens_per_part=2560, tree_length=0
     )
     config.sft.update(
         num_steps=12, target_loss=None, batch_size=16, observation_weight=0.0, log_every=2, save_every=12
