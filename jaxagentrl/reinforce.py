@@ -224,7 +224,7 @@ def learn(
     host_batch = _to_batch(trajectories, turn_rewards, config, mesh)
     batch = sharding.place_rows(host_batch, mesh)
     whole = batch.tokens.shape[0]
-    split = _splitter(host_batch.tokens, trajectories, config["learner"], mesh)
+    split = _splitter(host_batch.tokens, trajectories, config, mesh)
     used = np.arange(len(trajectories), dtype=np.int32)
     work = split(used)
     anchor_ids = batching.anchor_ids(
@@ -270,15 +270,15 @@ def learn(
 def _splitter(
     tokens: np.ndarray,
     trajectories: Sequence[Trajectory],
-    shapes: Mapping[str, Any],
+    config: Mapping[str, Any],
     mesh: jax.sharding.Mesh | None,
 ) -> Callable[[np.ndarray], learner.Work]:
-    """How rows of the batch's tokens [B, L] become the work of a step, from the config's `learner`."""
+    """How rows of the batch's tokens [B, L] become the work of a step."""
     lengths = np.array([trajectory.num_tokens for trajectory in trajectories])
-    parts, most_rows = part_shapes(shapes, mesh), tokens.shape[0]
-    if shapes["tree_length"]:
+    parts, most_rows = part_shapes(config["learner"], mesh), tokens.shape[0]
+    if length := tree_length(config):
         sizes = {key: parts[key] for key in ("tokens_per_part", "row_multiple")}
-        sizes |= {"length": shapes["tree_length"], "most_rows": most_rows}
+        sizes |= {"length": length, "most_rows": most_rows}
         return lambda rows: (trees.grow(rows, tokens, lengths, **sizes),)
     return functools.partial(
         imitate.split,
@@ -406,6 +406,11 @@ def part_shapes(shapes: Mapping[str, Any], mesh: jax.sharding.Mesh | None) -> di
     kept = {key: shapes[key] for key in ("length_buckets", "tokens_per_part", "packing")}
     shards = sharding.num_row_shards(mesh)
     return kept | {"row_multiple": math.lcm(shapes["row_multiple"], shards)}
+
+
+def tree_length(config: Mapping[str, Any]) -> int:
+    """`learner.tree_length`, or 0 where an episode may be several texts: those are packed."""
+    return config["learner"]["tree_length"] if config["rollout"]["context"] == "end" else 0
 
 
 def _facts(batch, credit, turn_rewards, trajectories, work, used) -> dict[str, float]:

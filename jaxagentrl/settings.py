@@ -231,12 +231,7 @@ def _check_lengths(config: Config) -> None:
 
 
 def _check_trees(config: Config) -> None:
-    length, longest = config["learner"]["tree_length"], config["sampling"]["max_length"]
-    if length and config["rollout"]["context"] != "end":
-        raise ValueError(
-            f"learner.tree_length is {length}, but with rollout.context {config['rollout']['context']!r} an "
-            "episode is several texts, and trees are of one each: set learner.tree_length to 0."
-        )
+    length, longest = reinforce.tree_length(config), config["sampling"]["max_length"]
     if 0 < length < longest:
         raise ValueError(
             f"learner.tree_length is {length}, but an episode may have sampling.max_length = {longest} "
@@ -304,6 +299,7 @@ def unused(config: Config) -> list[str]:
         "model": config["model"]["directory"] is None,
         "rollout.context_keep": rollout["context"] == "window",
         "rollout.history_turns": rollout["context"] == "last_turns",
+        "learner.tree_length": reinforce.tree_length(config) == config["learner"]["tree_length"],
         "lora": config["lora"]["rank"] > 0,
         "sft": config["sft"]["num_steps"] > 0,
         "rl.critic_learning_rate": has_critic or rl["critic_learning_rate"] is None,

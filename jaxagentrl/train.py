@@ -235,7 +235,7 @@ def _plan(
         works=plan.largest_works(
             num_rows,
             longest_context=longest_context,
-            tree_length=config["learner"]["tree_length"],
+            tree_length=reinforce.tree_length(config),
             **shapes,
         ),
         width=max(config["learner"]["length_buckets"]),

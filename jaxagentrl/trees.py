@@ -122,7 +122,7 @@ def grow(
         raise ValueError(
             f"learner.tree_length is {length}, but a trajectory has {lengths[rows].max()} tokens: raise it."
         )
-    trees = [_plant(run, tokens, lengths) for run in _runs(rows, tokens, lengths, length)]
+    trees = [_plant(run, lengths) for run in _runs(rows, tokens, lengths, length)]
     bins = first_fit([len(tree.parents) for tree in trees], length)
     per_part = max(tokens_per_part // (length * row_multiple), 1) * row_multiple
     capacity, width = -(-most_rows // per_part), tokens.shape[1]
@@ -154,7 +154,7 @@ def grow(
     )
 
 
-# (row of the batch, tokens that it begins with as the one before it does); the first of a run has 0.
+# (row of the batch, tokens that it begins with as the one before it does) of neighbours; the first has 0.
 _Run = Sequence[tuple[int, int]]
 
 
@@ -196,25 +196,18 @@ class _Planted:
     ends: np.ndarray  # [n]
 
 
-def _plant(run: _Run, tokens: np.ndarray, lengths: np.ndarray) -> _Planted:
+def _plant(run: _Run, lengths: np.ndarray) -> _Planted:
     """The tree of a run: every trajectory adds what it does not share with the one before it."""
-    path, paths = np.zeros(0, np.int32), []
-    owners, columns, parents = [], [], []
-    ends: dict[int, int] = {}
-    size = 0
-    for number, (row, shared) in enumerate(run):
-        added = int(lengths[row]) - shared
-        ends |= dict.fromkeys(path[shared:].tolist(), size)  # the branch before goes no further
-        path = np.concatenate([path[:shared], np.arange(size, size + added, dtype=np.int32)])
+    added = [int(lengths[row]) - shared for row, shared in run]
+    owners, columns, parents, ends = (np.empty(sum(added), np.int32) for _ in range(4))
+    path, paths, size = np.zeros(0, np.int32), [], 0
+    for number, ((_, shared), count) in enumerate(zip(run, added, strict=True)):
+        ends[path[shared:]] = size  # the branch before goes no further
+        new = np.arange(size, size + count, dtype=np.int32)
+        path = np.concatenate([path[:shared], new])
         paths.append(path)
-        owners.append(np.full(added, number))
-        columns.append(np.arange(shared, shared + added))
-        parents.append(np.concatenate([path[:1], path])[shared : shared + added])
-        size += added
-    ends |= dict.fromkeys(path.tolist(), size)
-    return _Planted(
-        [row for row, _ in run],
-        paths,
-        *(np.concatenate(parts) for parts in (owners, columns, parents)),
-        np.array([ends[node] for node in range(size)]),
-    )
+        owners[new], columns[new] = number, np.arange(shared, shared + count)
+        parents[new] = np.concatenate([path[:1], path])[shared : shared + count]
+        size += count
+    ends[path] = size
+    return _Planted([row for row, _ in run], paths, owners, columns, parents, ends)

@@ -5,12 +5,14 @@ What they print is for people and not checked; that they still fit the functions
 
 import importlib
 import itertools
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+from test_reinforce import MODEL, make_config, make_trajectories, policy
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -30,9 +32,31 @@ COMMANDS = (
 )
 
 
+@pytest.fixture
+def finished_run(tmp_path):
+    """The workdir of a run of RL, as far as a benchmark reads it."""
+    from jaxagentrl.models import pretrained
+
+    config = make_config() | {"seed": 0}
+    (tmp_path / "config.json").write_text(json.dumps({"config": config}))
+    pretrained.save(tmp_path / "model", MODEL, policy())
+    (tmp_path / "trajectories").mkdir()
+    records = [json.dumps(trajectory.to_json()) for trajectory in make_trajectories()]
+    (tmp_path / "trajectories" / "rl_000001.jsonl").write_text("\n".join(records))
+    return tmp_path
+
+
+def test_the_benchmark_of_trees_runs(finished_run):
+    run(f"bench_trees.py {finished_run} --lengths 48 96 --repeats 1")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_benchmark_runs(command, smoke_games):
-    script, *options = command.format(games=smoke_games).split()
+    run(command.format(games=smoke_games))
+
+
+def run(command):
+    script, *options = command.split()
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / script, *options],
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},

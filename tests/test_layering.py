@@ -81,6 +81,7 @@ jaxagentrl.tiling
 jaxagentrl.turns
 jaxagentrl.engine
 jaxagentrl.packing
+jaxagentrl.trees
 jaxagentrl.learner
 jaxagentrl.optimizer
 jaxagentrl.estimate

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_sharding import OPTIMIZER, UNTIED, params
 
-from jaxagentrl import imitate, learner, optimizer, plan, reinforce, states
+from jaxagentrl import imitate, learner, optimizer, plan, reinforce, states, trees
 from jaxagentrl.models import kv_cache, sharding
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -114,7 +114,7 @@ def test_every_micro_batch_that_may_come_is_in_the_step_that_is_measured():
     shapes = reinforce.part_shapes(quickstart["learner"], None)
     (found,) = plan.largest_works(256, **shapes)
     assert shapes_of(found) == [
-        (8, 240), (16, 176), (16, 144), (24, 128), (24, 112), (32, 96), (32, 80)
+        (6, 240), (8, 176), (10, 144), (11, 128), (12, 112), (15, 96), (18, 80)
     ]
     assert all(stack.count == 1 for stack in found)
     # Whatever the lengths of a step, its program is the one that was measured.
@@ -127,6 +127,18 @@ def test_every_micro_batch_that_may_come_is_in_the_step_that_is_measured():
         assert [stack.length for stack in made if stack.count] == [bucket]
 
 
+def test_trees_of_any_step_are_in_the_step_that_is_measured():
+    quickstart = runpy.run_path(str(CONFIGS / "textworld_quickstart.py"))["get_config"]().to_dict()
+    shapes, length = reinforce.part_shapes(quickstart["learner"], None), reinforce.tree_length(quickstart)
+    (found,) = plan.largest_works(256, tree_length=length, **shapes)
+    assert shapes_of(found) == [(3, 480)] and found[0].count == 1
+    sizes = {key: shapes[key] for key in ("tokens_per_part", "row_multiple")}
+    tokens = np.random.default_rng(0).integers(0, 700, (256, 240)).astype(np.int32)
+    for rows in (np.arange(256), np.arange(3)):  # nothing alike, so that no step has more rows
+        made = trees.grow(rows, tokens, np.full(256, 240), length=length, most_rows=256, **sizes)
+        assert program_of((made,)) == program_of(found)
+
+
 def program_of(work):
     """What a compiled program depends on."""
     return jax.tree.structure(work), [x.shape for x in jax.tree.leaves(work)]
@@ -136,6 +148,7 @@ def test_packed_rows_are_as_long_as_the_longest_text_of_a_step():
     """A shorter length has more rows; of those with fewer tokens than a longer one none is needed."""
     quickstart = runpy.run_path(str(CONFIGS / "textworld_quickstart.py"))["get_config"]().to_dict()
     packed = reinforce.part_shapes(quickstart["learner"], None) | {"packing": True}
+    packed |= {"tokens_per_part": 3072, "row_multiple": 8}
     assert [shapes_of(work) for work in plan.largest_works(256, **packed)] == [[(8, 240)]]
     # Several contexts in a row of 240: those of a step may all be short.
     # Tokens: 80 → 2560, 96 → 3072, 112 → 2688.

@@ -46,6 +46,7 @@ def make_config(**rl) -> dict:
         tokens_per_part=144,
         row_multiple=3,
         packing=False,
+        tree_length=0,
         remat="none",
         compute_dtype="float32",
     )
@@ -354,6 +355,39 @@ def test_padding_is_that_of_the_micro_batches_that_were_computed():
     lengths = sorted((t.num_tokens for t in trajectories[2:]), reverse=True)
     assert lengths == [25, 24, 14, 7]
     assert measured["batch/padding_share"] == pytest.approx(1 - 70 / (3 * 32 + 6 * 16))
+
+
+def test_trees_learn_what_episodes_learn():
+    """Groups with one first prompt each; two epochs of two minibatches, KL to a reference."""
+    config = make_config(
+        advantage=dict(name="leave_one_out"),
+        kl=dict(placement="loss", estimator="k2", coefficient=0.1),
+        num_minibatches=2,
+        num_epochs=2,
+    )
+    trajectories = []
+    for played in make_trajectories():
+        prompt = 5 * [4 + played.group]
+        opening = dataclasses.replace(played.turns[0], prompt_ids=prompt)
+        trajectories.append(dataclasses.replace(played, turns=[opening, *played.turns[1:]]))
+    outcomes = []
+    for tree_length in (0, 60):
+        config["learner"]["tree_length"] = tree_length
+        state, reference, programs = make_state(config)
+        state, measured, _ = reinforce.learn(
+            state, reference, trajectories, programs, config, iteration=0
+        )
+        outcomes.append((jax.device_get(state.params), measured))
+    (params, alone), (params_of_trees, measured) = outcomes
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, params_of_trees
+    )
+    tokens = sum(t.num_tokens for t in trajectories)
+    assert measured.pop("batch/shared_share") == pytest.approx(3 * 5 / tokens)
+    assert alone.pop("batch/shared_share") == 0
+    for facts in (alone, measured):
+        del facts["batch/padding_share"]
+    assert measured == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_batch_without_any_signal_takes_no_step():

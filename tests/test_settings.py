@@ -70,6 +70,8 @@ def test_the_quick_start_has_every_key_and_the_docs_tell_of_each():
         ("sampling.num_slots", 0, "must be a positive multiple"),
         ("sampling.filled_buckets", (0, 240), "filled_buckets must be positive"),
         ("learner.length_buckets", (), "learner.length_buckets must be positive lengths"),
+        ("learner.tree_length", -1, "learner.tree_length must be 0 or more"),
+        ("learner.tree_length", 200, "tree_length is 200, but an episode may have .* 240 tokens: .* or to 0"),
         ("learner.remat", "some", "learner.remat must be one of"),
         ("model.directory", "some/model", "set tokenizer.directory"),
         ("pool.step_limit_s", 0.0, "pool.step_limit_s must be more than 0"),
@@ -107,6 +109,11 @@ def test_what_a_run_does_not_read_is_named():
         "sft.num_steps": 0,
         "lora.rank": 4,
     }
+    assert "learner.tree_length" not in unused
+    windowed = {"rollout.context": "window", "learner.length_buckets": (12 * 240,)}
+    windowed = changed("textworld_quickstart.py", **windowed)
+    settings.check(windowed)
+    assert "learner.tree_length" in settings.unused(windowed)  # several texts are packed
     config = changed("textworld_quickstart.py", **ppo)
     settings.check(config)
     unused = settings.unused(config)

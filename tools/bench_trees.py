@@ -1,14 +1,14 @@
 """Times the updates of a run's own trajectories: every episode by itself, and in trees (`learner.tree_length`).
 
     python tools/bench_trees.py runs/quickstart                       # the run's model
-    python tools/bench_trees.py runs/quickstart --sizes 25M 135M      # random weights of other sizes
     python tools/bench_trees.py runs/quickstart --lengths 240 480 960
+    python tools/bench_trees.py runs/quickstart --sizes 25M --groups 8   # random weights, fewer episodes
 
-Every record of an RL iteration under trajectories/ is learned from once, with everything that an
+Records of RL iterations under trajectories/ are learned from once each, with everything that an
 iteration does between sampling and the next (rewards, advantages, layout, transfers, the optimizer
 step). All ways take turns in one process, from the same weights; policy loss and gradient norm must
-agree. "tokens" are those that a network computes, padding included, over those of the episodes that
-the step trains on.
+agree. "computed" are the tokens that a network computes, padding included, over those of the episodes
+that the step trains on; "shared" are of these the ones that another episode's stand for.
 """
 
 import argparse
@@ -37,11 +37,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="instead of the run's model")
     parser.add_argument("--lengths", nargs="+", type=int, help="of rows of trees; the run's")
     parser.add_argument("--records", type=int, default=3, help="iterations, spread over the run")
+    parser.add_argument("--groups", type=int, help="of each iteration; all")
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
 
 
-def iterations(run: pathlib.Path, count: int) -> list[list[Trajectory]]:
+def iterations(run: pathlib.Path, count: int, groups: int | None) -> list[list[Trajectory]]:
     """The trajectories of some iterations of RL, from the first record to the last."""
     files = sorted((run / "trajectories").glob("rl_*.jsonl"))
     if not files:
@@ -52,7 +53,9 @@ def iterations(run: pathlib.Path, count: int) -> list[list[Trajectory]]:
         lines = file.read_text(encoding="utf-8").splitlines()
         extra = ("turn_rewards", "advantages")
         records = [{k: v for k, v in json.loads(line).items() if k not in extra} for line in lines]
-        found.append([Trajectory.from_json(record) for record in records])
+        played = [Trajectory.from_json(record) for record in records]
+        kept = sorted({trajectory.group for trajectory in played})[:groups]
+        found.append([trajectory for trajectory in played if trajectory.group in kept])
     return found
 
 
@@ -73,7 +76,7 @@ def models(run: pathlib.Path, sizes: list[str] | None):
 
 
 def learn(config, model, params, trajectories):
-    """Seconds of one iteration's learning, compiled before, and its metrics."""
+    """Function to the seconds of one iteration's learning, and its metrics."""
     programs, chain = reinforce.make_programs(config, model)
 
     def run() -> tuple[float, dict]:
@@ -97,9 +100,9 @@ def main() -> None:
     if config["rollout"]["context"] != "end":
         raise SystemExit("trees are of episodes that are one text: rollout.context 'end'.")
     lengths = args.lengths or [config["learner"].get("tree_length") or 2 * config["sampling"]["max_length"]]
-    records = iterations(args.run, args.records)
+    records = iterations(args.run, args.records, args.groups)
     print(f"{len(records)} iterations of {args.run}, best of {args.repeats}, {jax.devices()[0].device_kind}")
-    print(f"{'':6} {'params':>8} {'':10} {'tokens':>7} {'shared':>7} {'padding':>7} {'s':>8} {'ratio':>6}")
+    print(f"{'':6} {'params':>8} {'':10} {'computed':>8} {'shared':>7} {'padding':>7} {'s':>8} {'ratio':>6}")
     for name, model, params in models(args.run, args.sizes):
         ways = {}
         for length in (0, *lengths):
@@ -127,7 +130,7 @@ def main() -> None:
             ])
             print(
                 f"{name:6} {decoder.num_params(params) / 1e6:7.1f}M "
-                f"{f'trees {length}' if length else 'episodes':10} {computed:7.2f} {shared:7.0%} "
+                f"{f'trees {length}' if length else 'episodes':10} {computed:8.2f} {shared:7.0%} "
                 f"{padding:7.0%} {sum(best[length]):8.2f} {sum(best[0]) / sum(best[length]):6.2f}",
                 flush=True,
             )
