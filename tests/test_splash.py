@@ -64,6 +64,7 @@ def test_it_is_chosen_on_a_tpu_for_whole_blocks_and_one_window(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert attention.kernel_for(*fits) == "splash"
     assert attention.kernel_for(*fits, one_window=False) == "products"
+    assert attention.kernel_for(*fits, is_tree=True) == "products"
     assert attention.kernel_for(fits[0], 200, *fits[2:]) == "products"
 
 

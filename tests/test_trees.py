@@ -135,8 +135,9 @@ def test_a_trajectory_longer_than_a_row_is_refused():
         grown(length=10)
 
 
-def learned(model, work, loss_fn, mesh=None, critic="head"):
-    """(metrics, gradient) of a loss on `alike`."""
+def learned(model, work, loss_fn, mesh=None, critic="head", reads_all=True):
+    """(metrics, gradient) of a loss on `alike`; of action tokens alone, which members differ in, if not
+    `reads_all`."""
     chain = optax.trace(0.0)  # what it keeps is the gradient
     with sharding.use(mesh):
         state = fresh_state(model, mesh)
@@ -145,6 +146,8 @@ def learned(model, work, loss_fn, mesh=None, critic="head"):
             weights = weights | {"critic": jax.tree.map(lambda x: 1.1 * x, weights["policy"])}
         state = dataclasses.replace(state, params=weights, opt_state=chain.init(weights))
         batch, targets = sharding.place_rows(alike(), mesh)
+        if not reads_all:
+            targets = dataclasses.replace(targets, observation_weights=0 * targets.weights)
         state, metrics = learner.make_step(loss_fn, chain)(
             sharding.place(state, mesh), batch, targets, work
         )
@@ -166,15 +169,19 @@ def test_trees_change_no_score(model):
 
 
 @pytest.mark.parametrize(
-    ("changed", "critic"),
-    [({}, "head"), ({"surrogate": "gspo"}, "head"), ({"importance_cap": 1.5}, "separate")],
+    ("changed", "options"),
+    [
+        ({}, {}),
+        ({"surrogate": "gspo"}, {"reads_all": False}),
+        ({"importance_cap": 1.5}, {"critic": "separate"}),
+    ],
     ids=["clipped", "gspo", "a separate critic"],
 )
-def test_trees_change_no_gradient(changed, critic):
+def test_trees_change_no_gradient(changed, options):
     """Members weigh the token that they share as differently as they like."""
     loss_fn = learner.make_rl_loss(UNTIED, **RL | changed)
     one, other = (
-        learned(UNTIED, work, loss_fn, critic=critic) for work in (whole_rows(), (grown(),))
+        learned(UNTIED, work, loss_fn, **options) for work in (whole_rows(), (grown(),))
     )
     assert_close(one, other)
 
