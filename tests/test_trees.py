@@ -23,7 +23,7 @@ from test_sharding import (
 )
 
 from jaxagentrl import learner, trees
-from jaxagentrl.models import sharding
+from jaxagentrl.models import decoder, sharding
 
 # As deep models do it.
 pytestmark = pytest.mark.usefixtures("looped_layers")
@@ -201,3 +201,15 @@ def test_a_step_computes_what_is_shared_once():
     sizes = np.full(ROWS, LENGTH)
     work = trees.grow(np.arange(ROWS), same, sizes, **SHAPES | {"length": LENGTH})
     assert work.num_nodes() == 4 * LENGTH and int(work.count) == 1
+
+
+def test_no_kernel_that_knows_segments_only_is_asked_for_trees(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        decoder.attention, "kernel_for", lambda *_, is_tree, **__: asked.append(is_tree) or "products"
+    )
+    row = np.zeros((1, 4), np.int32)
+    for ends in (row + 4, None):
+        hidden = functools.partial(decoder.hidden, UNTIED, params(UNTIED)["policy"], row)
+        jax.eval_shape(lambda ends=ends, hidden=hidden: hidden(positions=row, ends=ends))
+    assert asked == [True, False]
