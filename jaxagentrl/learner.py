@@ -3,9 +3,10 @@
 A batch lives on the device as whole arrays [B, L]. A program takes an index of what it works off
 (`packing`, `trees`): for every length, so that short trajectories are not computed at the longest
 one's width, the micro-batches of rows of that length; or packed rows; or rows of trees, in which what
-trajectories begin with alike is there once. It loops over them, as many as there are, and a step applies the optimizer to the sum of their gradients. Every token carries its weight
-in the global loss, computed once for the whole batch: the sum is then the gradient of the whole,
-whatever the split, the padding or the order.
+trajectories begin with alike is there once. It loops over them, as many as there are, and a step
+applies the optimizer to the sum of their gradients. Every token carries its weight in the global loss,
+computed once for the whole batch: the sum is then the gradient of the whole, whatever the split, the
+padding or the order.
 
 Parameters are a dict {"policy": decoder tree} with, for PPO, "value_head" and possibly "critic".
 With low-rank adapters, what is trained is {"adapters": tree}, and "policy" and "lora_scale" come as a

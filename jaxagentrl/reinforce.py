@@ -431,6 +431,6 @@ def _facts(batch, credit, turn_rewards, trajectories, work, used) -> dict[str, f
         "batch/groups_without_signal": float(np.mean([d == 0.0 for d in deviations])),
         "batch/advantage_std": float(np.std(credit)),
         "batch/padding_share": 1.0 - computed / max(1, places),
-        "batch/shared_share": 1.0 - computed / max(1, tokens),
+        "batch/shared_share": (tokens - computed) / max(1, tokens),
         "batch/rows_used_share": len(used) / len(trajectories),
     }

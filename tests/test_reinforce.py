@@ -397,7 +397,8 @@ def test_a_batch_without_any_signal_takes_no_step():
     state, measured, _ = reinforce.learn(
         state, reference, make_trajectories()[:2], programs, config, iteration=0
     )
-    assert int(state.step) == 0 and measured["batch/rows_used_share"] == 0
+    assert int(state.step) == 0
+    assert measured["batch/rows_used_share"] == measured["batch/shared_share"] == 0
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
 
 
