@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection
 
 _STDERR_TAIL = 2000
 _END_S = 0.5
+_GROUP_S = 0.2  # less than _END_S, within which a parent expects the end
 _STARTER = (
     "import sys; sys.path[:] = {path!r}; from envs_host import processes; processes._run({fd})"
 )
@@ -107,11 +108,17 @@ def _run(fd: int) -> None:
     """The child's side: calls what the parent names, then exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    watcher = threading.Thread(target=_die_with_parent, daemon=True)
+    watcher.start()
     connection = Connection(fd)
-    target, args = connection.recv()
-    module, _, function = target.partition(":")
-    vars(importlib.import_module(module))[function](connection, *args)
+    try:
+        target, args = connection.recv()
+        module, _, function = target.partition(":")
+        vars(importlib.import_module(module))[function](connection, *args)
+    finally:
+        # Of a dead parent the connection ends, too, and with it what reads from it: not before the watcher
+        # has killed the group, or what it has started lives on.
+        watcher.join(_GROUP_S)
 
 
 def _die_with_parent() -> None:

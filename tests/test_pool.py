@@ -447,6 +447,32 @@ def test_workers_die_with_their_parent(ending):
         assert errors.count("KeyboardInterrupt") == 1, errors
 
 
+READER = """
+import time
+from envs_host.processes import Child
+child = Child("fakes:start_and_read")
+print(child.pid, child.connection.recv(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_worker_that_sees_its_parent_die_goes_with_all_that_it_has_started():
+    """Its own thread may be the first to see it, and end before the one that kills the group."""
+    here = os.path.dirname(__file__)
+    process = subprocess.Popen(
+        [sys.executable, "-c", READER],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(pids) == 2 and all(psutil.pid_exists(pid) for pid in pids)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert_gone(*pids)
+
+
 def test_what_a_worker_has_started_goes_with_it():
     """A shell, say, or a compiler: whether its worker crashes, is killed or closed."""
     with make_pool(step_limit_s=2.0, max_replays=0) as pool:
