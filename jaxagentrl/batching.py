@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from envs_host.types import StopReason
+from jaxagentrl.packing import rows_per_part
 from jaxagentrl.trajectory import Trajectory
 from jaxagentrl.types import TrajectoryBatch
 
@@ -126,17 +127,12 @@ def length_groups(
     start = 0
     while start < len(order):
         length = bucket(lengths[order[start]], length_buckets)
-        rows = rows_per_batch(
-            length, tokens_per_batch=tokens_per_batch, row_multiple=row_multiple
+        rows = rows_per_part(
+            length, tokens_per_part=tokens_per_batch, row_multiple=row_multiple
         )
         groups.append(LengthGroup(tuple(order[start : start + rows]), length, rows))
         start += rows
     return groups
-
-
-def rows_per_batch(length: int, *, tokens_per_batch: int, row_multiple: int) -> int:
-    """B of `length_groups` for a bucket."""
-    return max(tokens_per_batch // (length * row_multiple), 1) * row_multiple
 
 
 def to_batches(

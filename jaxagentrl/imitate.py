@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxagentrl import batching, learner, losses
 from jaxagentrl.models import decoder, sharding
-from jaxagentrl.packing import Rows, pack
+from jaxagentrl.packing import Rows, pack, rows_per_part
 from jaxagentrl.trajectory import Trajectory
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
@@ -108,13 +108,19 @@ def split(
             row_multiple=row_multiple,
         )
         return (packed,)
-    sizes = {"tokens_per_batch": tokens_per_part, "row_multiple": row_multiple}
-    groups = batching.length_groups(lengths[rows].tolist(), length_buckets=length_buckets, **sizes)
+    groups = batching.length_groups(
+        lengths[rows].tolist(),
+        length_buckets=length_buckets,
+        tokens_per_batch=tokens_per_part,
+        row_multiple=row_multiple,
+    )
     stacks = []
     # No row of the batch is longer than its width.
     for length in sorted((size for size in set(length_buckets) if size <= shape[1]), reverse=True):
         mine = [group for group in groups if group.length == length]
-        per_part = batching.rows_per_batch(length, **sizes)
+        per_part = rows_per_part(
+            length, tokens_per_part=tokens_per_part, row_multiple=row_multiple
+        )
         # Only the last group of all may have rows to spare, so there are no more of one length.
         index = np.full((-(-most_rows // per_part), per_part), shape[0], np.int32)
         for part, group in zip(index[: len(mine)], mine, strict=True):

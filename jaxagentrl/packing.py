@@ -79,6 +79,11 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def rows_per_part(length: int, *, tokens_per_part: int, row_multiple: int) -> int:
+    """R of micro-batches of rows of this length: about tokens_per_part / length."""
+    return max(tokens_per_part // (length * row_multiple), 1) * row_multiple
+
+
 def pack(
     rows: np.ndarray,
     lengths: np.ndarray,
@@ -113,7 +118,9 @@ def pack(
     else:
         pieces = [(int(row), start, size) for row in rows for start, size in contexts[row]]
     bins = first_fit([size for _, _, size in pieces], length)
-    per_part = max(tokens_per_part // (length * row_multiple), 1) * row_multiple
+    per_part = rows_per_part(
+        length, tokens_per_part=tokens_per_part, row_multiple=row_multiple
+    )
     count = -(-len(bins) // per_part)
     if most_rows is None or contexts is not None:
         capacity = 1 << max(count - 1, 0).bit_length()

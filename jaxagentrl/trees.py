@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxagentrl.models import sharding
-from jaxagentrl.packing import first_fit
+from jaxagentrl.packing import first_fit, rows_per_part
 from jaxagentrl.types import Array
 
 # Trajectories stay in one tree if they share this part of a row or more: less is not worth it to keep
@@ -124,7 +124,9 @@ def grow(
         )
     trees = [_plant(run, lengths) for run in _runs(rows, tokens, lengths, length)]
     bins = first_fit([len(tree.parents) for tree in trees], length)
-    per_part = max(tokens_per_part // (length * row_multiple), 1) * row_multiple
+    per_part = rows_per_part(
+        length, tokens_per_part=tokens_per_part, row_multiple=row_multiple
+    )
     capacity, width = -(-most_rows // per_part), tokens.shape[1]
     parts = (capacity, per_part, length)
     members = np.full((capacity, most_rows), tokens.shape[0], np.int32)

@@ -22,10 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxagentrl import pages, reinforce
+from jaxagentrl import learner, pages, reinforce, states
 from jaxagentrl.models import decoder, pretrained
 from jaxagentrl.trajectory import Trajectory
-from jaxagentrl.types import TrainState
 
 # hidden size, layers, heads, key/value heads, feed-forward; the vocabulary is the run's
 SIZES = {"1M": (128, 4, 4, 2, 384), "25M": (512, 8, 8, 2, 1408), "135M": (576, 30, 9, 3, 1536)}
@@ -78,14 +77,16 @@ def models(run: pathlib.Path, sizes: list[str] | None):
 def learn(config, model, params, trajectories):
     """Function to the seconds of one iteration's learning, and its metrics."""
     programs, chain = reinforce.make_programs(config, model)
+    reference = {"policy": params}
 
     def run() -> tuple[float, dict]:
-        copied = {"policy": jax.tree.map(jnp.copy, params)}
-        state = TrainState(jnp.int32(0), jnp.int32(0), copied, chain.init(copied))
+        copied = jax.tree.map(jnp.copy, reference)
+        copied = learner.with_critic(copied, model, critic=config["rl"]["critic"])
+        state = states.fresh(copied, chain)
         jax.block_until_ready(state)
         start = time.perf_counter()
         state, measured, _ = reinforce.learn(
-            state, {}, trajectories, programs, config, iteration=0
+            state, reference, trajectories, programs, config, iteration=0
         )
         jax.block_until_ready(state)
         return time.perf_counter() - start, measured
