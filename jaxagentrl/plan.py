@@ -322,7 +322,7 @@ def _sampling_bytes(
 def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
     """Of the decoder's parameters as sampling takes them, without those that are at hand so."""
     if mesh is None:
-        return 0 if policy == given else per_device(policy)
+        return per_device({name: x for name, x in policy.items() if x != given.get(name)})
     places = sharding.decoding_shardings(given, mesh)
     is_copied = jax.tree.map(
         lambda x, y, where: x.dtype != y.dtype or not sharding.lies_at(x, where),

@@ -193,7 +193,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         scale = jnp.where(greedy, 1.0, controls.temperatures)[:, None]
 
         if slots is not None and _can_be_mirrored(cache, params):
-            params = decoding_layout.unstacked(params)
+            params = decoding_layout.for_rows(params, num_rows)
             cache, filled = kv_cache.mirrored(cache, slots, filled)
 
         def is_running(carry):

@@ -27,7 +27,15 @@ from flax import nnx
 
 from jaxagentrl.models import attention, decode_kernel, kv_cache, rope, sharding
 from jaxagentrl.models.decoder_config import DecoderConfig
-from jaxagentrl.models.layers import Layer, Params, Projection, RMSNorm, graph_of, merge
+from jaxagentrl.models.layers import (
+    Layer,
+    Params,
+    Projection,
+    RMSNorm,
+    graph_of,
+    merge,
+    product_of_few,
+)
 
 _UNROLLED_LAYERS = 16
 
@@ -295,7 +303,11 @@ def unembedding(params: Params) -> jax.Array:
 
 def unembed(params: Params, x: jax.Array, *, softcap: float | None = None) -> jax.Array:
     """[..., V] float32 logits; `softcap` is `config.logit_softcap`, see `attention.cap`."""
-    z = jnp.matmul(x, unembedding(params).astype(x.dtype), preferred_element_type=jnp.float32)
+    if "transposed" in params.get("lm_head", ()):  # see `decoding_layout`
+        z = product_of_few(x, params["lm_head"]["transposed"])
+    else:
+        kernel = unembedding(params).astype(x.dtype)
+        z = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
     return attention.cap(z, softcap)
 
 

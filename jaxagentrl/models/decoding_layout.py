@@ -1,10 +1,12 @@
-"""A decoder's weights laid out for decode steps: the same numbers in fewer, larger products.
+"""A decoder's weights laid out for decode steps: the same numbers, in products that a step is faster with.
 
-`decoder.hidden_cached` takes either layout. Training keeps the stacked, separate one: joined
-projections made its step slower, on an H200 (573 ms against 548) and on CPU.
+On a GPU fewer and larger products; on CPU, for calls of few rows, kernels transposed. `decoder.hidden_cached`
+takes every layout. Training keeps the stacked, separate one: joined projections made its step slower,
+on an H200 (573 ms against 548) and on CPU.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +17,38 @@ from jaxagentrl.models.decoder import Params
 _JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
 
 
+# On CPU, calls of up to so many rows take transposed kernels, of layers of at least so many bytes: of more rows
+# or fewer bytes, which processors cache, steps are as fast or faster as they are (`docs/performance.md`).
+_FEW_ROWS = 64
+_UNCACHED = 4 << 20
+
+
 def for_decoding(params: Params, dtype: str) -> Params:
-    """The weights as decode steps are fastest with: in the dtype of the computation, and on one GPU
-    joined and layer by layer. To be made once for many steps; the weights themselves where they are
-    so already."""
-    is_one_gpu = jax.default_backend() == "gpu" and not sharding.active()
-    if not is_one_gpu and all(x.dtype == dtype for x in jax.tree.leaves(params)):
-        return params
-    return _lay_out(params, dtype, is_one_gpu)
+    """The weights as decode steps are fastest with, to be made once for many steps.
+
+    In the dtype of the computation; the weights themselves where they are so already. On one GPU joined and
+    layer by layer. On CPU in float32, unless they are few, with a transposed copy in `few_rows` that
+    `for_rows` takes: extends and calls of more rows read the others. On a mesh, as they are.
+    """
+    backend = "mesh" if sharding.active() else jax.default_backend()
+    if backend == "gpu":
+        return _for_gpu(params, dtype)
+    if any(x.dtype != dtype for x in jax.tree.leaves(params)):
+        params = _cast(params, dtype)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["layers"]))
+    if backend == "cpu" and dtype == "float32" and size >= _UNCACHED:
+        return params | {"few_rows": _transposed(params)}
+    return params
+
+
+def for_rows(params: Params, num_rows: int) -> Params:
+    """Of what `for_decoding` made, the weights for decode steps of so many rows, layer by layer."""
+    few_rows = params.get("few_rows")
+    if few_rows is None or num_rows > _FEW_ROWS:
+        return unstacked(params)
+    # The embedding lies as its transpose is to.
+    tied = {"lm_head": {"transposed": params["embed"]["embedding"]}}
+    return params | tied | few_rows
 
 
 def joined(params: Params) -> Params:
@@ -55,7 +81,26 @@ def unstacked(params: Params) -> Params:
     return params | {"layers": apart}
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _lay_out(params: Params, dtype: str, is_one_gpu: bool) -> Params:
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-    return unstacked(joined(params)) if is_one_gpu else params
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _for_gpu(params: Params, dtype: str) -> Params:
+    return unstacked(joined(jax.tree.map(lambda x: x.astype(dtype), params)))
+
+
+@jax.jit
+def _transposed(params: Params) -> Params:
+    """The layers, and the unembedding where it is one of its own, with kernels [F, D]."""
+
+    def turn(node: Any) -> Any:
+        if isinstance(node, tuple):
+            return tuple(map(turn, node))
+        if not isinstance(node, dict):
+            return node
+        others = {name: turn(child) for name, child in node.items() if name != "kernel"}
+        return others | {"transposed": node["kernel"].T} if "kernel" in node else others
+
+    return turn(unstacked({name: params[name] for name in ("layers", "lm_head") if name in params}))

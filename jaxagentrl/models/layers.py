@@ -49,6 +49,17 @@ def _product_bwd(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array
 product.defvjp(_product_fwd, _product_bwd)
 
 
+def product_of_few(x: jax.Array, transposed: jax.Array) -> jax.Array:
+    """x [..., D] @ transposed [F, D]ᵀ, for few rows of x, where most of the work is to read the weights.
+
+    XLA on CPU is up to twice as fast with the weights on the left side of a product, row by row, as on its
+    right (`docs/performance.md`). Without the barrier its simplifier would turn the sides round again.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(transposed, rows, (((1,), (1,)), ((), ())))
+    return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
+
+
 class RMSNorm(nnx.Module):
     def __init__(self, config: DecoderConfig, size: int):
         self.plus_one = config.norm_plus_one
@@ -64,7 +75,10 @@ class RMSNorm(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """y = x @ kernel (+ bias) (+ low-rank adapter, see `lora`)."""
+    """y = x @ kernel (+ bias) (+ low-rank adapter, see `lora`).
+
+    For decode steps the kernel may be given transposed, see `decoding_layout`.
+    """
 
     def __init__(self, size_in: int, size_out: int, bias: bool, scale: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(
@@ -73,10 +87,13 @@ class Projection(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros((size_out,)))
         self.has_bias = bias
-        self.is_adapted = False
+        self.is_adapted = self.is_transposed = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = product(x, self.kernel[...].astype(x.dtype))
+        if self.is_transposed:
+            y = product_of_few(x, self.transposed[...].astype(x.dtype))
+        else:
+            y = product(x, self.kernel[...].astype(x.dtype))
         if self.is_adapted:
             low = product(x, self.lora_a[...].astype(x.dtype))
             y = y + product(low, self.lora_b[...].astype(x.dtype))
@@ -165,14 +182,20 @@ class Layer(nnx.Module):
 
 
 def graph_of(layer: Layer, params: Params) -> nnx.GraphDef:
-    """The graph of a layer with the adapters that are among its parameters."""
+    """The graph of a layer with the adapters and transposed kernels that are among its parameters."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if path[-1].key in ("lora_a", "lora_b"):
-            projection = layer
-            for entry in path[:-1]:
-                projection = getattr(projection, entry.key)
+        name = path[-1].key
+        if name not in ("lora_a", "lora_b", "transposed"):
+            continue
+        projection = layer
+        for entry in path[:-1]:
+            projection = getattr(projection, entry.key)
+        if name == "transposed":
+            projection.is_transposed = True
+            del projection.kernel
+        else:
             projection.is_adapted = True
-            setattr(projection, path[-1].key, nnx.Param(leaf))
+        setattr(projection, name, nnx.Param(leaf))
     return nnx.split(layer)[0]
 
 
