@@ -243,7 +243,7 @@ class Engine:
     ) -> dict[int, TurnSample]:
         """Takes in what a decode call sampled for its rows; returns the turns that ended."""
         self.counters.decode_steps += int(sampled.steps)
-        self.counters.decode_places += int(sampled.steps) * len(sampled.counts)
+        self.counters.decode_places += int(sampled.places)
         ended = {}
         for row, slot in rows.items():
             item, count = self._waiting[wave][slot], int(sampled.counts[row])

@@ -29,7 +29,7 @@ def controls() -> sampling.Controls:
     )
 
 
-def sampled(config, params, lengths, *, capacity: int, filled: int, order=None):
+def sampled(config, params, lengths, *, capacity: int, filled: int, order=None, linger: int = 0):
     """One decode call after `lengths` tokens of each slot: the cache, and what it sampled.
 
     `order` is the slot of each row, None all slots in order without saying so: on CPU what reads
@@ -51,7 +51,7 @@ def sampled(config, params, lengths, *, capacity: int, filled: int, order=None):
     )
     settings = settings._replace(budgets=jnp.where(rows < SLOTS, settings.budgets, 0))
     slots = None if order is None else rows
-    given = (slots, pending, held, settings, jnp.int32(0))
+    given = (slots, pending, held, settings, jnp.int32(linger))
     return decode(params, cache, *given, filled=filled, restricted=False)
 
 
