@@ -16,7 +16,6 @@ from jaxagentrl.models.decoder import Params
 
 _JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
 
-
 # On CPU, calls of up to so many rows take transposed kernels, of layers of at least so many bytes: of more rows
 # or fewer bytes, which processors cache, steps are as fast or faster as they are (`docs/performance.md`).
 _FEW_ROWS = 64
