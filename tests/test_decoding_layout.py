@@ -44,7 +44,7 @@ def test_transposed_weights_change_neither_samples_nor_the_cache(name, transpose
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cache, plain_cache)
 
 
-@pytest.mark.parametrize("linger", [0, 1, 3])
+@pytest.mark.parametrize("linger", [0, 1, 3, 4])  # 4: more are left than half of the rows
 def test_a_call_that_goes_on_with_half_of_its_rows_samples_the_same(linger, transposed, monkeypatch):
     config, params = variant("plain")
     params = decoding_layout.for_decoding(params, "float32")
@@ -64,7 +64,7 @@ def test_a_call_that_goes_on_with_half_of_its_rows_samples_the_same(linger, tran
     # Steps with more than three rows in their turn had six, the others three.
     alive = np.array([sum(np.asarray(plain.counts) > step) for step in range(steps)])
     assert int(ours.places) == sum(np.where(alive > 3, 6, 3))
-    assert linger == 3 or {3, 6} == set(np.where(alive > 3, 6, 3))
+    assert linger >= 3 or {3, 6} == set(np.where(alive > 3, 6, 3))
     np.testing.assert_array_equal(ours.counts, plain.counts)
     np.testing.assert_array_equal(ours.unfinished, plain.unfinished)
     assert sum(ours.unfinished) <= linger
