@@ -25,6 +25,7 @@ from jaxagentrl import (
     metrics,
     openings,
     optimizer,
+    pages,
     plan,
     precision,
     prepare,
@@ -246,6 +247,9 @@ def _plan(
     )
     progress.notice(made.text())
     made.check()
+    # Twice, since what is kept lies in pieces.
+    if jax.default_backend() == "cpu" and 2 * made.peak <= limit:
+        pages.keep()
 
 
 def _reinforce(

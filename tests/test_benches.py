@@ -38,6 +38,7 @@ def finished_run(tmp_path):
     from jaxagentrl.models import pretrained
 
     config = make_config() | {"seed": 0}
+    config["rl"] |= {"skip_zero_signal": True}
     (tmp_path / "config.json").write_text(json.dumps({"config": config}))
     pretrained.save(tmp_path / "model", MODEL, policy())
     (tmp_path / "trajectories").mkdir()
@@ -47,7 +48,8 @@ def finished_run(tmp_path):
 
 
 def test_the_benchmark_of_trees_runs(finished_run):
-    run(f"bench_trees.py {finished_run} --lengths 48 96 --repeats 1")
+    # Beside torch, too, whose loss and gradient norm must be ours.
+    run(f"bench_trees.py {finished_run} --lengths 48 96 --repeats 1 --torch")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

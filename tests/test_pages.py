@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+
 PROGRAM = """
 import os, sys
 from jaxagentrl import pages
@@ -14,13 +16,16 @@ print(os.getpid(), os.environ["GLIBC_TUNABLES"], sys.argv[1:])
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+@LINUX
 @pytest.mark.parametrize(
     "given, wanted",
     [
-        ("", "glibc.malloc.hugetlb=1"),
-        ("glibc.malloc.check=0", "glibc.malloc.check=0:glibc.malloc.hugetlb=1"),
-        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+        ("", "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"),
+        (
+            "glibc.malloc.check=0",
+            "glibc.malloc.check=0:glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
+        ),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0:glibc.malloc.arena_max=1"),
     ],
 )
 def test_the_same_process_goes_on_with_the_setting(given, wanted):
@@ -32,3 +37,31 @@ def test_the_same_process_goes_on_with_the_setting(given, wanted):
     )
     output, _ = process.communicate(timeout=60)
     assert output.split(maxsplit=2) == [str(process.pid), wanted, "['--config=a b', 'x']\n"]
+
+
+# Page faults of eight calls of one program, which needs 256 MB for itself.
+FAULTS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from jaxagentrl import pages
+pages.use_huge_ones()
+if sys.argv[1] == "kept":
+    pages.keep()
+program = jax.jit(lambda x: jnp.fft.fft(jnp.outer(x, x)).real.sum())
+x = jnp.ones(8192)
+for _ in range(4):
+    jax.block_until_ready(program(x))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    jax.block_until_ready(program(x))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@LINUX
+def test_memory_of_a_program_is_kept_for_the_next():
+    def faults(word):
+        command = [sys.executable, "-c", FAULTS, word]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("kept") < faults("given back") / 10

@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=32)
     args = parser.parse_args()
     pages.use_huge_ones()
+    pages.keep()
     s, k, g, e = args.slots, args.kv_heads, args.queries_per_head, args.head_dim
     floor = LAYERS * 2 * s * args.filled * k * e * 4 / bandwidth()
     print(f"floor {1e3 * floor:.2f} ms a step ({LAYERS} layers, {jax.devices()[0].platform})")

@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--cache_dir", default="~/.cache/jaxagentrl/textworld")
     args = parser.parse_args()
     pages.use_huge_ones()
+    pages.keep()
     precision.keep_float32(args.dtype)
     specs = [dict(bench_rollout.GAMES, seed=seed) for seed in range(1, args.games + 1)]
     tasks = textworld.generate(specs, cache_dir=args.cache_dir, num_workers=args.workers).tasks

@@ -464,6 +464,7 @@ def main() -> int:
             "bench_environments.py), the others play in float32."
         )
     pages.use_huge_ones()  # for all sides, as the main job has them
+    pages.keep()
     precision.keep_float32(args.dtype)
 
     if args.turns is None:

@@ -7,11 +7,12 @@
 Same model, same weights, same batch, same loss (mean cross-entropy of the action tokens), same optimizer
 (AdamW with clipping by global norm), float32; loss and gradient norm of the first step are compared before
 anything is timed. Ours unembeds the action tokens alone (and, on CPU, runs the last feed-forward for them
-alone), theirs computes all, as `transformers` does. Each side and size runs in a process of its own, so
-that peak memory is its own. "of ceiling" is the model's arithmetic (three forward passes) per second over
-what this machine reaches in a plain float32 matrix product in the same process. The last three columns say
-the same by processor time, which other programs on the machine disturb less: on a busy one, run with
---threads=1 and read those.
+alone), theirs computes all, as `transformers` does. Each side has a process of its own, so that peak memory
+is its own, and they take turns, step by step: a machine's speed moves by more than they differ. "of ceiling"
+is the model's arithmetic (three forward passes) per second over what this machine reaches in a plain float32
+matrix product, one before each step, in the same process. "by rounds" is the median of the rounds' ratios.
+The last three columns say the same as "ms" by processor time, which other programs on the machine disturb
+less: on a busy one, run with --threads=1 and read those.
 """
 
 import argparse
@@ -95,19 +96,15 @@ def flops(size: str, rows: int, length: int, *, unembedded: float, finished: flo
     return 3.0 * rows * length * (per_token + attention)
 
 
-def best_s(run, repeats: int) -> tuple[float, float]:
-    """Shortest wall-clock and shortest processor time of several runs, after one to warm up."""
+def timed(run) -> tuple[float, float]:
+    """Wall-clock and processor time of a run."""
+    start, spent = time.perf_counter(), time.process_time()
     run()
-    wall, cpu = [], []
-    for _ in range(repeats):
-        start, spent = time.perf_counter(), time.process_time()
-        run()
-        wall.append(time.perf_counter() - start)
-        cpu.append(time.process_time() - spent)
-    return min(wall), min(cpu)
+    return time.perf_counter() - start, time.process_time() - spent
 
 
-def run_jax(args: argparse.Namespace, size: str, folder: str) -> dict:
+def of_jax(args: argparse.Namespace, size: str, folder: str):
+    """What the first step gave, a step, and a product of the ceiling's size."""
     import jax
     import jax.numpy as jnp
 
@@ -117,7 +114,6 @@ def run_jax(args: argparse.Namespace, size: str, folder: str) -> dict:
 
     square = jnp.ones((CEILING, CEILING), jnp.float32)
     product = jax.jit(lambda a, b: a @ b)
-    ceiling = best_s(lambda: product(square, square).block_until_ready(), 5)
 
     config, policy = pretrained.load(folder)
     tokens, action = batch(args, config.vocab_size)
@@ -147,19 +143,20 @@ def run_jax(args: argparse.Namespace, size: str, folder: str) -> dict:
         state, metrics = update(state, whole, targets, work)
         jax.block_until_ready((state, metrics))
 
-    seconds, cpu = best_s(step, args.repeats)
     if args.profile:
+        step()
         with jax.profiler.trace(args.profile):
             step()
-    return first | {"seconds": seconds, "cpu": cpu, "ceiling": ceiling}
+    return first, step, lambda: product(square, square).block_until_ready()
 
 
-def run_torch(args: argparse.Namespace, size: str, folder: str) -> dict:
+def of_torch(args: argparse.Namespace, size: str, folder: str):
+    """As `of_jax`."""
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     square = torch.ones(CEILING, CEILING)
-    ceiling = best_s(lambda: square @ square, 5)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.train()
     tokens, action = batch(args, SIZES[size][5])
@@ -181,30 +178,59 @@ def run_torch(args: argparse.Namespace, size: str, folder: str) -> dict:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rule.step()
         rule.zero_grad(set_to_none=True)
-        return float(loss), float(norm)
+        return loss.item(), norm.item()
 
     loss, norm = step()
-    seconds, cpu = best_s(step, args.repeats)
-    return {"loss": loss, "norm": norm, "seconds": seconds, "cpu": cpu, "ceiling": ceiling}
+    return {"loss": loss, "norm": norm}, step, lambda: square @ square
 
 
 def worker(args: argparse.Namespace) -> None:
+    """One side: a line of JSON once it is ready, and one for every line that it is sent."""
     side, size, folder = args.worker
     # Both sides make as many threads as they may use cores.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    found = {"jax": run_jax, "torch": run_torch}[side](args, size, folder)
-    found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps(found))
+    pages.keep()  # as the main job does, for both sides
+    first, step, product = {"jax": of_jax, "torch": of_torch}[side](args, size, folder)
+    print(json.dumps(first), flush=True)
+    for _ in sys.stdin:
+        product()
+        ceiling = timed(product)
+        measured = {"step": timed(step), "ceiling": ceiling}
+        measured["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(measured), flush=True)
 
 
-def in_process(side: str, size: str, folder: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--worker", side, size, folder],
-        capture_output=True, text=True, check=False,
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+def in_turn(sides: list[str], size: str, folder: str, repeats: int) -> dict[str, dict]:
+    """What each side's first step gave, and what all of its later ones took."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with contextlib.ExitStack() as stack:
+        workers, found = {}, {}
+        for side in sides:
+            workers[side] = stack.enter_context(
+                subprocess.Popen([*command, side, size, folder], **pipes)
+            )
+            found[side] = answer(workers[side]) | {"steps": [], "ceilings": []}
+        for repeat in range(repeats + 1):  # the first warms up
+            for side, process in workers.items():
+                process.stdin.write("\n")
+                process.stdin.flush()
+                measured = answer(process)
+                found[side]["peak_mib"] = measured["peak_mib"]
+                found[side]["ceilings"].append(measured["ceiling"])
+                if repeat:
+                    found[side]["steps"].append(measured["step"])
+        for process in workers.values():
+            process.stdin.close()
+    return found
+
+
+def answer(process: subprocess.Popen) -> dict:
+    """A worker's next line; the program ends with a worker that has none, which has said why."""
+    line = process.stdout.readline()
+    if not line:
+        sys.exit(process.wait() or 1)
+    return json.loads(line)
 
 
 def main() -> None:
@@ -212,7 +238,7 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
-    pages.use_huge_ones()  # for both sides, as the main job has them
+    pages.use_huge_ones()  # workers inherit the setting
     import jax
 
     from jaxagentrl.models import decoder, pretrained
@@ -223,15 +249,14 @@ def main() -> None:
         f"of the tokens trained on, load {os.getloadavg()[0]:.1f}, best of {args.repeats}"
     )
     print(f"{'':6} {'side':6} {'params':>8} {'ms':>9} {'tokens/s':>9} {'GFLOP/s':>8} "
-          f"{'of ceiling':>10} {'peak MiB':>9} {'ratio':>6} {'cpu ms':>9} {'of ceiling':>10} "
-          f"{'ratio':>6}")
+          f"{'of ceiling':>10} {'peak MiB':>9} {'ratio':>6} {'by rounds':>9} {'cpu ms':>9} "
+          f"{'of ceiling':>10} {'ratio':>6}")
     for size in args.sizes:
-        with contextlib.ExitStack() as stack:
-            root = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        with tempfile.TemporaryDirectory() as folder:
             config = model_config(size, args.length)
             params = decoder.init(config, jax.random.key(0))
-            pretrained.save(root / "model", config, params)
-            found = {side: in_process(side, size, str(root / "model")) for side in sides}
+            pretrained.save(pathlib.Path(folder), config, params)
+            found = in_turn(sides, size, folder, args.repeats)
         if len(found) == 2 and args.compute_dtype == "float32":
             for key in ("loss", "norm"):
                 np.testing.assert_allclose(found["jax"][key], found["torch"][key], rtol=1e-3)
@@ -240,18 +265,17 @@ def main() -> None:
             unembedded = args.actions if is_ours else 1.0
             finished = args.actions if is_ours and decoder.finishes_apart(config) else 1.0
             work = flops(size, args.rows, args.length, unembedded=unembedded, finished=finished)
-            rate = work / one["seconds"]
-            best = [2 * CEILING**3 / seconds for seconds in one["ceiling"]]
-            ratios = [
-                found["torch"][key] / one[key] if len(found) == 2 else float("nan")
-                for key in ("seconds", "cpu")
-            ]
+            seconds, cpu = np.min(one["steps"], axis=0)
+            ceiling, ceiling_cpu = 2 * CEILING**3 / np.min(one["ceilings"], axis=0)
+            other = np.array(found["torch"]["steps"] if len(found) == 2 else one["steps"])
+            ratio, cpu_ratio = np.min(other, axis=0) / (seconds, cpu)
+            by_rounds = np.median(other[:, 0] / np.array(one["steps"])[:, 0])
             print(
                 f"{size:6} {side:6} {decoder.num_params(params) / 1e6:7.1f}M "
-                f"{1e3 * one['seconds']:9.1f} {args.rows * args.length / one['seconds']:9.0f} "
-                f"{rate / 1e9:8.1f} {rate / best[0]:10.0%} {one['peak_mib']:9.0f} "
-                f"{ratios[0]:6.2f} {1e3 * one['cpu']:9.1f} {work / one['cpu'] / best[1]:10.0%} "
-                f"{ratios[1]:6.2f}",
+                f"{1e3 * seconds:9.1f} {args.rows * args.length / seconds:9.0f} "
+                f"{work / seconds / 1e9:8.1f} {work / seconds / ceiling:10.0%} {one['peak_mib']:9.0f} "
+                f"{ratio:6.2f} {by_rounds:9.2f} {1e3 * cpu:9.1f} {work / cpu / ceiling_cpu:10.0%} "
+                f"{cpu_ratio:6.2f}",
                 flush=True,
             )
 
