@@ -394,6 +394,18 @@ def test_the_copy_that_sampling_is_compiled_with_does_not_stay():
     assert seen == [copy] and held() == before
 
 
+@pytest.mark.parametrize("limit, is_kept", [(4000, True), (3999, False)])
+def test_memory_is_kept_where_there_is_room_for_four_times_the_plan(monkeypatch, limit, is_kept):
+    made = plan.Plan({"parameters": 600}, {"update": 400}, {}, limit)
+    monkeypatch.setattr(train.plan, "make", lambda *_, **__: made)
+    kept = []
+    monkeypatch.setattr(train.pages, "keep", lambda: kept.append(True))
+    config = smoke_config() | {"memory_limit_gb": limit / 1e9}
+    setup = small_setup()
+    train._plan(config, setup, *reinforce.make_programs(config, setup.model))
+    assert bool(kept) == is_kept
+
+
 def test_an_export_brings_nothing_to_the_host_that_it_does_not_write(tmp_path, monkeypatch):
     config, mesh = smoke_config(), sharding.make_mesh(data=1, fsdp=2, tensor=1)
     chat_format = types.SimpleNamespace(tokenizer=None, end_of_turn_id=3)
