@@ -38,7 +38,7 @@ def keep() -> None:
     was, which must find another place. Of all memory after `use_huge_ones`, else of that of the first
     thread. Where there is no glibc nothing changes.
     """
-    libc = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_MAX, 0)  # no piece is too large for the heap
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    libc.mallopt(_M_MMAP_MAX, 0)  # no piece is too large for the heap
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
