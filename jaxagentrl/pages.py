@@ -9,8 +9,8 @@ import ctypes
 import os
 import sys
 
-# Pages of 2 MB instead of 4 kB: clearing is then a sixth of an update less. One arena: those of further
-# threads hold no piece above 64 MB, whatever `keep` asks for.
+# Pages of 2 MB: clearing 4 kB at a time was a sixth of an update. One arena: those of further threads hold
+# no piece above 64 MB, whatever `keep` asks for.
 _TUNABLES = {"glibc.malloc.hugetlb": "1", "glibc.malloc.arena_max": "1"}
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h

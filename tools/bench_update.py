@@ -267,9 +267,12 @@ def main() -> None:
             work = flops(size, args.rows, args.length, unembedded=unembedded, finished=finished)
             seconds, cpu = np.min(one["steps"], axis=0)
             ceiling, ceiling_cpu = 2 * CEILING**3 / np.min(one["ceilings"], axis=0)
-            other = np.array(found["torch"]["steps"] if len(found) == 2 else one["steps"])
-            ratio, cpu_ratio = np.min(other, axis=0) / (seconds, cpu)
-            by_rounds = np.median(other[:, 0] / np.array(one["steps"])[:, 0])
+            mine = np.array(one["steps"])
+            theirs = np.full_like(mine, np.nan)
+            if len(found) == 2:
+                theirs = np.array(found["torch"]["steps"])
+            ratio, cpu_ratio = np.min(theirs, axis=0) / (seconds, cpu)
+            by_rounds = np.median(theirs[:, 0] / mine[:, 0])
             print(
                 f"{size:6} {side:6} {decoder.num_params(params) / 1e6:7.1f}M "
                 f"{1e3 * seconds:9.1f} {args.rows * args.length / seconds:9.0f} "
