@@ -1,8 +1,11 @@
-"""Suite-wide settings: eight fake CPU devices, no silent rank promotion, equal programs compiled once."""
+"""Suite-wide settings: eight fake CPU devices, no silent rank promotion, equal programs compiled once
+and without the effort that pays for long runs only."""
 
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 # Read by XLA when its backend starts, hence before any import of jax.
@@ -15,6 +18,17 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Most of the suite's time was LLVM's, for programs that run a few times. What XLA does before it (fusions,
+# layouts, memory) stays. A developer who sets the variable to "0" has everything compiled as users have it.
+_EMITTER = " --xla_cpu_use_fusion_emitters=false"  # of two emitters of loops the one that compiles faster
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    flags = os.environ.get("XLA_FLAGS", "") + _EMITTER
+    # XLA aborts at a flag that it does not know, and this one will go with the emitter.
+    probe = [sys.executable, "-c", "import jax; jax.devices()"]
+    if subprocess.run(probe, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True).returncode == 0:
+        os.environ["XLA_FLAGS"] = flags
 
 import jax
 import pytest
@@ -39,6 +53,15 @@ def smoke_games(tmp_path_factory):
     games = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "games"
     games.mkdir(exist_ok=True)
     return games
+
+
+@pytest.fixture(scope="module")
+def compiled_as_users_do():
+    """Processes that the module's tests start compile with full effort."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "").replace(_EMITTER, ""))
+        yield
 
 
 @pytest.fixture(scope="module")

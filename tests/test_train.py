@@ -42,6 +42,7 @@ from jaxagentrl.models import decoder, lora, pretrained, sharding
 from jaxagentrl.types import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("compiled_as_users_do")
 
 
 def command(workdir: pathlib.Path, cache: pathlib.Path, *overrides: str) -> list[str]:
@@ -71,7 +72,7 @@ def cache(smoke_games) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, cache) -> pathlib.Path:
+def finished(tmp_path_factory, cache, compiled_as_users_do) -> pathlib.Path:
     """A workdir of an uninterrupted smoke run."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     done = run(workdir, cache)
