@@ -7,7 +7,6 @@ that are new since its last turn; `launch` sends the wave's work to the device a
 
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -315,13 +314,8 @@ class Engine:
         wanted = held.copy()
         for slot in computing:
             wanted[slot] += len(waiting[slot].ids) - 1
-        find = functools.partial(prefixes.find, self._ids[wave], held, wanted, computing)
-        copies = find(partly=True)
-        # Those that wait for a part and append the rest after it make for further calls of extend.
-        late = [s for s, c in copies.items() if held[c.source] < c.length < wanted[s]]
         further = self._extend_costs.call + self._row_buckets[0] * self._width_buckets[0]
-        if late and sum(copies[slot].length - held[slot] for slot in late) < further:
-            copies = find(partly=False)
+        copies = prefixes.find(self._ids[wave], held, wanted, computing, further=further)
         for slot, item in waiting.items():
             item.leader = copies.get(slot)
 
@@ -351,10 +345,8 @@ class Engine:
             item.ids, item.leader = item.ids[saved:], None
         return markers
 
-    def _append(
-        self, params: decoder.Params, wave: int, had: set[int]
-    ) -> list[Future[jax.Array]]:
-        """Appends to every row that has more than its last id to come, one bucket at the most, but to
+    def _append(self, params: decoder.Params, wave: int, had: set[int]) -> list[Future[jax.Array]]:
+        """Appends one bucket at the most to every row that has more than its last id to come, but not to
         those that had theirs, which the others join."""
         rows = {
             slot: item.ids[:-1][: self._width_buckets[-1]]

@@ -57,7 +57,7 @@ def find(
     wanted: np.ndarray,
     computing: Sequence[int],
     *,
-    partly: bool,
+    further: float,
 ) -> dict[int, Copy]:
     """What rows may copy, the longest prefix of each.
 
@@ -67,13 +67,23 @@ def find(
         wanted: [S], the same when all is appended.
         computing: rows that have something to append, in the order in which they are thought of: a row
             may take from those before it what they have yet to compute.
-        partly: whether also where that leaves a row something to append, after the wait for the other.
+        further: tokens that must be saved for rows to wait for a part of what another computes and
+            append the rest after it, which takes further calls of extend.
 
     Returns:
         Row → what it copies, for rows that save `LEAST` tokens by it.
     """
     common = common_lengths(ids, wanted)
     np.fill_diagonal(common, 0)
+    copies = _find(common, held, wanted, computing, partly=True)
+    late = [row for row, copy in copies.items() if held[copy.source] < copy.length < wanted[row]]
+    if late and sum(copies[row].length - held[row] for row in late) < further:
+        copies = _find(common, held, wanted, computing, partly=False)
+    return copies
+
+
+def _find(common, held, wanted, computing, *, partly: bool) -> dict[int, Copy]:
+    """`find` with the tokens in common [S, S]; whether rows may wait for a part."""
     promised = np.zeros_like(held)
     copies = {}
     for row in computing:

@@ -46,7 +46,7 @@ def test_what_is_copied_is_there_in_time(texts, data, partly):
     ids, wanted = packed(texts, 64)
     held = np.array([data.draw(st.integers(0, length)) for length in wanted])
     computing = [row for row in range(len(texts)) if held[row] < wanted[row]]
-    copies = prefixes.find(ids, held, wanted, computing, partly=partly)
+    copies = prefixes.find(ids, held, wanted, computing, further=0 if partly else np.inf)
     done = set()
     for row in computing:
         # The longest that another row holds now, or that a row before holds when it is done.
@@ -76,8 +76,8 @@ def test_a_row_waits_for_a_part_only_where_that_is_wanted():
     ids, wanted = packed([system + mine, system + yours, system + mine], 32)
     held = np.zeros(3, int)
     expected = {1: Copy(0, 20), 2: Copy(0, 30)}
-    assert prefixes.find(ids, held, wanted, [0, 1, 2], partly=True) == expected
-    assert prefixes.find(ids, held, wanted, [0, 1, 2], partly=False) == {2: Copy(0, 30)}
+    assert prefixes.find(ids, held, wanted, [0, 1, 2], further=20) == expected
+    assert prefixes.find(ids, held, wanted, [0, 1, 2], further=21) == {2: Copy(0, 30)}
     # What is there already is worth no wait, unless nothing is left to compute after it.
     held[1] = 30
-    assert prefixes.find(ids, held, wanted, [0, 2], partly=True) == {0: Copy(1, 20), 2: Copy(0, 30)}
+    assert prefixes.find(ids, held, wanted, [0, 2], further=20) == {0: Copy(1, 20), 2: Copy(0, 30)}
