@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxagentrl import compiles, dispatch, sampling, tiling, turns
+from jaxagentrl import compiles, dispatch, prefixes, sampling, tiling, turns
 from jaxagentrl.models import decoder, kv_cache
 from jaxagentrl.turns import Counters, TurnRequest, TurnSample, Waiting
 
@@ -121,7 +121,8 @@ class Engine:
         # The last sampled token of a slot's previous turn, which no cache holds yet; −1 for none.
         self._carry = np.full(shape, -1, np.int32)
         self._waiting: list[dict[int, Waiting]] = [{} for _ in range(num_waves)]
-        self._openings: list[dict[int, bytes]] = [{} for _ in range(num_waves)]  # first prompts
+        # What a slot's cache row holds, behind it what it is to append and what was sampled last.
+        self._ids = np.zeros((*shape, max_length + 1), np.int32)
         self._launched: list[_Launched | None] = [None] * num_waves
 
     def length(self, wave: int, slot: int) -> int:
@@ -136,7 +137,6 @@ class Engine:
         """Gives the slot back. What its cache row holds is junk from here on."""
         self._check_settled(wave)
         self._waiting[wave].pop(slot, None)
-        self._openings[wave].pop(slot, None)
         self._lengths[wave, slot] = 0
         self._carry[wave, slot] = -1
 
@@ -147,7 +147,6 @@ class Engine:
                 wait([*launched.markers, *(sampled for _, sampled in launched.calls)])
                 self._launched[wave] = None
             self._waiting[wave].clear()
-            self._openings[wave].clear()
         self._lengths[:] = 0
         self._carry[:] = -1
 
@@ -183,8 +182,8 @@ class Engine:
                 f"slot {slot}: {positions} positions needed but a slot has {self.max_length} "
                 "(sampling.max_length). Check budgets before submitting."
             )
-        if self.length(wave, slot) == 0:
-            self._openings[wave][slot] = new.tobytes()
+        begin = int(self._lengths[wave, slot])
+        self._ids[wave, slot, begin : begin + len(new)] = new
         self._carry[wave, slot] = -1
         self._waiting[wave][slot] = Waiting(request, new)
 
@@ -192,8 +191,8 @@ class Engine:
         """Sends the wave's queued work to the device; returns before it is done.
 
         A prompt longer than the widest bucket is appended one bucket a launch while other rows have
-        something to decode, so that it does not hold them up. A first prompt that another slot of
-        the wave holds, or is about to, is copied from there.
+        something to decode, so that it does not hold them up. What another slot of the wave holds, or
+        is about to, after the same tokens is copied from there.
         """
         self._check_settled(wave)
         waiting = self._waiting[wave]
@@ -205,8 +204,9 @@ class Engine:
         markers: list[Future[jax.Array]] = []
         slots: list[int] = []
         while not slots:
-            markers += self._append(params, wave)
-            markers += self._copy_leaders(wave)
+            had: set[int] = set()  # slots that had their bucket
+            while more := self._copy_leaders(wave) + self._append(params, wave, had):
+                markers += more
             slots = sorted(slot for slot, item in waiting.items() if len(item.ids) == 1)
         calls = [
             (rows, self._start_decode(params, wave, rows, num_rows, filled))
@@ -249,6 +249,8 @@ class Engine:
             item, count = self._waiting[wave][slot], int(sampled.counts[row])
             arrays = (sampled.tokens, sampled.logprobs, sampled.entropies)
             item.pieces.append(TurnSample(*(array[row, :count].copy() for array in arrays)))
+            begin = int(self._lengths[wave, slot]) + 1  # behind the token that the call began with
+            self._ids[wave, slot, begin : begin + count] = item.pieces[-1].ids
             self._lengths[wave, slot] += count
             self.counters.tokens_decoded += count
             if sampled.unfinished[row]:
@@ -306,30 +308,24 @@ class Engine:
             raise RuntimeError(f"wave {wave} is on the device: receive it first.")
 
     def _find_leaders(self, wave: int) -> None:
-        """Of turns that open an episode, those whose prompt a slot holds wait for a copy; of the others
-        the first of each prompt computes it for all."""
-        waiting = self._waiting[wave]
-        first: dict[bytes, tuple[int, Waiting | None]] = {
-            prompt: (slot, None)
-            for slot, prompt in self._openings[wave].items()
-            if slot not in waiting or len(waiting[slot].ids) == 1
-        }
-        for slot, item in sorted(waiting.items()):
-            if item.leader is not None:
-                leader_slot, leader = item.leader
-                if waiting.get(leader_slot) is not leader:
-                    item.leader = None  # it was released in the middle of its prompt
-            if item.leader is None and self._lengths[wave, slot] == 0 and len(item.ids) > 1:
-                found = first.setdefault(item.ids.tobytes(), (slot, item))
-                item.leader = None if found[1] is item else found
+        """Says which waiting slots will copy, and from which."""
+        waiting, held = self._waiting[wave], self._lengths[wave]
+        computing = sorted(slot for slot, item in waiting.items() if len(item.ids) > 1)
+        wanted = held.copy()
+        for slot in computing:
+            wanted[slot] += len(waiting[slot].ids) - 1
+        further = self._extend_costs.call + self._row_buckets[0] * self._width_buckets[0]
+        copies = prefixes.find(self._ids[wave], held, wanted, computing, further=further)
+        for slot, item in waiting.items():
+            item.leader = copies.get(slot)
 
     def _copy_leaders(self, wave: int) -> list[Future[jax.Array]]:
-        """Copies the prompt of every leader that has it in its cache to its followers."""
-        waiting = self._waiting[wave]
+        """Copies what leaders have in their cache by now to their followers."""
+        waiting, lengths = self._waiting[wave], self._lengths[wave]
         copies = [
-            (item.leader[0], slot)
+            (slot, item.leader)
             for slot, item in sorted(waiting.items())
-            if item.leader is not None and (item.leader[1] is None or len(item.leader[1].ids) == 1)
+            if item.leader is not None and lengths[item.leader.source] >= item.leader.length
         ]
         markers, most = [], self._row_buckets[-1]
         for start in range(0, len(copies), most):
@@ -337,24 +333,27 @@ class Engine:
             num_rows = tiling.bucket(len(rows), self._row_buckets)
             sources = np.zeros(num_rows, np.int32)
             targets = np.full(num_rows, self.slots_per_wave, np.int32)
-            sources[: len(rows)], targets[: len(rows)] = np.array(rows, np.int32).T
-            longest = max(len(waiting[target].ids) - 1 for _, target in rows)
+            sources[: len(rows)] = [copy.source for _, copy in rows]
+            targets[: len(rows)] = [target for target, _ in rows]
+            longest = max(copy.length for _, copy in rows)
             call = self._fork_call(sources, targets, self._filled(longest))
             markers.append(self._run(wave, call))
-        for _, target in copies:
-            item = waiting[target]
-            self._lengths[wave, target] = len(item.ids) - 1
-            self.counters.tokens_forked += len(item.ids) - 1
-            item.ids, item.leader = item.ids[-1:], None
+        for target, copy in copies:
+            item, saved = waiting[target], copy.length - int(lengths[target])
+            lengths[target] = copy.length
+            self.counters.tokens_forked += saved
+            item.ids, item.leader = item.ids[saved:], None
         return markers
 
-    def _append(self, params: decoder.Params, wave: int) -> list[Future[jax.Array]]:
-        """Appends to every row that has more than its last id to come, one bucket at the most."""
+    def _append(self, params: decoder.Params, wave: int, had: set[int]) -> list[Future[jax.Array]]:
+        """Appends one bucket at the most to every row that has more than its last id to come, but not to
+        those that had theirs, which the others join."""
         rows = {
             slot: item.ids[:-1][: self._width_buckets[-1]]
             for slot, item in self._waiting[wave].items()
-            if len(item.ids) > 1 and item.leader is None
+            if len(item.ids) > 1 and item.leader is None and slot not in had
         }
+        had.update(rows)
         slots, lengths = sorted(rows), self._lengths[wave]
         calls = tiling.tile(
             [(len(rows[slot]), int(lengths[slot]) + len(rows[slot])) for slot in slots],

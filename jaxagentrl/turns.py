@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxagentrl.prefixes import Copy
+
 
 @dataclasses.dataclass(frozen=True)
 class TurnRequest:
@@ -69,8 +71,7 @@ class Waiting:
     request: TurnRequest
     ids: np.ndarray
     pieces: list[TurnSample] = dataclasses.field(default_factory=list)
-    # The slot whose first prompt is this one's, to be copied, and its turn while that computes it.
-    leader: tuple[int, "Waiting | None"] | None = None
+    leader: Copy | None = None  # what is to be copied from another slot, once that holds it
 
     @property
     def budget(self) -> int:

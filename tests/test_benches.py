@@ -26,6 +26,7 @@ COMMANDS = (
     "bench_rollout.py --size tiny --turns 1 --episodes 1 --repeats 1 --cache-dir {games}",
     "bench_rollout.py --size tiny --turns 1 --episodes 1 --per-turn --workers 1 --dtype bfloat16 "
     "--cache-dir {games}",
+    "bench_rollout.py --size tiny --turns 3 --episodes 8 --alike --cache-dir {games}",
     "bench_rollout.py --size tiny --turns 2 --episodes 1 --spread --slots 1 --cache-dir {games}",
     "bench_environments.py --size tiny --turns 1 --games 1 --group_size 2 --slots 2 --waves 1 2 "
     "--workers 1 --repeats 1 --cache_dir {games}",
@@ -74,7 +75,7 @@ def test_the_comparison_refuses_bfloat16():
     command = [sys.executable, ROOT / "tools" / "bench_rollout.py", "--dtype", "bfloat16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "goes with --per-turn or --spread" in done.stderr
+    assert "goes with --per-turn, --alike or --spread" in done.stderr
 
 
 class Numbered:

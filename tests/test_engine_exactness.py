@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxagentrl import engine, logprobs
+from jaxagentrl import engine, logprobs, tiling
 from jaxagentrl.models import decoder
 
 CONFIG = decoder.DecoderConfig(
@@ -120,10 +120,11 @@ def play(eng: engine.Engine, schedule) -> list[Episode]:
                 done.append(live[slot])
                 ids = OPENINGS[opening]
             else:
-                rng = np.random.default_rng((live[slot].number, live[slot].turns))
+                # Every third one acts and is answered as another, so that they have much in common.
+                rng = np.random.default_rng((live[slot].number % 3, live[slot].turns))
                 ids = rng.integers(0, 37, new).astype(np.int32)
             episode = live[slot]
-            stream = (episode.number, episode.turns)
+            stream = (episode.number % 3, episode.turns)
             eng.submit(0, engine.TurnRequest(slot, ids, budget, stream))
             episode.ids += ids.tolist()
             episode.turns += 1
@@ -149,10 +150,21 @@ choice = st.tuples(
 schedules = st.lists(st.tuples(*[choice] * SLOTS), min_size=1, max_size=12)
 
 
-@hypothesis.settings(deadline=None, max_examples=40, derandomize=True)
-@hypothesis.given(schedules)
-def test_any_schedule_gives_the_log_probs_of_a_plain_forward_pass(schedule):
-    assert largest_error(play(make_engine(), schedule)) <= 1e-4
+# Where a call costs nothing, rows wait for a part of what another computes and append the rest after it.
+@pytest.mark.parametrize("costs", [tiling.extend_costs(CONFIG), tiling.Costs(call=0, positions=1e9)])
+def test_any_schedule_gives_the_log_probs_of_a_plain_forward_pass(costs):
+    eng = make_engine()
+    usual, eng._extend_costs = eng._extend_costs, costs
+    forked = eng.counters.tokens_forked
+
+    @hypothesis.settings(deadline=None, max_examples=40, derandomize=True)
+    @hypothesis.given(schedules)
+    def check(schedule):
+        assert largest_error(play(eng, schedule)) <= 1e-4
+
+    check()
+    eng._extend_costs = usual
+    assert eng.counters.tokens_forked > forked
 
 
 def long_schedule(seed: int, steps: int):
@@ -191,6 +203,31 @@ def test_equal_first_prompts_are_computed_once():
     assert used.tokens_extended == 32 and used.tokens_forked == 32 * (SLOTS - 1)
     assert len({tuple(e.ids) for e in episodes}) > 1  # copied, then each on its own
     assert largest_error(episodes) <= 1e-4
+
+
+def test_what_members_that_act_alike_hear_is_computed_once():
+    """Three of four are alike for three turns; then one of them hears more and another something else."""
+    eng = make_engine()
+    live = {slot: Episode(slot) for slot in range(SLOTS)}
+    heard = {slot: [OPENINGS[2], *np.arange(42, dtype=np.int32).reshape(3, 14) % 37] for slot in live}
+    heard[1][3] = np.concatenate([heard[1][3], OPENINGS[1]])
+    heard[2][3] = heard[2][3][::-1]
+    counted = []
+    for slot in range(SLOTS):
+        eng.release(0, slot)
+    for turn in range(4):
+        before = dataclasses.replace(eng.counters)
+        for slot, episode in live.items():
+            ids = heard[slot][turn]
+            eng.submit(0, engine.TurnRequest(slot, ids, 3, (slot // 3, turn)))
+            episode.ids += ids.tolist()
+        while eng.is_busy(0):
+            receive(eng, live)
+        used = eng.counters.since(before)
+        counted.append((used.tokens_extended, used.tokens_forked))
+    # With the last token of the turn before and without the last of what is heard: 14.
+    assert counted == [(32, 3 * 32), (2 * 14, 2 * 14), (2 * 14, 2 * 14), (4 * 14 + 7, 0)]
+    assert largest_error(list(live.values())) <= 1e-4
 
 
 def test_a_leader_that_is_released_in_the_middle_of_its_prompt_leaves_no_junk():

@@ -78,6 +78,7 @@ jaxagentrl.dispatch
 jaxagentrl.compiles
 jaxagentrl.sampling
 jaxagentrl.tiling
+jaxagentrl.prefixes
 jaxagentrl.turns
 jaxagentrl.engine
 jaxagentrl.packing

@@ -3,6 +3,7 @@
     python tools/bench_rollout.py --size 25M --turns 5
     python tools/bench_rollout.py --size 25M --turns 25 --episodes 16
     python tools/bench_rollout.py --size 25M --turns 25 --per-turn     what each turn costs, ours alone
+    python tools/bench_rollout.py --size 25M --alike                   groups whose members act alike for a while
     python tools/bench_rollout.py --size 1M --spread                   short and long episodes mixed or apart
     python tools/bench_rollout.py --size 0.5B --spread --dtype bfloat16      the same on an accelerator
     python tools/bench_rollout.py --size 25M --record rollout.jsonl    for tools/plot_rollout.py
@@ -37,7 +38,7 @@ import numpy as np
 from envs_host import textworld
 from envs_host.pool import EnvPool
 from envs_host.types import Info, ResetResult, StepResult
-from jaxagentrl import chat, demos, engine, pages, precision, rollout, tokenizer
+from jaxagentrl import chat, demos, engine, pages, precision, prefixes, rollout, tokenizer
 from jaxagentrl.models import decoder, decoding_layout, pretrained
 
 SIZES = {
@@ -366,6 +367,46 @@ def per_turn(world: World) -> None:
         print(f"turn {world.turns} costs {best[-1] / best[4]:.2f} x turn 5")
 
 
+def alike(world: World, members: int = 8) -> None:
+    """Turns after the first of groups whose members act alike for a while, copied and computed.
+
+    Member m of M acts and hears what member 0 does in the first m / M of its turns, so that nearly half
+    of what is appended is another's. All episodes of a group open with one prompt, which is not timed.
+    """
+    rows, new, told = len(world.tasks), 24, 8
+    sampler = make_engine(world, rows, 1, stop_ids=[-1])
+    sampler.warm_up(world.params)
+    ids = np.random.default_rng(0).integers(0, world.config.vocab_size, (world.turns, rows, new))
+    least, best = prefixes.LEAST, {}
+    for repeat in range(2):
+        for name, prefixes.LEAST in (("copied", least), ("computed", world.max_length)):
+            seconds, before = 0.0, dataclasses.replace(sampler.counters)
+            for slot in range(rows):
+                sampler.release(0, slot)
+            for turn in range(world.turns):
+                since = time.perf_counter()
+                for slot in range(rows):
+                    group, member = divmod(slot, members)
+                    leader = group * members if turn * members < member * world.turns else slot
+                    request = engine.TurnRequest(slot, ids[turn, leader], told, (repeat, leader, turn))
+                    sampler.submit(0, request)
+                sampler.launch(world.params, 0)
+                sampler.receive(0)
+                seconds += (turn > 0) * (time.perf_counter() - since)
+                if turn == 0:
+                    before = dataclasses.replace(sampler.counters)
+            used = sampler.counters.since(before)
+            best[name] = min(best.get(name, np.inf), seconds)
+            print(
+                f"{name:8}: {(world.turns - 1) * rows / seconds:8.2f} turns/s, {used.tokens_forked} tokens "
+                f"copied, {used.tokens_extended} computed, {used.seconds_extend:.2f} s of {seconds:.2f} in "
+                "extends",
+                flush=True,
+            )
+    prefixes.LEAST = least
+    print(f"copying is {best['computed'] / best['copied']:.2f} x as fast")
+
+
 class Countdown:
     """Environments that answer at once and end after as many turns as their task's seed."""
 
@@ -454,13 +495,14 @@ def main() -> int:
         "--against", nargs="+", choices=("kept", "reprefill", "tunix"), default=("kept", "reprefill")
     )
     parser.add_argument("--per-turn", action="store_true")
+    parser.add_argument("--alike", action="store_true")
     parser.add_argument("--spread", action="store_true")
     parser.add_argument("--record", help="a file to which the comparison's numbers are appended")
     parser.add_argument("--cache-dir", default="~/.cache/jaxagentrl/textworld")
     args = parser.parse_args()
-    if args.dtype != "float32" and not (args.per_turn or args.spread):
+    if args.dtype != "float32" and not (args.per_turn or args.alike or args.spread):
         parser.error(
-            f"--dtype {args.dtype} is for our sampler alone: it goes with --per-turn or --spread (and "
+            f"--dtype {args.dtype} is for our sampler alone: it goes with --per-turn, --alike or --spread (and "
             "bench_environments.py), the others play in float32."
         )
     pages.use_huge_ones()  # for all sides, as the main job has them
@@ -483,6 +525,8 @@ def main() -> int:
         )
         if args.per_turn:
             per_turn(for_sampling(world, args.dtype))
+        elif args.alike:
+            alike(for_sampling(world, args.dtype))
         elif args.spread:
             spread(for_sampling(world, args.dtype), args.slots or 32, args.waves)
         else:
