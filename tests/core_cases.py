@@ -1,17 +1,7 @@
-"""Ragged random batches, and quick compilation, for the tests of the functional core."""
+"""Ragged random batches for the tests of the functional core."""
 
-import jax
 import numpy as np
-import pytest
 from hypothesis import strategies as st
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """For test modules that import this: XLA optimizes less, since compiling is where time goes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def batch(seed, rows=3, length=9, *, num_groups=2, junk=0.0, group_size=None, max_turns=4):

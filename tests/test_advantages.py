@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 
 from jaxagentrl import advantages
 import oracles
-from core_cases import SEEDS, batch, quick_compilation  # noqa: F401
+from core_cases import SEEDS, batch
 
 # The shared fixture: three turns of 2, 2 and 1 tokens, junk value 9 on observations.
 MASK = np.array([1, 1, 0, 0, 1, 1, 0, 1], bool)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_cases import quick_compilation  # noqa: F401
 
 from jaxagentrl.models import attention
 

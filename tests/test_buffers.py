@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxagentrl import buffers
-from core_cases import quick_compilation  # noqa: F401
 
 few = settings(max_examples=25, deadline=None)
 

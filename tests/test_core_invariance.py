@@ -17,7 +17,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxagentrl import advantages, diagnostics, losses, transforms
-from core_cases import batch, quick_compilation  # noqa: F401
+from core_cases import batch
 
 NUM_GROUPS = 3
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28}

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_cases import quick_compilation  # noqa: F401
 
 from jaxagentrl import logprobs
 from jaxagentrl.models import decoder, kv_cache, layers, lora, rope

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_cases import quick_compilation  # noqa: F401
 from test_decoder import CONFIG, variant
 from test_mirrors import SLOTS, TURN, controls, sampled
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from jaxagentrl import diagnostics
-from core_cases import SEEDS, batch, quick_compilation  # noqa: F401
+from core_cases import SEEDS, batch
 
 few = settings(max_examples=25, deadline=None)
 ALL = np.ones((1, 4), bool)

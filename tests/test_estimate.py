@@ -7,7 +7,6 @@ must give.
 import numpy as np
 import oracles
 import pytest
-from core_cases import quick_compilation  # noqa: F401
 
 from jaxagentrl import estimate, learner
 from jaxagentrl.types import TrajectoryBatch

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from core_cases import quick_compilation  # noqa: F401
 
 from jaxagentrl import learner
 from jaxagentrl.models import decoder, sharding

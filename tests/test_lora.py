@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from core_cases import quick_compilation  # noqa: F401
 from test_sharding import UNTIED, assert_close, assert_placed, data, whole_rows
 
 from jaxagentrl import learner, optimizer

@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 from jaxagentrl import advantages, losses
 import oracles
-from core_cases import SEEDS, batch, quick_compilation  # noqa: F401
+from core_cases import SEEDS, batch
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 few = settings(max_examples=25, deadline=None)

@@ -9,7 +9,6 @@ import pytest
 
 from jaxagentrl import masking
 from jaxagentrl.advantages import group_normalized, whiten
-from core_cases import quick_compilation  # noqa: F401
 
 X = jnp.array([[1.0, 2.0, jnp.nan], [4.0, jnp.inf, 3.0]])
 MASK = np.array([[1, 1, 0], [1, 0, 1]], bool)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_cases import quick_compilation  # noqa: F401
 from jax.interpreters import partial_eval
 from test_decoder import CONFIG, tokens, variant
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from core_cases import quick_compilation  # noqa: F401
 from records import make_task, make_trajectory, make_turn
 from test_sharding import rows_in_parts
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxagentrl import advantages, transforms
 from jaxagentrl.types import TrajectoryBatch
 import oracles
-from core_cases import SEEDS, batch, quick_compilation  # noqa: F401
+from core_cases import SEEDS, batch
 
 few = settings(max_examples=25, deadline=None)
 IDS = np.array([0, 1, 0, 1, 2, 2, 3], np.int32)  # with three groups, the last row is padding
