@@ -73,6 +73,8 @@ def find(
     Returns:
         Row → what it copies, for rows that save `LEAST` tokens by it.
     """
+    if not computing:
+        return {}
     common = common_lengths(ids, wanted)
     np.fill_diagonal(common, 0)
     copies = _find(common, held, wanted, computing, partly=True)

@@ -370,8 +370,8 @@ def per_turn(world: World) -> None:
 def alike(world: World, members: int = 8) -> None:
     """Turns after the first of groups whose members act alike for a while, copied and computed.
 
-    Member m of M acts and hears what member 0 does in the first m / M of its turns, so that nearly half
-    of what is appended is another's. All episodes of a group open with one prompt, which is not timed.
+    Member m of M acts and hears what member 0 does in the first m / M of its turns: of what is appended
+    over many turns, nearly half is another's. A group's common first prompt is not timed.
     """
     rows, new, told = len(world.tasks), 24, 8
     sampler = make_engine(world, rows, 1, stop_ids=[-1])
@@ -379,7 +379,8 @@ def alike(world: World, members: int = 8) -> None:
     ids = np.random.default_rng(0).integers(0, world.config.vocab_size, (world.turns, rows, new))
     least, best = prefixes.LEAST, {}
     for repeat in range(2):
-        for name, prefixes.LEAST in (("copied", least), ("computed", world.max_length)):
+        for name, worth_it in (("copied", least), ("computed", world.max_length + 1)):
+            prefixes.LEAST = worth_it
             seconds, before = 0.0, dataclasses.replace(sampler.counters)
             for slot in range(rows):
                 sampler.release(0, slot)
