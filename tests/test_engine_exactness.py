@@ -28,7 +28,8 @@ STOP = 5
 LENGTH = 96
 SLOTS = 4
 # Few prompts, so that several episodes often open with the same one: it is computed once and copied.
-OPENINGS = [np.random.default_rng(0).integers(0, 37, n).astype(np.int32) for n in (2, 7, 33)]
+# Each is the beginning of the longest.
+OPENINGS = [np.random.default_rng(0).integers(0, 37, n).astype(np.int32) for n in (2, 7, 33, 24)]
 
 
 @functools.cache
@@ -228,6 +229,25 @@ def test_what_members_that_act_alike_hear_is_computed_once():
     # With the last token of the turn before and without the last of what is heard: 14.
     assert counted == [(32, 3 * 32), (2 * 14, 2 * 14), (2 * 14, 2 * 14), (4 * 14 + 7, 0)]
     assert largest_error(list(live.values())) <= 1e-4
+
+
+def test_words_that_all_begin_with_are_computed_once_where_the_wait_is_worth_it(monkeypatch):
+    eng, counted = make_engine(), []
+    for costs in (eng._extend_costs, tiling.Costs(call=0, positions=1e9)):  # a dear call and a free one
+        monkeypatch.setattr(eng, "_extend_costs", costs)
+        live = {slot: Episode(slot) for slot in range(SLOTS)}
+        before = dataclasses.replace(eng.counters)
+        for slot, episode in live.items():
+            eng.release(0, slot)
+            ids = np.concatenate([OPENINGS[3], np.arange(slot, slot + 9, dtype=np.int32)])
+            eng.submit(0, engine.TurnRequest(slot, ids, 3, (slot,)))
+            episode.ids += ids.tolist()
+        receive(eng, live)
+        assert not eng.is_busy(0)  # nobody waits for a later launch
+        used = eng.counters.since(before)
+        counted.append((used.tokens_extended, used.tokens_forked))
+        assert largest_error(list(live.values())) <= 1e-4
+    assert counted == [(4 * 32, 0), (32 + 3 * 8, 3 * 24)]
 
 
 def test_a_leader_that_is_released_in_the_middle_of_its_prompt_leaves_no_junk():

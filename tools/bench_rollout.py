@@ -202,14 +202,12 @@ def _answers(pool: EnvPool, count: int) -> dict:
 
 
 def transformers_reprefill(world: World):
-    """Batched `generate` on left-padded conversations, from nothing every turn."""
     import bench_transformers
 
     return bench_transformers.reprefill(world, lockstep, BUDGET)
 
 
 def transformers_kept_cache(world: World):
-    """`generate` given the cache of the turn before; rows that differ in length are padded for good."""
     import bench_transformers
 
     return bench_transformers.kept_cache(world, lockstep, BUDGET)
