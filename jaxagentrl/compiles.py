@@ -4,16 +4,24 @@ its cache, by its own account."""
 import concurrent.futures
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterable
 
 import jax
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
+_lock = threading.Lock()
 _count = 0
+_of_thread = threading.local()
 
 
 def count() -> int:
     return _count
+
+
+def count_here() -> int:
+    """Of the thread that asks, beside which others may compile."""
+    return getattr(_of_thread, "count", 0)
 
 
 def ahead(compilations: Iterable[Callable[[], object]]) -> None:
@@ -49,7 +57,10 @@ def knows(option: str, value: str | bool) -> bool:
 def _hear(event: str, duration: float, **_) -> None:
     global _count
     del duration
-    _count += event == _EVENT
+    if event == _EVENT:
+        with _lock:
+            _count += 1
+        _of_thread.count = count_here() + 1
 
 
 jax.monitoring.register_event_duration_secs_listener(_hear)

@@ -92,7 +92,7 @@ class Engine:
         self.max_turn_tokens = max_turn_tokens
         self.stop_ids = frozenset(int(token) for token in stop_ids)
         self.counters = Counters()
-        self._queue = dispatch.Queue()
+        self._queues = dispatch.for_waves(num_waves)
         self._filled_buckets = sorted(filled_buckets)
         self._width_buckets = sorted(min(width, max_length) for width in width_buckets)
         self._row_buckets = sorted({math.ceil(self.slots_per_wave / d) for d in row_divisors})
@@ -280,7 +280,7 @@ class Engine:
 
             return compile_it
 
-        with self._counting_compiles():
+        with self._counting_compiles(compiles.count):
             compiles.ahead(map(compilation, calls))
         for call in calls:
             self._run(0, call).result()
@@ -467,16 +467,16 @@ class Engine:
         return _Call(self._decode, arguments, ("decode", num_rows, filled, *words))
 
     def _run(self, wave: int, call: _Call) -> Future[Any]:
-        """Has the device's thread call a program on the wave's cache, which only that thread touches."""
+        """Has the wave's thread call a program on its cache, which only that thread touches."""
 
         def run() -> Any:
             self._announce(call)
-            with self._counting_compiles():
+            with self._counting_compiles(compiles.count_here):
                 cache, result = call.program(cache=self._caches[wave], **call.arguments)
             self._caches[wave] = cache
             return result
 
-        return self._queue.put(run)
+        return self._queues[wave].put(run)
 
     def _announce(self, call: _Call) -> None:
         """Says so before the compiler goes silent."""
@@ -486,13 +486,13 @@ class Engine:
             self._notice(f"compiling {program} {' x '.join(map(str, sizes))}")
 
     @contextlib.contextmanager
-    def _counting_compiles(self) -> Iterator[None]:
+    def _counting_compiles(self, count: Callable[[], int]) -> Iterator[None]:
         """Counts what jax compiled, expected or not: other parameters than those of the warm-up (their
         dtype, say) compile everything anew."""
-        before, since = compiles.count(), time.monotonic()
+        before, since = count(), time.monotonic()
         yield
-        if compiles.count() > before:
-            self.counters.compiles += compiles.count() - before
+        if count() > before:
+            self.counters.compiles += count() - before
             self.counters.seconds_compile += time.monotonic() - since
 
     def _filled(self, length: int) -> int:

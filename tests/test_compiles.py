@@ -29,6 +29,15 @@ def test_calls_find_what_was_compiled_ahead():
     assert compiles.count() == before + 4
 
 
+def test_a_thread_s_count_is_of_what_it_compiled_itself():
+    program, x = make_program(), jnp.arange(5.0)
+    everywhere, here = compiles.count(), compiles.count_here()
+    compiles.ahead([program.lower(x, power=7).compile])  # in a thread of its own
+    assert (compiles.count(), compiles.count_here()) == (everywhere + 1, here)
+    program(x, power=8)
+    assert (compiles.count(), compiles.count_here()) == (everywhere + 2, here + 1)
+
+
 def test_an_error_comes_out_and_the_rest_is_not_compiled(monkeypatch):
     monkeypatch.setattr(compiles.os, "cpu_count", lambda: 1)
     begun, may_end = [], threading.Event()

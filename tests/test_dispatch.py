@@ -1,6 +1,8 @@
-"""Programs are called one after the other, while the host goes on."""
+"""A wave's programs are called one after the other, while the host goes on."""
 
+import os
 import threading
+import time
 
 import jax
 import numpy as np
@@ -46,6 +48,38 @@ def test_the_host_goes_on_while_a_call_lasts():
         sampler.launch(params, wave)  # would wait a minute, and fail
     may_end.set()
     assert all(0 in sampler.receive(wave) for wave in range(2))
+
+
+def test_on_cpu_a_wave_does_not_wait_for_another():
+    params = decoder.init(CONFIG, jax.random.key(0))
+    sampler = make_engine(2, num_waves=2)
+    may_end, decode, calls = threading.Event(), sampler._decode, []
+
+    def first_lasts(*arguments, **options):
+        calls.append(None)
+        assert len(calls) > 1 or may_end.wait(60)
+        return decode(*arguments, **options)
+
+    sampler._decode = first_lasts
+    for wave in range(2):
+        sampler.submit(wave, engine.TurnRequest(0, conversations(1)[0][0], 3, (wave,)))
+    sampler.launch(params, 0)
+    while not calls:
+        time.sleep(0.001)
+    sampler.launch(params, 1)
+    assert 0 in sampler.receive(1)  # would wait a minute, and fail
+    may_end.set()
+    assert 0 in sampler.receive(0)
+
+
+def test_where_programs_cannot_run_side_by_side_waves_share_a_queue(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    first, second, third = dispatch.for_waves(3)
+    assert first is third is not second  # no more than there are cores
+    with sharding.use(sharding.make_mesh(data=8, fsdp=1, tensor=1)):
+        assert len(set(dispatch.for_waves(3))) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert len(set(dispatch.for_waves(3))) == 1
 
 
 def test_what_a_program_raises_comes_out_of_receive_and_is_cleared_away():
