@@ -37,13 +37,19 @@ class Queue:
         return self._thread.submit(run)
 
 
-def for_waves(count: int) -> list[Queue]:
-    """A queue for each of `count` waves: of its own on CPU, up to one per core, else one for all.
+def side_by_side(num_waves: int) -> int:
+    """How many of so many waves run programs at a time: on CPU up to one per core, else one.
 
     Much of a decode step keeps one core busy, attention over the cache above all; another wave's program
     has the others meanwhile (`docs/performance.md`). Not on a mesh of CPU devices, where the collectives
-    of two programs would wait for each other, nor on accelerators, which are busy with one program.
+    of two programs would wait for each other, nor on accelerators, which one program fills.
     """
-    is_shared = jax.default_backend() != "cpu" or sharding.active()
-    queues = [Queue() for _ in range(1 if is_shared else min(count, os.cpu_count() or 1))]
-    return [queues[wave % len(queues)] for wave in range(count)]
+    if jax.default_backend() != "cpu" or sharding.active():
+        return 1
+    return min(num_waves, os.cpu_count() or 1)
+
+
+def for_waves(num_waves: int) -> list[Queue]:
+    """A queue for each wave, as many different ones as run side by side."""
+    queues = [Queue() for _ in range(side_by_side(num_waves))]
+    return [queues[wave % len(queues)] for wave in range(num_waves)]

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import psutil
 
-from jaxagentrl import batching, imitate, learner, sampling, trees
+from jaxagentrl import batching, dispatch, imitate, learner, sampling, trees
 from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
@@ -315,7 +315,8 @@ def _sampling_bytes(
                 filled=options["max_length"],
                 restricted=False,
             ).compile()
-        needed["sampling"] = program_bytes(compiled)
+            at_once = dispatch.side_by_side(options["num_waves"])
+        needed["sampling"] = at_once * program_bytes(compiled)
     return cache_bytes, needed
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 import runpy
 
@@ -92,6 +93,16 @@ def test_on_a_mesh_bytes_are_those_of_one_device():
     copied = [x for x, leaf in zip(copies, leaves, strict=True) if address(x) != address(leaf)]
     assert made.sampling["decoding copy"] == bytes_on(device, copied)
     assert len(copied) == len(leaves) - 3
+
+
+def test_waves_that_run_side_by_side_need_room_side_by_side(monkeypatch):
+    needed = []
+    for cores in (1, 2):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        made, *_ = make_plan(limit=10**5)  # so little that the decode program is measured
+        needed.append(made.sampling["sampling"])
+    assert needed[1] == 2 * needed[0] > 0
+
 
 
 def test_the_reference_of_a_kl_term_is_counted():
