@@ -149,7 +149,7 @@ def attend_cached(
     scores of any other in the backward pass.
 
     Args:
-        q: [R, W, H, E]. k: [R, K, E, S], or in C blocks [R, K, C, E, S / C]. v: [R, K, S, E].
+        q: [R, W, H, E]. k: [R, K, E, S], or in C blocks [R, C, K, E, S / C]. v: [R, K, S, E].
             mask: [R or 1, W, S] bool.
         scale, softcap: as in `attend`.
 
@@ -157,7 +157,7 @@ def attend_cached(
         [R, W, H, E].
     """
     rows, width, heads, size = q.shape
-    num_kv_heads = k.shape[1]
+    num_kv_heads = k.shape[-3]
     # Queries of one key/value head side by side: one matrix product per row and head.
     q = q.reshape(rows, width, num_kv_heads, heads // num_kv_heads, size)
     q = q.transpose(0, 2, 3, 1, 4).reshape(rows, num_kv_heads, -1, size)
@@ -175,9 +175,9 @@ def _products(q: jax.Array, k: jax.Array) -> jax.Array:
         return jnp.einsum("rkqe,rkes->rkqs", q, k, preferred_element_type=jnp.float32)
     # q repeated and the order of the result are spelt out: of an einsum that has them to itself XLA on
     # CPU makes a transposed copy of the keys, or a product in four times the time.
-    q = jnp.broadcast_to(q[:, :, None], (*k.shape[:3], *q.shape[2:]))
-    scores = jnp.einsum("rkcqe,rkcep->rkcqp", q, k, preferred_element_type=jnp.float32)
-    scores = scores.swapaxes(2, 3)
+    q = jnp.broadcast_to(q[:, None], (*k.shape[:3], *q.shape[2:]))
+    scores = jnp.einsum("rckqe,rckep->rckqp", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.moveaxis(scores, 1, 3)
     return scores.reshape(*scores.shape[:3], -1)
 
 

@@ -33,7 +33,7 @@ _BLOCK = 64  # positions of a mirror's block of keys; 32 is as fast, 16 and 128 
 class Mirror(NamedTuple):
     """The filled positions of one layer, C blocks of 64, for the R rows of a call."""
 
-    keys: jax.Array  # [R, K, C, E, 64]
+    keys: jax.Array  # [R, C, K, E, 64]
     values: jax.Array  # [R, K, C · 64, E]
 
 
@@ -72,18 +72,23 @@ def mirrored(cache: KVCache, slots: jax.Array, filled: int) -> tuple[KVCache, in
     For a cache without scales, in the dtype of the computation.
     """
     size = -(-filled // _BLOCK) * _BLOCK
+    starts = jnp.arange(0, size, _BLOCK)
 
-    def take(array: jax.Array, axis: int) -> jax.Array:
+    def held(array: jax.Array, axis: int) -> jax.Array:
         array = jax.lax.slice_in_dim(array, 0, min(size, cache.max_length), axis=axis)
-        array = jnp.take(array, slots, axis=0, mode="clip")
         missing = [(0, 0)] * array.ndim
         missing[axis] = (0, max(size - cache.max_length, 0))
         return jnp.pad(array, missing)
 
+    def block(keys: jax.Array, slot: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(keys, (slot, 0, 0, start), (1, *keys.shape[1:3], _BLOCK))[0]
+
+    # One gather: of a gather that is transposed XLA makes two copies.
+    blocks = jax.vmap(jax.vmap(block, (None, None, 0)), (None, 0, None))
+
     def mirror(layer: int) -> Mirror:
-        keys, values = take(cache.keys[layer], 3), take(cache.values[layer], 2)
-        keys = keys.reshape(*keys.shape[:3], -1, _BLOCK).swapaxes(2, 3)
-        return Mirror(keys, values)
+        keys, values = held(cache.keys[layer], 3), held(cache.values[layer], 2)
+        return Mirror(blocks(keys, slots, starts), jnp.take(values, slots, axis=0, mode="clip"))
 
     mirrors = tuple(mirror(layer) for layer in range(cache.keys.shape[0]))
     return dataclasses.replace(cache, mirrors=mirrors), size
@@ -125,7 +130,7 @@ def write(
         mirror_rows = jnp.arange(keys.shape[0])[:, None, None]
         block, inside = jnp.divmod(places, _BLOCK)
         mirror = Mirror(
-            mirror.keys.at[mirror_rows, heads, block, :, inside].set(keys, mode="drop"),
+            mirror.keys.at[mirror_rows, block, heads, :, inside].set(keys, mode="drop"),
             mirror.values.at[mirror_rows, heads, places].set(values, mode="drop"),
         )
         mirrors = (*cache.mirrors[:layer], mirror, *cache.mirrors[layer + 1 :])
