@@ -23,11 +23,11 @@ COMMANDS = (
     "bench_packed.py --model tiny --length 128 --rows 1 --parts 1 --repeats 1 "
     "--compute_dtype float32",
     "bench_update.py --sizes 1M --rows 1 --length 16 --repeats 1",
-    "bench_rollout.py --size tiny --turns 1 --episodes 1 --repeats 1 --cache-dir {games}",
+    "bench_rollout.py --size tiny --turns 1 --episodes 2 --repeats 1 --cache-dir {games}",
     "bench_rollout.py --size tiny --turns 1 --episodes 1 --per-turn --workers 1 --dtype bfloat16 "
     "--cache-dir {games}",
     "bench_rollout.py --size tiny --turns 3 --episodes 8 --alike --cache-dir {games}",
-    "bench_rollout.py --size tiny --turns 2 --episodes 1 --spread --slots 1 --cache-dir {games}",
+    "bench_rollout.py --size tiny --turns 2 --episodes 1 --spread --slots 2 --cache-dir {games}",
     "bench_environments.py --size tiny --turns 1 --games 1 --group_size 2 --slots 2 --waves 1 2 "
     "--workers 1 --repeats 1 --cache_dir {games}",
 )
