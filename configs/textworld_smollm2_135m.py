@@ -33,8 +33,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.splits = dict(demo=(40_001, 60), train=(50_001, 256), test=(1, 100))
     config.sampling.update(
         num_slots=64,
-        # Two cores: one wave, whose rows share each reading of the weights.
-        num_waves=1,
+        # Two cores: two waves, which run side by side.
+        num_waves=2,
         max_length=640,
         max_turn_tokens=20,
         filled_buckets=(256, 384, 512, 640),
