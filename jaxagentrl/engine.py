@@ -44,7 +44,8 @@ class Engine:
     Args:
         config: shape of the model.
         num_slots: slots over all waves; a multiple of num_waves.
-        num_waves: each wave has its own cache, so one decodes while the environments of another step.
+        num_waves: each wave has its own cache, so one decodes while the environments of another step;
+            on CPU they run side by side (`dispatch.side_by_side`).
         max_length: positions per slot: the total token budget of an episode.
         max_turn_tokens: most tokens one turn may sample.
         stop_ids: ids that end a turn, the end-of-turn token among them.

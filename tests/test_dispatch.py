@@ -50,7 +50,8 @@ def test_the_host_goes_on_while_a_call_lasts():
     assert all(0 in sampler.receive(wave) for wave in range(2))
 
 
-def test_on_cpu_a_wave_does_not_wait_for_another():
+def test_on_cpu_a_wave_does_not_wait_for_another(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     params = decoder.init(CONFIG, jax.random.key(0))
     sampler = make_engine(2, num_waves=2)
     may_end, decode, calls = threading.Event(), sampler._decode, []
