@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 
 import jax
 import numpy as np
@@ -54,19 +53,19 @@ def test_on_cpu_a_wave_does_not_wait_for_another(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     params = decoder.init(CONFIG, jax.random.key(0))
     sampler = make_engine(2, num_waves=2)
-    may_end, decode, calls = threading.Event(), sampler._decode, []
+    begun, may_end, decode = threading.Event(), threading.Event(), sampler._decode
 
     def first_lasts(*arguments, **options):
-        calls.append(None)
-        assert len(calls) > 1 or may_end.wait(60)
+        is_first = not begun.is_set()
+        begun.set()
+        assert not is_first or may_end.wait(60)
         return decode(*arguments, **options)
 
     sampler._decode = first_lasts
     for wave in range(2):
         sampler.submit(wave, engine.TurnRequest(0, conversations(1)[0][0], 3, (wave,)))
     sampler.launch(params, 0)
-    while not calls:
-        time.sleep(0.001)
+    assert begun.wait(60)
     sampler.launch(params, 1)
     assert 0 in sampler.receive(1)  # would wait a minute, and fail
     may_end.set()

@@ -420,7 +420,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, help="default: 5, or 20 with --spread")
     parser.add_argument("--episodes", type=int, default=32)
     parser.add_argument("--slots", type=int, help="default: one for each episode")
-    parser.add_argument("--waves", type=int, default=2, help="on a CPU as many as there are cores run side by side")
+    parser.add_argument("--waves", type=int, default=2, help="on a CPU up to one per core run side by side")
     parser.add_argument("--workers", type=int, default=2, help="processes of environments")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and cache")
     parser.add_argument("--repeats", type=int, default=2)
