@@ -46,6 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
         max_turn_tokens=512,
         filled_buckets=(1024, 1536, 2560),
         width_buckets=(512, 1024),
+        row_divisors=(1, 4),
         cache_dtype="bfloat16",
     )
     config.rollout.update(

@@ -73,7 +73,7 @@ def get_config() -> ml_collections.ConfigDict:
         max_turn_tokens=12,
         filled_buckets=(64, 112, 176, 240),
         width_buckets=(24, 64),
-        row_divisors=(1, 4),
+        row_divisors=(1, 4, 16),
         cache_dtype="float32",
         linger_share=0.1,
     )

@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.tokenizer.vocab_size = 512
     config.model.update(hidden_size=32, num_layers=2, intermediate_size=64, head_dim=8)
     config.sampling.update(
-        num_slots=16, max_length=176, filled_buckets=(176,), width_buckets=(96,)
+        num_slots=16, max_length=176, filled_buckets=(176,), width_buckets=(96,), row_divisors=(1, 4)
     )
     config.rollout.update(max_turns=8)
     config.learner.update(length_buckets=(176,))

@@ -39,6 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
         max_turn_tokens=20,
         filled_buckets=(256, 384, 512, 640),
         width_buckets=(48, 128),
+        row_divisors=(1, 2, 4),
     )
     config.rollout.update(max_turns=8)
     config.learner.update(

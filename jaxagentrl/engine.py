@@ -16,18 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxagentrl import compiles, dispatch, prefixes, sampling, tiling, turns
+from jaxagentrl import calls, compiles, dispatch, prefixes, sampling, tiling, turns
 from jaxagentrl.models import decoder, kv_cache
 from jaxagentrl.turns import Counters, TurnRequest, TurnSample, Waiting
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """A program on a wave's cache: (cache, the others) → (cache, result)."""
-
-    program: Any  # of jax.jit, all arguments by keyword
-    arguments: dict[str, Any]  # all but the cache
-    name: tuple[Any, ...]  # what it is and its static sizes; one name is one compiled program
 
 
 @dataclasses.dataclass
@@ -35,7 +26,7 @@ class _Launched:
     """What the device is doing for a wave."""
 
     markers: list[Future[jax.Array]]  # ready when extend and fork are
-    calls: list[tuple[dict[int, int], Future[sampling.Sampled]]]  # row → slot of each decode call
+    decoding: Future[tuple[dict[int, TurnSample], float]]  # of `_decode_turns`
 
 
 class Engine:
@@ -92,7 +83,7 @@ class Engine:
         self.max_length = max_length
         self.max_turn_tokens = max_turn_tokens
         self.stop_ids = frozenset(int(token) for token in stop_ids)
-        self.counters = Counters()
+        self._counters = [Counters() for _ in range(num_waves)]  # a wave's thread adds to its own
         self._queues = dispatch.for_waves(num_waves)
         self._filled_buckets = sorted(filled_buckets)
         self._width_buckets = sorted(min(width, max_length) for width in width_buckets)
@@ -126,6 +117,11 @@ class Engine:
         self._ids = np.zeros((*shape, max_length + 1), np.int32)
         self._launched: list[_Launched | None] = [None] * num_waves
 
+    @property
+    def counters(self) -> Counters:
+        """Sums over the engine's life until now."""
+        return sum(self._counters, Counters())
+
     def length(self, wave: int, slot: int) -> int:
         """Tokens of the slot's episode so far."""
         return int(self._lengths[wave, slot]) + int(self._carry[wave, slot] >= 0)
@@ -145,7 +141,7 @@ class Engine:
         """Frees every slot. What the device is still doing is waited for and dropped, its errors too."""
         for wave in range(self.num_waves):
             if (launched := self._launched[wave]) is not None:
-                wait([*launched.markers, *(sampled for _, sampled in launched.calls)])
+                wait([*launched.markers, launched.decoding])
                 self._launched[wave] = None
             self._waiting[wave].clear()
         self._lengths[:] = 0
@@ -174,7 +170,7 @@ class Engine:
                 f"slot {slot}: a turn needs at least one new id and a budget in "
                 f"1..{self.max_turn_tokens}, got {len(new)} ids, {request.budget} tokens."
             )
-        self.counters.tokens_reprefill += self.length(wave, slot) + len(new)
+        self._counters[wave].tokens_reprefill += self.length(wave, slot) + len(new)
         if self._carry[wave, slot] >= 0:
             new = np.concatenate([self._carry[wave, slot : slot + 1], new])
         positions = int(self._lengths[wave, slot]) + len(new) + request.budget - 1
@@ -199,8 +195,8 @@ class Engine:
         waiting = self._waiting[wave]
         if not waiting:
             return
-        self.counters.turns_launched += len(waiting)
-        self.counters.slots_launched += self.slots_per_wave
+        self._counters[wave].turns_launched += len(waiting)
+        self._counters[wave].slots_launched += self.slots_per_wave
         self._find_leaders(wave)
         markers: list[Future[jax.Array]] = []
         slots: list[int] = []
@@ -209,11 +205,8 @@ class Engine:
             while more := self._copy_leaders(wave) + self._append(params, wave, had):
                 markers += more
             slots = sorted(slot for slot, item in waiting.items() if len(item.ids) == 1)
-        calls = [
-            (rows, self._start_decode(params, wave, rows, num_rows, filled))
-            for num_rows, filled, rows in self._tile_decode(wave, slots)
-        ]
-        self._launched[wave] = _Launched(markers, calls)
+        decoding = self._queues[wave].put(lambda: self._decode_turns(params, wave, slots))
+        self._launched[wave] = _Launched(markers, decoding)
 
     def receive(self, wave: int) -> Mapping[int, TurnSample]:
         """Waits for the wave's launch; returns slot → sample for every turn that ended."""
@@ -223,28 +216,46 @@ class Engine:
         before = self._waited()
         jax.block_until_ready([marker.result() for marker in launched.markers])
         extended = self._waited()
-        results = jax.block_until_ready([sampled.result() for _, sampled in launched.calls])
-        decoded = self._waited()
-        since = time.monotonic()
-        results = jax.device_get(results)
-        self.counters.seconds_extend += max(0.0, extended - before)
-        self.counters.seconds_decode += max(0.0, decoded - extended)
-        self.counters.seconds_transfer += time.monotonic() - since
-        ended = {}
-        for (rows, _), sampled in zip(launched.calls, results, strict=True):
-            ended |= self._take(wave, rows, sampled)
+        ended, decoded = launched.decoding.result()
+        counters, received = self._counters[wave], self._waited()
+        counters.seconds_extend += max(0.0, extended - before)
+        counters.seconds_decode += max(0.0, decoded - extended)
+        counters.seconds_transfer += max(0.0, received - max(extended, decoded))
         return ended
 
     def _waited(self) -> float:
         """A clock that stands still for compiling, which is counted by itself."""
         return time.monotonic() - self.counters.seconds_compile
 
+    def _decode_turns(
+        self, params: decoder.Params, wave: int, slots: Sequence[int]
+    ) -> tuple[dict[int, TurnSample], float]:
+        """In the wave's thread, which has the wave to itself until it is received: samples the turns of
+        these slots. Returns those that ended, and when the device was done.
+
+        Rows that are done cost nothing for long: a call ends once those that are left fit fewer rows, and
+        these, of all calls, are split into calls anew.
+        """
+        waiting, ended, decoded = self._waiting[wave], {}, self._waited()
+        num_lingering = int(self._linger_share * len(slots))
+        while len(slots) > num_lingering:
+            for num_rows, filled, rows in self._tile_decode(wave, slots):
+                fewer = [size for size in self._decode_buckets() if size < num_rows]
+                until = max([num_lingering * len(rows) // len(slots), *fewer])
+                begun = {r: (s, waiting[s], int(self._lengths[wave, s])) for r, s in rows.items()}
+                call = self._decode_call(params, begun, num_rows, filled, until=until)
+                sampled = jax.block_until_ready(self._call(wave, call))
+                decoded = self._waited()
+                ended |= self._take(wave, rows, num_rows, jax.device_get(sampled))
+            slots = [slot for slot in slots if slot not in ended]
+        return ended, decoded
+
     def _take(
-        self, wave: int, rows: Mapping[int, int], sampled: sampling.Sampled
+        self, wave: int, rows: Mapping[int, int], num_rows: int, sampled: sampling.Sampled
     ) -> dict[int, TurnSample]:
         """Takes in what a decode call sampled for its rows; returns the turns that ended."""
-        self.counters.decode_steps += int(sampled.steps)
-        self.counters.decode_places += int(sampled.places)
+        self._counters[wave].decode_steps += int(sampled.steps)
+        self._counters[wave].decode_places += int(sampled.steps) * num_rows
         ended = {}
         for row, slot in rows.items():
             item, count = self._waiting[wave][slot], int(sampled.counts[row])
@@ -253,14 +264,14 @@ class Engine:
             begin = int(self._lengths[wave, slot]) + 1  # behind the token that the call began with
             self._ids[wave, slot, begin : begin + count] = item.pieces[-1].ids
             self._lengths[wave, slot] += count
-            self.counters.tokens_decoded += count
+            self._counters[wave].tokens_decoded += count
             if sampled.unfinished[row]:
                 if count:
                     item.ids = item.pieces[-1].ids[-1:]
                 continue
             ended[slot] = turns.join(item.pieces)
             self._carry[wave, slot] = ended[slot].ids[-1]
-            self.counters.turns += 1
+            self._counters[wave].turns += 1
             del self._waiting[wave][slot]
         return ended
 
@@ -270,9 +281,9 @@ class Engine:
         Args:
             restricted: whether turns will use top-k, top-p or min-p.
         """
-        calls = list(self._every_call(params, restricted))
+        every_call = list(self._every_call(params, restricted))
 
-        def compilation(call: _Call) -> Callable[[], None]:
+        def compilation(call: calls.Call) -> Callable[[], None]:
             lowered = call.program.lower(cache=self._caches[0], **call.arguments)
 
             def compile_it() -> None:
@@ -281,28 +292,25 @@ class Engine:
 
             return compile_it
 
-        with self._counting_compiles(compiles.count):
-            compiles.ahead(map(compilation, calls))
-        for call in calls:
+        with self._counting_compiles(0, compiles.count):
+            compiles.ahead(map(compilation, every_call))
+        for call in every_call:
             self._run(0, call).result()
         jax.block_until_ready(self._caches[0])
 
-    def _every_call(self, params: decoder.Params, restricted: bool) -> Iterator[_Call]:
+    def _every_call(self, params: decoder.Params, restricted: bool) -> Iterator[calls.Call]:
         """One of every program, on no rows."""
         for rows in self._row_buckets:
-            nobody, zeros = np.full(rows, self.slots_per_wave, np.int32), np.zeros(rows, np.int32)
             for index, width in enumerate(self._width_buckets):
                 narrower = self._width_buckets[index - 1] if index else 0
-                tokens = np.zeros((rows, width), np.int32)
                 for filled in self._filled_buckets:
                     if filled > narrower:
-                        yield self._extend_call(params, tokens, nobody, zeros, zeros, filled)
+                        yield self._extend_call(params, {}, (rows, width, filled))
             for filled in self._filled_buckets:
-                yield self._fork_call(zeros, nobody, filled)
-        decode_rows = self._row_buckets if sampling.decodes_some_rows() else [self.slots_per_wave]
-        for rows in decode_rows:
+                yield self._fork_call([], rows, filled)
+        for rows in self._decode_buckets():
             for filled in self._filled_buckets:
-                yield self._decode_call(params, 0, {}, rows, filled, restricted)
+                yield self._decode_call(params, {}, rows, filled, restricted=restricted)
 
     def _check_settled(self, wave: int) -> None:
         if self._launched[wave] is not None:
@@ -330,19 +338,14 @@ class Engine:
         ]
         markers, most = [], self._row_buckets[-1]
         for start in range(0, len(copies), most):
-            rows = copies[start : start + most]
-            num_rows = tiling.bucket(len(rows), self._row_buckets)
-            sources = np.zeros(num_rows, np.int32)
-            targets = np.full(num_rows, self.slots_per_wave, np.int32)
-            sources[: len(rows)] = [copy.source for _, copy in rows]
-            targets[: len(rows)] = [target for target, _ in rows]
-            longest = max(copy.length for _, copy in rows)
-            call = self._fork_call(sources, targets, self._filled(longest))
-            markers.append(self._run(wave, call))
+            pairs = [(copy.source, target) for target, copy in copies[start : start + most]]
+            longest = max(copy.length for _, copy in copies[start : start + most])
+            num_rows = tiling.bucket(len(pairs), self._row_buckets)
+            markers.append(self._run(wave, self._fork_call(pairs, num_rows, self._filled(longest))))
         for target, copy in copies:
             item, saved = waiting[target], copy.length - int(lengths[target])
             lengths[target] = copy.length
-            self.counters.tokens_forked += saved
+            self._counters[wave].tokens_forked += saved
             item.ids, item.leader = item.ids[saved:], None
         return markers
 
@@ -356,7 +359,7 @@ class Engine:
         }
         had.update(rows)
         slots, lengths = sorted(rows), self._lengths[wave]
-        calls = tiling.tile(
+        tiles = tiling.tile(
             [(len(rows[slot]), int(lengths[slot]) + len(rows[slot])) for slot in slots],
             row_buckets=self._row_buckets,
             width_buckets=self._width_buckets,
@@ -365,7 +368,7 @@ class Engine:
         )
         return [
             self._extend_rows(params, wave, shape, {slots[i]: rows[slots[i]] for i in part})
-            for *shape, part in calls
+            for *shape, part in tiles
         ]
 
     def _extend_rows(
@@ -375,20 +378,15 @@ class Engine:
         shape: tuple[int, int, int],
         rows: Mapping[int, np.ndarray],
     ) -> Future[jax.Array]:
-        num_rows, width, filled = shape
-        tokens = np.zeros((num_rows, width), np.int32)
-        slots = np.full(num_rows, self.slots_per_wave, np.int32)
-        lengths, counts = np.zeros((2, num_rows), np.int32)
-        for row, (slot, ids) in enumerate(rows.items()):
-            tokens[row, : len(ids)] = ids
-            slots[row], lengths[row], counts[row] = slot, self._lengths[wave, slot], len(ids)
-        call = self._extend_call(params, tokens, slots, lengths, counts, filled)
-        marker = self._run(wave, call)
+        lengths = self._lengths[wave]
+        new = {slot: (ids, int(lengths[slot])) for slot, ids in rows.items()}
+        marker = self._run(wave, self._extend_call(params, new, shape))
         for slot, ids in rows.items():
-            self._lengths[wave, slot] += len(ids)
+            lengths[slot] += len(ids)
             self._waiting[wave][slot].ids = self._waiting[wave][slot].ids[len(ids) :]
-        self.counters.tokens_extended += int(counts.sum())
-        self.counters.tokens_padded += num_rows * width - int(counts.sum())
+        num_tokens = sum(map(len, rows.values()))
+        self._counters[wave].tokens_extended += num_tokens
+        self._counters[wave].tokens_padded += shape[0] * shape[1] - num_tokens
         return marker
 
     def _tile_decode(
@@ -399,87 +397,45 @@ class Engine:
         sizes = [(1, int(lengths[slot]) + waiting[slot].budget) for slot in slots]
         if not sampling.decodes_some_rows():
             return [(self.slots_per_wave, self._filled(max(sizes)[1]), {s: s for s in slots})]
-        calls = tiling.tile(
+        tiles = tiling.tile(
             sizes,
-            row_buckets=self._row_buckets,
+            row_buckets=self._decode_buckets(),
             width_buckets=[1],
             filled_buckets=self._filled_buckets,
             costs=self._decode_costs,
         )
         return [
             (num_rows, filled, {row: slots[i] for row, i in enumerate(sorted(part))})
-            for num_rows, _, filled, part in calls
+            for num_rows, _, filled, part in tiles
         ]
 
-    def _start_decode(
-        self, params: decoder.Params, wave: int, rows: Mapping[int, int], num_rows: int, filled: int
-    ) -> Future[sampling.Sampled]:
-        requests = (self._waiting[wave][slot].request for slot in rows.values())
-        restricted = any(r.top_k > 0 or r.top_p < 1 or r.min_p > 0 for r in requests)
-        return self._run(wave, self._decode_call(params, wave, rows, num_rows, filled, restricted))
+    def _decode_buckets(self) -> list[int]:
+        """Rows that a decode call may have."""
+        return self._row_buckets if sampling.decodes_some_rows() else [self.slots_per_wave]
 
-    def _extend_call(self, params, tokens, slots, lengths, counts, filled) -> _Call:
-        arguments = dict(params=params, tokens=tokens, slots=slots, lengths=lengths, counts=counts)
-        return _Call(self._extend, arguments | {"filled": filled}, ("extend", *tokens.shape, filled))
+    def _extend_call(self, params, rows, shape) -> calls.Call:
+        return calls.extend(self._extend, params, rows, shape, num_slots=self.slots_per_wave)
 
-    def _fork_call(self, sources, targets, filled) -> _Call:
-        arguments = dict(sources=sources, targets=targets, filled=filled)
-        return _Call(self._fork, arguments, ("fork", len(sources), filled))
+    def _fork_call(self, pairs, num_rows, filled) -> calls.Call:
+        return calls.fork(self._fork, pairs, num_rows, filled, num_slots=self.slots_per_wave)
 
-    def _decode_call(
-        self,
-        params: decoder.Params,
-        wave: int,
-        rows: Mapping[int, int],
-        num_rows: int,
-        filled: int,
-        restricted: bool,
-    ) -> _Call:
-        slots, pending, lengths = np.full((3, num_rows), [[self.slots_per_wave], [0], [0]], np.int32)
-        controls = sampling.Controls(
-            budgets=np.zeros(num_rows, np.int32),
-            temperatures=np.ones(num_rows, np.float32),
-            top_k=np.zeros(num_rows, np.int32),
-            top_p=np.ones(num_rows, np.float32),
-            min_p=np.zeros(num_rows, np.float32),
-            stop_ids=np.tile(self._stop_ids, (num_rows, 1)),
-            streams=np.zeros((num_rows, 2), np.uint32),
-        )
-        for row, slot in rows.items():
-            item = self._waiting[wave][slot]
-            slots[row], pending[row], lengths[row] = slot, item.ids[0], self._lengths[wave, slot]
-            controls.budgets[row] = item.budget
-            controls.temperatures[row] = item.request.temperature
-            controls.top_k[row] = item.request.top_k
-            controls.top_p[row] = item.request.top_p
-            controls.min_p[row] = item.request.min_p
-            controls.streams[row] = turns.stream_words(item.request.stream)
-        arguments = dict(
-            params=params,
-            slots=slots if sampling.decodes_some_rows() else None,
-            pending=pending,
-            lengths=lengths,
-            controls=controls,
-            linger=np.int32(self._linger_share * len(rows)),
-            filled=filled,
-            restricted=restricted,
-        )
-        words = ["restricted"] if restricted else []
-        return _Call(self._decode, arguments, ("decode", num_rows, filled, *words))
+    def _decode_call(self, params, rows, num_rows, filled, **options) -> calls.Call:
+        options |= dict(num_slots=self.slots_per_wave, stop_ids=self._stop_ids)
+        return calls.decode(self._decode, params, rows, num_rows, filled, **options)
 
-    def _run(self, wave: int, call: _Call) -> Future[Any]:
-        """Has the wave's thread call a program on its cache, which only that thread touches."""
+    def _run(self, wave: int, call: calls.Call) -> Future[Any]:
+        """Has the wave's thread call a program."""
+        return self._queues[wave].put(lambda: self._call(wave, call))
 
-        def run() -> Any:
-            self._announce(call)
-            with self._counting_compiles(compiles.count_here):
-                cache, result = call.program(cache=self._caches[wave], **call.arguments)
-            self._caches[wave] = cache
-            return result
+    def _call(self, wave: int, call: calls.Call) -> Any:
+        """Calls a program on the wave's cache, which only the wave's thread touches."""
+        self._announce(call)
+        with self._counting_compiles(wave, compiles.count_here):
+            cache, result = call.program(cache=self._caches[wave], **call.arguments)
+        self._caches[wave] = cache
+        return result
 
-        return self._queues[wave].put(run)
-
-    def _announce(self, call: _Call) -> None:
+    def _announce(self, call: calls.Call) -> None:
         """Says so before the compiler goes silent."""
         if call.name not in self._seen:
             self._seen.add(call.name)
@@ -487,14 +443,14 @@ class Engine:
             self._notice(f"compiling {program} {' x '.join(map(str, sizes))}")
 
     @contextlib.contextmanager
-    def _counting_compiles(self, count: Callable[[], int]) -> Iterator[None]:
+    def _counting_compiles(self, wave: int, count: Callable[[], int]) -> Iterator[None]:
         """Counts what jax compiled, expected or not: other parameters than those of the warm-up (their
         dtype, say) compile everything anew."""
         before, since = count(), time.monotonic()
         yield
         if count() > before:
-            self.counters.compiles += count() - before
-            self.counters.seconds_compile += time.monotonic() - since
+            self._counters[wave].compiles += count() - before
+            self._counters[wave].seconds_compile += time.monotonic() - since
 
     def _filled(self, length: int) -> int:
         return tiling.bucket(length, self._filled_buckets)

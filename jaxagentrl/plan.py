@@ -334,7 +334,7 @@ def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
 
 
 def _decode_inputs(slots: int) -> tuple[Any, ...]:
-    """Shapes of slots, pending, lengths, controls and linger of the decode program."""
+    """Shapes of slots, pending, lengths, controls and until of the decode program."""
 
     def shape(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)

@@ -10,7 +10,6 @@ S slots, R rows of one call, W width of an extend, T token budget of a turn, V v
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -51,7 +50,6 @@ class Sampled(NamedTuple):
     counts: jax.Array  # [R] int32, tokens sampled, the stop token included
     unfinished: jax.Array  # [R] bool, the call ended before the row's turn did
     steps: jax.Array  # [] int32, forward passes
-    places: jax.Array  # [] int32, rows of all of these together
 
 
 def check(
@@ -168,10 +166,8 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         lengths: [R] int32, tokens in the cache.
         controls: see `Controls`. Every token's key is folded from its row's stream and its
             position, so a trajectory does not depend on slot, wave or finishing order.
-        linger: [] int32: the call ends once at most this many rows are still in their turn. They
+        until: [] int32: the call ends once at most this many rows are still in their turn. They
             are `unfinished` and go on in a later call, with the same result.
-            (Where rows are what a step costs, the call itself goes on with half of its rows once no more
-            are in their turn, see `decoding_layout.row_counts`.)
         filled: static bound on lengths + budgets.
         restricted: static; False compiles without top-k, top-p and min-p, which cost a sort of the
             vocabulary, and then requires them to be off.
@@ -190,45 +186,12 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         donate_argnames="cache",
         compiler_options=_known(_DECODE_OPTIONS),
     )
-    def decode(params, cache, slots, pending, lengths, controls, linger, *, filled, restricted):
-        num_rows = pending.shape[0]
-        sizes = [num_rows]
+    def decode(params, cache, slots, pending, lengths, controls, until, *, filled, restricted):
         if slots is not None and _can_be_mirrored(cache, params):
             cache, filled = kv_cache.mirrored(cache, slots, filled)
-            sizes = decoding_layout.row_counts(params, num_rows)
-        shape = (num_rows, max_turn_tokens)
-        rows = _Rows(slots, jnp.arange(num_rows), controls)
-        carry = {
-            "cache": cache,
-            "pending": pending,
-            "lengths": lengths,
-            "counts": jnp.zeros_like(lengths),
-            "active": controls.budgets > 0,
-            "steps": jnp.int32(0),
-            "out": (jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape)),
-        }
-        counts, unfinished, computed = carry["counts"], carry["active"], jnp.int32(0)
-        for size, following in itertools.pairwise([*sizes, 0]):
-            if size < num_rows:
-                rows, carry = _without_finished(rows, carry, size)
-            before = carry["steps"]
-            carry = run(
-                decoding_layout.for_rows(params, size) if cache.mirrors is not None else params,
-                rows,
-                carry,
-                jnp.maximum(linger, following),
-                filled=filled,
-                restricted=restricted,
-            )
-            counts = counts.at[rows.places].set(carry["counts"])
-            unfinished = unfinished.at[rows.places].set(carry["active"])
-            computed += size * (carry["steps"] - before)
-        cache = dataclasses.replace(carry["cache"], mirrors=None)
-        return cache, Sampled(*carry["out"], counts, unfinished, carry["steps"], computed)
-
-    def run(params, rows, carry, until, *, filled, restricted):
-        """Steps of these rows until at most `until` of them are still in their turn."""
-        slots, places, controls = rows
+            params = decoding_layout.for_rows(params, pending.shape[0])
+        num_rows = pending.shape[0]
+        rows, shape = jnp.arange(num_rows), (num_rows, max_turn_tokens)
         keys = jax.random.wrap_key_data(controls.streams)
         greedy = controls.temperatures <= 0
         scale = jnp.where(greedy, 1.0, controls.temperatures)[:, None]
@@ -255,7 +218,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
             token = sample(z, jax.vmap(jax.random.fold_in)(keys, lengths), greedy)
             chosen, entropies = describe(z, token)
             # Idle rows write at index T, which is dropped.
-            where = (places, jnp.where(active, carry["counts"], max_turn_tokens))
+            where = (rows, jnp.where(active, carry["counts"], max_turn_tokens))
             counts = carry["counts"] + active
             stopped = jnp.any(token[:, None] == controls.stop_ids, axis=1)
             out = carry["out"]
@@ -273,25 +236,20 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
                 ),
             }
 
-        return jax.lax.while_loop(is_running, step, carry)
+        start = {
+            "cache": cache,
+            "pending": pending,
+            "lengths": lengths,
+            "counts": jnp.zeros_like(lengths),
+            "active": controls.budgets > 0,
+            "steps": jnp.int32(0),
+            "out": (jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape)),
+        }
+        end = jax.lax.while_loop(is_running, step, start)
+        cache = dataclasses.replace(end["cache"], mirrors=None)
+        return cache, Sampled(*end["out"], end["counts"], end["active"], end["steps"])
 
     return decode
-
-
-class _Rows(NamedTuple):
-    """What the rows of a decode loop are, beside what its steps change."""
-
-    slots: jax.Array | None  # [r] int32
-    places: jax.Array  # [r] int32, which rows of the call
-    controls: Controls
-
-
-def _without_finished(rows: _Rows, carry: dict, size: int) -> tuple[_Rows, dict]:
-    """`size` of the rows, those that are still in their turn first."""
-    chosen = jnp.argsort(~carry["active"], stable=True)[:size]
-    by_row = {name: carry[name] for name in ("pending", "lengths", "counts", "active")}
-    rows, by_row = jax.tree.map(lambda x: x[chosen], (rows, by_row))
-    return rows, carry | by_row | {"cache": kv_cache.mirrors_of(carry["cache"], chosen)}
 
 
 def _known(options: dict[str, dict[str, str | bool]]) -> dict[str, str | bool]:

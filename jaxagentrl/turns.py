@@ -22,6 +22,11 @@ class TurnRequest:
     top_p: float = 1.0
     min_p: float = 0.0
 
+    @property
+    def is_restricted(self) -> bool:
+        """Whether not every token may be sampled."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class TurnSample:
@@ -51,6 +56,10 @@ class Counters:
     seconds_decode: float = 0.0  # the host waited for decode
     seconds_transfer: float = 0.0  # samples came from the device
     seconds_compile: float = 0.0  # calls in which something was compiled
+
+    def __add__(self, other: "Counters") -> "Counters":
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return Counters(**{key: mine[key] + theirs[key] for key in mine})
 
     def since(self, earlier: "Counters") -> "Counters":
         """What was added since a copy was taken."""

@@ -43,39 +43,6 @@ def test_transposed_weights_change_neither_samples_nor_the_cache(name, transpose
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cache, plain_cache)
 
 
-@pytest.mark.parametrize("linger", [0, 1, 3, 4])  # 4: more are left than half of the rows
-def test_a_call_that_goes_on_with_half_of_its_rows_samples_the_same(linger, transposed, monkeypatch):
-    config, params = variant("plain")
-    params = decoding_layout.for_decoding(params, "float32")
-
-    def call():
-        return sampled(
-            config, params, (60, 63, 64, 52, 1), capacity=150, filled=100,
-            order=[3, 0, 2, 4, 1, SLOTS], linger=linger,  # one idle, one that is padding
-        )
-
-    plain_cache, plain = call()
-    monkeypatch.setattr(decoding_layout, "_HALVED", 2)
-    assert decoding_layout.row_counts(params, 6) == [6, 3]
-    cache, ours = call()
-    steps = int(plain.steps)
-    assert int(ours.steps) == steps and int(plain.places) == 6 * steps
-    # Steps with more than three rows in their turn had six, the others three.
-    alive = np.array([sum(np.asarray(plain.counts) > step) for step in range(steps)])
-    assert int(ours.places) == sum(np.where(alive > 3, 6, 3))
-    assert linger >= 3 or {3, 6} == set(np.where(alive > 3, 6, 3))
-    np.testing.assert_array_equal(ours.counts, plain.counts)
-    np.testing.assert_array_equal(ours.unfinished, plain.unfinished)
-    assert sum(ours.unfinished) <= linger
-    for row, count in enumerate(plain.counts):
-        np.testing.assert_array_equal(ours.tokens[row, :count], plain.tokens[row, :count])
-        for name in ("logprobs", "entropies"):
-            np.testing.assert_allclose(
-                getattr(ours, name)[row, :count], getattr(plain, name)[row, :count], atol=2e-5
-            )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cache, plain_cache)
-
-
 @pytest.mark.parametrize("name", ["plain", "biases"])  # tied, and with an unembedding of its own
 def test_few_rows_are_the_right_side_of_every_product_with_weights(name, transposed, monkeypatch):
     """In the compiled program: XLA's simplifier likes to turn the sides round."""

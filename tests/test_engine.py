@@ -263,6 +263,43 @@ def test_rows_share_calls_with_rows_of_their_length(params, monkeypatch):
         np.testing.assert_allclose(ours[slot].logprobs, whole[slot].logprobs, atol=1e-4)
 
 
+@pytest.mark.parametrize("linger_share", [0.0, 0.3])
+def test_turns_go_on_in_calls_of_fewer_rows_once_others_have_ended(params, linger_share, monkeypatch):
+    """Two calls of eight, of short and of long episodes: the one row that is left of each goes on with
+    the other's, at once or, where rows may linger, with the next launch."""
+    monkeypatch.setattr(tiling, "decode_costs", lambda config: tiling.Costs(1, 8))
+    budgets = [6 if slot in (3, 12) else 1 + slot % 3 for slot in range(16)]
+
+    def played(row_divisors):
+        eng = make_engine(
+            16, row_divisors=row_divisors, width_buckets=(40,), stop_ids=[], linger_share=linger_share
+        )
+        requests = [
+            engine.TurnRequest(slot, np.full(9 if slot < 8 else 40, slot, np.int32), budget, (slot,))
+            for slot, budget in enumerate(budgets)
+        ]
+        calls, decode = [], eng._decode
+
+        def noted(**arguments):
+            cache, sampled = decode(**arguments)
+            calls.append((len(arguments["slots"]), int(sampled.steps), int(sum(sampled.unfinished))))
+            return cache, sampled
+
+        eng._decode = noted
+        return act(eng, params, 0, requests), calls, eng.counters
+
+    whole, calls, counters = played((1,))
+    assert calls == ([(16, 3, 2), (16, 3, 0)] if linger_share else [(16, 6, 0)])
+    assert counters.decode_places == 16 * 6
+    samples, calls, counters = played((1, 2, 8))
+    assert calls == [(8, 3, 1), (8, 3, 1), (2, 3, 0)]
+    assert counters.decode_places == 8 * 3 + 8 * 3 + 2 * 3
+    assert counters.tokens_decoded == sum(budgets)
+    for slot in range(16):
+        np.testing.assert_array_equal(samples[slot].ids, whole[slot].ids)
+        np.testing.assert_allclose(samples[slot].logprobs, whole[slot].logprobs, atol=1e-4)
+
+
 def test_history_is_never_prefilled_again(params):
     talks = conversations(6)
     eng = make_engine(6)

@@ -80,6 +80,7 @@ jaxagentrl.sampling
 jaxagentrl.tiling
 jaxagentrl.prefixes
 jaxagentrl.turns
+jaxagentrl.calls
 jaxagentrl.engine
 jaxagentrl.packing
 jaxagentrl.trees

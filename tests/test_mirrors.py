@@ -28,7 +28,7 @@ def controls() -> sampling.Controls:
     )
 
 
-def sampled(config, params, lengths, *, capacity: int, filled: int, order=None, linger: int = 0):
+def sampled(config, params, lengths, *, capacity: int, filled: int, order=None):
     """One decode call after `lengths` tokens of each slot: the cache, and what it sampled.
 
     `order` is the slot of each row, None all slots in order without saying so: on CPU what reads
@@ -50,7 +50,7 @@ def sampled(config, params, lengths, *, capacity: int, filled: int, order=None, 
     )
     settings = settings._replace(budgets=jnp.where(rows < SLOTS, settings.budgets, 0))
     slots = None if order is None else rows
-    given = (slots, pending, held, settings, jnp.int32(linger))
+    given = (slots, pending, held, settings, jnp.int32(0))
     return decode(params, cache, *given, filled=filled, restricted=False)
 
 

@@ -20,7 +20,6 @@ _JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
 # or fewer bytes, which processors cache, steps are as fast or faster as they are (`docs/performance.md`).
 _FEW_ROWS = 64
 _UNCACHED = 4 << 20
-_HALVED = 8  # fewest rows of a call that goes on with half of them
 
 
 def for_decoding(params: Params, dtype: str) -> Params:
@@ -49,14 +48,6 @@ def for_rows(params: Params, num_rows: int) -> Params:
     # The embedding lies as its transpose is to.
     tied = {"lm_head": {"transposed": params["embed"]["embedding"]}}
     return params | tied | few_rows
-
-
-def row_counts(params: Params, num_rows: int) -> list[int]:
-    """How many rows the steps of a decode call have, as those of its `num_rows` finish their turns.
-
-    Half of them once the others are done: a second loop to compile, for models whose steps take long.
-    """
-    return [num_rows, num_rows // 2] if "few_rows" in params and num_rows >= _HALVED else [num_rows]
 
 
 def joined(params: Params) -> Params:

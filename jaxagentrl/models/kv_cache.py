@@ -94,12 +94,6 @@ def mirrored(cache: KVCache, slots: jax.Array, filled: int) -> tuple[KVCache, in
     return dataclasses.replace(cache, mirrors=mirrors), size
 
 
-def mirrors_of(cache: KVCache, rows: jax.Array) -> KVCache:
-    """The cache with the mirrors of some of the rows that it has mirrors of."""
-    mirrors = jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), cache.mirrors)
-    return dataclasses.replace(cache, mirrors=mirrors)
-
-
 def write(
     cache: KVCache,
     layer: jax.Array | int,

@@ -1,0 +1,107 @@
+"""Calls of the sampling programs: which program, with which arrays."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxagentrl import sampling, turns
+from jaxagentrl.models import decoder
+from jaxagentrl.turns import Waiting
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A program on a wave's cache: (cache, the others) → (cache, result)."""
+
+    program: Any  # of jax.jit, all arguments by keyword
+    arguments: dict[str, Any]  # all but the cache
+    name: tuple[Any, ...]  # what it is and its static sizes; one name is one compiled program
+
+
+def extend(
+    program: sampling.Extend,
+    params: decoder.Params,
+    rows: Mapping[int, tuple[np.ndarray, int]],
+    shape: tuple[int, int, int],
+    *,
+    num_slots: int,
+) -> Call:
+    """Appends ids to slots: `rows` are slot → (ids, tokens in its cache), `shape` is (rows, width, filled)."""
+    num_rows, width, filled = shape
+    tokens = np.zeros((num_rows, width), np.int32)
+    slots, lengths, counts = _padded(num_rows, num_slots)
+    for row, (slot, (ids, length)) in enumerate(rows.items()):
+        tokens[row, : len(ids)] = ids
+        slots[row], lengths[row], counts[row] = slot, length, len(ids)
+    arguments = dict(params=params, tokens=tokens, slots=slots, lengths=lengths, counts=counts)
+    return Call(program, arguments | {"filled": filled}, ("extend", *shape))
+
+
+def fork(
+    program: Any, pairs: Sequence[tuple[int, int]], num_rows: int, filled: int, *, num_slots: int
+) -> Call:
+    """Copies the first `filled` positions of each pair's first slot to its second."""
+    targets, sources, _ = _padded(num_rows, num_slots)
+    for row, (source, target) in enumerate(pairs):
+        sources[row], targets[row] = source, target
+    return Call(program, dict(sources=sources, targets=targets, filled=filled), ("fork", num_rows, filled))
+
+
+def decode(
+    program: Any,
+    params: decoder.Params,
+    rows: Mapping[int, tuple[int, Waiting, int]],
+    num_rows: int,
+    filled: int,
+    *,
+    num_slots: int,
+    stop_ids: np.ndarray,
+    until: int = 0,
+    restricted: bool = False,
+) -> Call:
+    """Samples turns: `rows` are row → (slot, what waits there, tokens in its cache).
+
+    Args:
+        stop_ids: [K] int32, ids that end a turn.
+        until: how many rows may be left in their turn.
+        restricted: takes the program with top-k, top-p and min-p even where no row uses them.
+    """
+    slots, pending, lengths = _padded(num_rows, num_slots)
+    controls = sampling.Controls(
+        budgets=np.zeros(num_rows, np.int32),
+        temperatures=np.ones(num_rows, np.float32),
+        top_k=np.zeros(num_rows, np.int32),
+        top_p=np.ones(num_rows, np.float32),
+        min_p=np.zeros(num_rows, np.float32),
+        stop_ids=np.tile(stop_ids, (num_rows, 1)),
+        streams=np.zeros((num_rows, 2), np.uint32),
+    )
+    for row, (slot, item, length) in rows.items():
+        slots[row], pending[row], lengths[row] = slot, item.ids[0], length
+        controls.budgets[row] = item.budget
+        controls.temperatures[row] = item.request.temperature
+        controls.top_k[row] = item.request.top_k
+        controls.top_p[row] = item.request.top_p
+        controls.min_p[row] = item.request.min_p
+        controls.streams[row] = turns.stream_words(item.request.stream)
+        restricted |= item.request.is_restricted
+    arguments = dict(
+        params=params,
+        slots=slots if sampling.decodes_some_rows() else None,
+        pending=pending,
+        lengths=lengths,
+        controls=controls,
+        until=np.int32(until),
+        filled=filled,
+        restricted=restricted,
+    )
+    words = ["restricted"] if restricted else []
+    return Call(program, arguments, ("decode", num_rows, filled, *words))
+
+
+def _padded(num_rows: int, num_slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A slot out of range and two zeros for every row."""
+    slots = np.full(num_rows, num_slots, np.int32)
+    return slots, np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
