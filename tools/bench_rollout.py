@@ -108,7 +108,7 @@ def for_sampling(world: World, dtype: str) -> World:
 
 def make_engine(world: World, num_slots: int, num_waves: int, stop_ids=None) -> engine.Engine:
     length = world.max_length
-    step = 128 if length <= 512 else 256
+    step = 64 if length <= 512 else 128
     return engine.Engine(
         world.config,
         num_slots=num_slots,
