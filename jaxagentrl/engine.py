@@ -46,8 +46,8 @@ class Engine:
             slots (1 is the whole wave).
         cache_dtype: dtype of keys and values: "float32", "bfloat16", or "int8" with a scale per
             head and position.
-        linger_share: a decode call ends once at most this share of its rows is still in its turn;
-            those go on with the wave's next call. 0 waits for all.
+        linger_share: a launch ends once at most this share of the rows that decode is still in its
+            turn; those go on with the wave's next. 0 waits for all.
         notice: called with a sentence before a program is compiled.
     """
 
