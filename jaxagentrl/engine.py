@@ -26,7 +26,7 @@ class _Launched:
     """What the device is doing for a wave."""
 
     markers: list[Future[jax.Array]]  # ready when extend and fork are
-    decoding: Future[tuple[dict[int, TurnSample], float]]  # of `_decode_turns`
+    decoding: Future[tuple[dict[int, TurnSample], float, float]]  # of `_decode_turns`
 
 
 class Engine:
@@ -216,11 +216,11 @@ class Engine:
         before = self._waited()
         jax.block_until_ready([marker.result() for marker in launched.markers])
         extended = self._waited()
-        ended, decoded = launched.decoding.result()
-        counters, received = self._counters[wave], self._waited()
+        ended, decoded, fetched = launched.decoding.result()
+        counters = self._counters[wave]
         counters.seconds_extend += max(0.0, extended - before)
         counters.seconds_decode += max(0.0, decoded - extended)
-        counters.seconds_transfer += max(0.0, received - max(extended, decoded))
+        counters.seconds_transfer += max(0.0, fetched - max(extended, decoded))
         return ended
 
     def _waited(self) -> float:
@@ -229,14 +229,15 @@ class Engine:
 
     def _decode_turns(
         self, params: decoder.Params, wave: int, slots: Sequence[int]
-    ) -> tuple[dict[int, TurnSample], float]:
+    ) -> tuple[dict[int, TurnSample], float, float]:
         """In the wave's thread, which has the wave to itself until it is received: samples the turns of
-        these slots. Returns those that ended, and when the device was done.
+        these slots. Returns those that ended, when the device was done, and when its samples were here.
 
         Rows that are done cost nothing for long: a call ends once those that are left fit fewer rows, and
         these, of all calls, are split into calls anew.
         """
-        waiting, ended, decoded = self._waiting[wave], {}, self._waited()
+        waiting, ended = self._waiting[wave], {}
+        decoded = fetched = self._waited()
         num_lingering = int(self._linger_share * len(slots))
         while len(slots) > num_lingering:
             for num_rows, filled, rows in self._tile_decode(wave, slots):
@@ -246,9 +247,11 @@ class Engine:
                 call = self._decode_call(params, begun, num_rows, filled, until=until)
                 sampled = jax.block_until_ready(self._call(wave, call))
                 decoded = self._waited()
-                ended |= self._take(wave, rows, num_rows, jax.device_get(sampled))
+                sampled = jax.device_get(sampled)
+                fetched = self._waited()
+                ended |= self._take(wave, rows, num_rows, sampled)
             slots = [slot for slot in slots if slot not in ended]
-        return ended, decoded
+        return ended, decoded, fetched
 
     def _take(
         self, wave: int, rows: Mapping[int, int], num_rows: int, sampled: sampling.Sampled
