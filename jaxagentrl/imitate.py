@@ -1,14 +1,15 @@
 """Imitation: cross-entropy on demonstrations, through the same batches and programs as RL."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from jaxagentrl import batching, learner, losses
+from jaxagentrl import batching, chat, demos, learner, losses, optimizer
 from jaxagentrl.models import decoder, sharding
 from jaxagentrl.packing import Rows, pack, rows_per_part
 from jaxagentrl.trajectory import Trajectory
@@ -21,28 +22,71 @@ Contexts = Sequence[Sequence[tuple[int, int]]] | None
 
 @dataclasses.dataclass(frozen=True)
 class Demonstrations:
-    """All demonstrations, on the device once."""
+    """All demonstrations, on the host: the devices see those of one step at a time."""
 
-    batch: TrajectoryBatch
+    batch: TrajectoryBatch  # numpy; a last row is padding, for steps that have to be filled
     lengths: np.ndarray  # tokens of each row
     contexts: Contexts  # of each row
 
+    @property
+    def width(self) -> int:
+        return self.batch.tokens.shape[1]
+
+    @property
+    def longest_context(self) -> int | None:
+        """Tokens of the longest; None where every row is one context."""
+        if self.contexts is None:
+            return None
+        return max(size for pieces in self.contexts for _, size in pieces)
+
+
+@dataclasses.dataclass(frozen=True)
+class Imitation:
+    """Compiled once per run."""
+
+    demonstrations: Demonstrations
+    optimizer: optax.GradientTransformation
+    update: Callable[..., Any]  # of `learner.make_step`
+
+
+def make(
+    config: Mapping[str, Any],
+    model: decoder.DecoderConfig,
+    chat_format: chat.ChatFormat,
+    replays: Sequence[demos.Replay],
+) -> Imitation | None:
+    """What the config asks for; None if it asks for no imitation."""
+    sft, shapes = config["sft"], config["learner"]
+    if sft["num_steps"] == 0:
+        return None
+    trajectories = demos.encode(
+        replays,
+        chat_format,
+        prompt_style=config["prompt"]["style"],
+        show_admissible=config["prompt"]["show_admissible"],
+        history_turns=config["rollout"]["history_turns"],
+    )
+    chain = optimizer.make(**sft["optimizer"])
+    loss = learner.make_sft_loss(
+        model, remat=shapes["remat"], compute_dtype=shapes["compute_dtype"]
+    )
+    demonstrations = load(trajectories, length_buckets=shapes["length_buckets"])
+    return Imitation(demonstrations, chain, learner.make_step(loss, chain))
+
 
 def load(
-    trajectories: Sequence[Trajectory],
-    *,
-    length_buckets: Sequence[int],
-    mesh: jax.sharding.Mesh | None = None,
+    trajectories: Sequence[Trajectory], *, length_buckets: Sequence[int]
 ) -> Demonstrations:
     batch = batching.to_batch(
         trajectories,
         None,
         discount=1.0,
         length_buckets=length_buckets,
-        row_multiple=sharding.num_row_shards(mesh),
+        row_multiple=1,
+        num_rows=len(trajectories) + 1,
     )
     lengths = np.array([trajectory.num_tokens for trajectory in trajectories])
-    return Demonstrations(sharding.place_rows(batch, mesh), lengths, contexts_of(trajectories))
+    return Demonstrations(batch, lengths, contexts_of(trajectories))
 
 
 def contexts_of(trajectories: Sequence[Trajectory]) -> Contexts:
@@ -129,36 +173,37 @@ def split(
     return tuple(stacks)
 
 
-def targets(batch: TrajectoryBatch, rows: np.ndarray, *, observation_weight: float) -> Any:
-    """Weights of one step: mean over the step's action tokens, and over its other tokens.
+def targets(batch: TrajectoryBatch, *, observation_weight: float) -> learner.Targets:
+    """Weights of one step: the mean over its action tokens, and over its other tokens.
 
     Args:
+        batch: the rows of the step.
         observation_weight: of the mean over prompt and observation tokens; 0 is plain imitation.
     """
-    mine = jnp.zeros(batch.tokens.shape[0], bool).at[rows].set(True)[:, None]
-    action = losses.aggregation_weights(batch.action_mask & mine, mode="token_mean")
-    read = batch.valid_mask & ~batch.action_mask & mine
+    read = batch.valid_mask & ~batch.action_mask
     read = read.at[:, 0].set(False)  # nothing predicts the first token
     zeros = jnp.zeros(batch.tokens.shape)
-    return learner.Targets(
+    made = learner.Targets(
         advantages=zeros,
         returns=zeros,
         old_logprobs=zeros,
         old_values=zeros,
         ref_logprobs=zeros,
-        weights=action,
+        weights=losses.aggregation_weights(batch.action_mask, mode="token_mean"),
         value_weights=zeros,
         observation_weights=observation_weight
         * losses.aggregation_weights(read, mode="token_mean"),
     )
+    return sharding.constrain_rows(made)
+
+
+targets = jax.jit(targets, static_argnames="observation_weight")
 
 
 def train(
     state: TrainState,
-    demonstrations: Demonstrations,
+    imitation: Imitation,
     *,
-    model: decoder.DecoderConfig,
-    optimizer: Any,
     seed: int,
     first_step: int,
     num_steps: int,
@@ -168,31 +213,32 @@ def train(
     tokens_per_part: int,
     row_multiple: int,
     packing: bool,
-    remat: str,
-    compute_dtype: str,
     frozen: Mapping[str, Any] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[tuple[int, TrainState, Mapping[str, jax.Array]]]:
     """Yields (steps done, state, metrics) after every optimizer step.
 
     `frozen` are the parameters that are not trained, see `learner`.
     """
-    loss = learner.make_sft_loss(model, remat=remat, compute_dtype=compute_dtype)
-    update = learner.make_step(loss, optimizer)
-    weigh = jax.jit(targets, static_argnames="observation_weight")
-    batch, lengths = demonstrations.batch, demonstrations.lengths
+    demonstrations = imitation.demonstrations
+    lengths, contexts = demonstrations.lengths, demonstrations.contexts
+    num_rows = sharding.padded_rows(batch_size, mesh)
     for step in range(first_step, num_steps):
         rows = step_rows(len(lengths), batch_size=batch_size, seed=seed, step=step)
         work = split(
-            rows,
-            lengths,
-            shape=batch.tokens.shape,
+            np.arange(batch_size, dtype=np.int32),
+            lengths[rows],
+            shape=(num_rows, demonstrations.width),
             most_rows=batch_size,
             length_buckets=length_buckets,
             tokens_per_part=tokens_per_part,
             row_multiple=row_multiple,
             packing=packing,
-            contexts=demonstrations.contexts,
+            contexts=None if contexts is None else [contexts[row] for row in rows],
         )
-        weighed = weigh(batch, rows, observation_weight=observation_weight)
-        state, metrics = update(state, batch, weighed, work, frozen)
+        taken = np.pad(rows, (0, num_rows - batch_size), constant_values=-1)
+        batch = jax.tree.map(lambda x: x[taken], demonstrations.batch)
+        batch = sharding.place_rows(batch, mesh)
+        weighed = targets(batch, observation_weight=observation_weight)
+        state, metrics = imitation.update(state, batch, weighed, work, frozen)
         yield step + 1, state, metrics

@@ -2,8 +2,8 @@
 
 Parameters, optimizer state and cache are counted from their shapes and places. What the programs
 need on top is what the compiler reserved for them (`memory_analysis`), read from the run's optimizer
-step. It is executed here, before anything else: a run that fits now does not run out of memory in its
-third hour.
+steps, imitation's and RL's. They are executed here, before anything else: a run that fits now does not
+run out of memory in its third hour.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import psutil
 
-from jaxagentrl import batching, dispatch, imitate, learner, sampling, trees
+from jaxagentrl import batching, dispatch, imitate, learner, reinforce, sampling, trees
 from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
@@ -39,7 +39,7 @@ ADVICE = {
     "sampling.cache_dtype='bfloat16'",
     "decoding copy": "a larger mesh.tensor",
     "sampling": "fewer sampling.num_slots or more sampling.num_waves",
-    "batch": "fewer rl.tasks_per_iteration",
+    "batch": "fewer rl.tasks_per_iteration, in imitation a smaller sft.batch_size",
 }
 
 
@@ -48,10 +48,19 @@ class PlanError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Bytes per device."""
+
+    cache: int  # while the run lasts
+    needed: Mapping[str, int]  # during sampling, on top
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Bytes per device."""
 
-    always: Mapping[str, int]  # while the run lasts
+    stage: str  # "imitation" or "RL"
+    always: Mapping[str, int]  # while the stage lasts
     updating: Mapping[str, int]  # during an update, on top
     sampling: Mapping[str, int]  # during sampling, on top
     limit: int  # what a device has
@@ -70,7 +79,8 @@ class Plan:
             *((f"{name} (sampling)", size) for name, size in self.sampling.items()),
         ]
         lines = [f"  {name:24} {size / 2**20:12,.1f} MiB" for name, size in items if size]
-        head = f"memory per device: {self.peak / 2**20:,.1f} MiB of {self.limit / 2**20:,.1f}"
+        sizes = f"{self.peak / 2**20:,.1f} MiB of {self.limit / 2**20:,.1f}"
+        head = f"memory per device in {self.stage}: {sizes}"
         return "\n".join([head, *lines])
 
     def check(self) -> None:
@@ -92,33 +102,96 @@ class Plan:
         )
 
 
+def of_imitation(
+    config: Mapping[str, Any],
+    imitation: imitate.Imitation,
+    trainable: learner.Params,
+    *,
+    mesh: jax.sharding.Mesh | None,
+    **shared: Any,
+) -> Plan:
+    """The plan of imitation; `shared` are further arguments of `make`."""
+    num_rows = sharding.padded_rows(config["sft"]["batch_size"], mesh)
+    sizes = imitation.demonstrations
+    works = largest_works(
+        num_rows,
+        width=sizes.width,
+        longest_context=sizes.longest_context,
+        **reinforce.part_shapes(config["learner"], mesh),
+    )
+    return make(
+        "imitation",
+        imitation.update,
+        optimizer=imitation.optimizer,
+        trainable=trainable,
+        mesh=mesh,
+        num_rows=num_rows,
+        width=sizes.width,
+        works=works,
+        **shared,
+    )
+
+
+def of_rl(
+    config: Mapping[str, Any],
+    programs: reinforce.Programs,
+    optimizer: optax.GradientTransformation,
+    model: decoder.DecoderConfig,
+    trainable: learner.Params,
+    *,
+    mesh: jax.sharding.Mesh | None,
+    **shared: Any,
+) -> Plan:
+    """The plan of RL, to whose `trainable` parameters its critic is added."""
+    num_rows = reinforce.num_rows(config["rl"], mesh)
+    shapes = reinforce.part_shapes(config["learner"], mesh)
+    several = config["rollout"]["context"] != "end"
+    works = largest_works(
+        num_rows,
+        longest_context=config["sampling"]["max_length"] if several else None,
+        tree_length=reinforce.tree_length(config),
+        **shapes,
+    )
+    with_critic = learner.with_critic(trainable, model, critic=config["rl"]["critic"])
+    return make(
+        "RL",
+        programs.update,
+        optimizer=optimizer,
+        trainable=sharding.place(with_critic, mesh),
+        mesh=mesh,
+        num_rows=num_rows,
+        width=max(shapes["length_buckets"]),
+        works=works,
+        needs_reference=programs.needs_reference,
+        **shared,
+    )
+
+
 def make(
+    stage: str,
     update: Callable[..., Any],
     *,
     optimizer: optax.GradientTransformation,
     trainable: learner.Params,
     frozen: learner.Params | None,
-    model: decoder.DecoderConfig,
     mesh: jax.sharding.Mesh | None,
     num_rows: int,
-    works: Sequence[learner.Work],
     width: int,
-    sampling_options: Mapping[str, Any],
+    works: Sequence[learner.Work],
+    at_sampling: Sampling,
+    limit: int,
     needs_reference: bool = False,
-    compute_dtype: str = "float32",
-    limit: int | None = None,
 ) -> Plan:
-    """Compiles the updates that may be the largest, executes the one that is, adds everything up.
+    """Compiles a stage's updates that may be the largest, executes the one that is, adds everything up.
 
     Args:
-        update: the program of the run's optimizer steps, of `learner.make_step`.
+        update: the program of the stage's optimizer steps, of `learner.make_step`.
         trainable: parameters to be trained, critic included; they are not changed.
-        num_rows, width: shape of the run's batches.
+        num_rows, width: shape of the stage's batches.
         works: of which one is the largest, see `largest_works`.
-        sampling_options: `config.sampling`.
+        at_sampling: what `for_sampling` found.
+        limit: bytes that a device has, see `device_limit`.
         needs_reference: whether a copy of the policy (of its adapters) is kept for a KL term.
-        compute_dtype: `config.learner.compute_dtype`, which sampling shares.
-        limit: bytes that a device has; None asks the device.
     """
     state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
@@ -128,20 +201,76 @@ def make(
     )
     state = sharding.abstract(state, mesh)
     batch, targets = sharding.place_rows(_nothing(num_rows, width), mesh)
-    limit = device_limit() if limit is None else limit
     reference = [trainable[key] for key in POLICY if key in trainable and needs_reference]
     always = {
         "parameters": per_device(trainable) + per_device(frozen),
         "reference": per_device(reference),
         "optimizer": per_device(state.opt_state),
         "batch": per_device((batch, targets)) + max(map(per_device, works)),
+        "cache": at_sampling.cache,
     }
     inputs = (trainable, batch, targets, works, frozen)
     updating = {"update": _update_bytes(update, state, *inputs, limit=limit)}
-    always["cache"], at_sampling = _sampling_bytes(
-        model, state.params, frozen, mesh, sampling_options, compute_dtype, limit=limit
+    return Plan(stage, always, updating, at_sampling.needed, limit)
+
+
+def for_sampling(
+    model: decoder.DecoderConfig,
+    trainable: learner.Params,
+    frozen: learner.Params | None,
+    mesh: jax.sharding.Mesh | None,
+    *,
+    options: Mapping[str, Any],
+    compute_dtype: str,
+    limit: int,
+) -> Sampling:
+    """What sampling takes; where that may be much, its decode program is compiled to be measured.
+
+    Args:
+        options: `config.sampling`.
+        compute_dtype: `config.learner.compute_dtype`, which sampling shares.
+        limit: bytes that a device has.
+    """
+    local = None if mesh is None else sharding.decoding_mesh(mesh)
+    slots = options["num_slots"] // options["num_waves"]
+    cache = jax.eval_shape(
+        lambda: kv_cache.init(
+            model.num_layers,
+            slots,
+            options["max_length"],
+            model.num_kv_heads,
+            model.head_dim,
+            options["cache_dtype"],
+        )
     )
-    return Plan(always, updating, at_sampling, limit)
+    given = sharding.abstract(
+        jax.eval_shape(learner.policy_of, (frozen or {}) | trainable), mesh
+    )
+    with sharding.use(mesh):
+        policy = jax.eval_shape(lambda x: decoding_layout.for_decoding(x, compute_dtype), given)
+    if local is not None:
+        cache = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=sharding.cache_sharding(x.shape, local)
+            ),
+            cache,
+        )
+        policy = sharding.abstract(policy, local)
+    cache_bytes = per_device(cache) * options["num_waves"]
+    needed = {"decoding copy": _copy_bytes(given, policy, mesh)}
+    if cache_bytes + per_device(policy) > _SMALL_SHARE * limit:
+        with sharding.use(local):
+            decode = sampling.make_decode(model, max_turn_tokens=options["max_turn_tokens"])
+            compiled = decode.lower(
+                policy,
+                cache,
+                *_decode_inputs(slots),
+                filled=options["max_length"],
+                restricted=False,
+            ).compile()
+            at_once = dispatch.side_by_side(options["num_waves"])
+        needed["sampling"] = at_once * program_bytes(compiled)
+    return Sampling(cache_bytes, needed)
 
 
 def largest_works(
@@ -151,12 +280,13 @@ def largest_works(
     tokens_per_part: int,
     row_multiple: int,
     packing: bool,
+    width: int | None = None,
     tree_length: int = 0,
     longest_context: int | None = None,
 ) -> list[learner.Work]:
     """Work of which one takes the most memory of all that may come; see `imitate.split`, or with a
     `tree_length` `trees.grow`. It has one micro-batch of every length, and the shapes of the run's: what
-    is compiled for it is compiled for the run.
+    is compiled for it is compiled for the run. `width` is the batch's, by default the largest length.
 
     There is one, except where episodes consist of several texts, the longest of `longest_context`
     tokens: then packed rows are as long as the longest text of a step. Memory grows with a
@@ -164,7 +294,7 @@ def largest_works(
     more rows, and with them more tokens where the longest does not fill `tokens_per_part`: all are
     candidates but those that a longer one has as many tokens as.
     """
-    width = max(length_buckets)
+    width = max(length_buckets) if width is None else width
     if tree_length:
         tree = trees.grow(
             np.arange(num_rows, dtype=np.int32),
@@ -265,59 +395,6 @@ def _update_bytes(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), state)
         jax.block_until_ready(update(zeros, batch, targets, works[largest], frozen))
     return sizes[largest]
-
-
-def _sampling_bytes(
-    model: decoder.DecoderConfig,
-    trainable: learner.Params,
-    frozen: learner.Params | None,
-    mesh: jax.sharding.Mesh | None,
-    options: Mapping[str, Any],
-    compute_dtype: str,
-    *,
-    limit: int,
-) -> tuple[int, dict[str, int]]:
-    """(bytes of the caches, bytes while sampling)."""
-    local = None if mesh is None else sharding.decoding_mesh(mesh)
-    slots = options["num_slots"] // options["num_waves"]
-    cache = jax.eval_shape(
-        lambda: kv_cache.init(
-            model.num_layers,
-            slots,
-            options["max_length"],
-            model.num_kv_heads,
-            model.head_dim,
-            options["cache_dtype"],
-        )
-    )
-    given = sharding.abstract(
-        jax.eval_shape(learner.policy_of, (frozen or {}) | trainable), mesh
-    )
-    with sharding.use(mesh):
-        policy = jax.eval_shape(lambda x: decoding_layout.for_decoding(x, compute_dtype), given)
-    if local is not None:
-        cache = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=sharding.cache_sharding(x.shape, local)
-            ),
-            cache,
-        )
-        policy = sharding.abstract(policy, local)
-    cache_bytes = per_device(cache) * options["num_waves"]
-    needed = {"decoding copy": _copy_bytes(given, policy, mesh)}
-    if cache_bytes + per_device(policy) > _SMALL_SHARE * limit:
-        with sharding.use(local):
-            decode = sampling.make_decode(model, max_turn_tokens=options["max_turn_tokens"])
-            compiled = decode.lower(
-                policy,
-                cache,
-                *_decode_inputs(slots),
-                filled=options["max_length"],
-                restricted=False,
-            ).compile()
-            at_once = dispatch.side_by_side(options["num_waves"])
-        needed["sampling"] = at_once * program_bytes(compiled)
-    return cache_bytes, needed
 
 
 def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:

@@ -297,17 +297,21 @@ def _to_batch(
     mesh: jax.sharding.Mesh | None,
 ) -> TrajectoryBatch:
     """The host's batch, of one shape for all iterations."""
-    rl, shards = config["rl"], sharding.num_row_shards(mesh)
-    episodes = rl["tasks_per_iteration"] * rl["group_size"]
+    rl = config["rl"]
     return batching.to_batch(
         trajectories,
         turn_rewards,
         discount=rl["discount"],
         length_buckets=[max(config["learner"]["length_buckets"])],
-        row_multiple=shards,
+        row_multiple=sharding.num_row_shards(mesh),
         num_groups=rl["tasks_per_iteration"],
-        num_rows=-(-episodes // shards) * shards,
+        num_rows=num_rows(rl, mesh),
     )
+
+
+def num_rows(rl: Mapping[str, Any], mesh: jax.sharding.Mesh | None) -> int:
+    """Of an iteration's batch."""
+    return sharding.padded_rows(rl["tasks_per_iteration"] * rl["group_size"], mesh)
 
 
 @jax.tree_util.register_dataclass

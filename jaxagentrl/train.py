@@ -63,6 +63,7 @@ class Session:
     config: Mapping[str, Any]
     folder: workdir.Workdir
     setup: prepare.Setup
+    imitation: imitate.Imitation | None  # None without one, and where it is over
     writer: metrics.Writer
 
 
@@ -88,13 +89,16 @@ def run(config: Mapping[str, Any], directory: str) -> None:
     with prepare.everything(config, folder) as setup, sharding.use(setup.mesh):
         _name_idle_devices(setup.mesh)
         programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
-        _plan(config, setup, programs, chain)
+        imitation = None
+        if checkpoints.latest_step(folder.checkpoints / "rl") is None:
+            imitation = imitate.make(config, setup.model, setup.chat_format, setup.replays)
+        _plan(config, setup, imitation, programs, chain)
         state, host = states.restore(folder, config, setup)
         if host["stage"] == "start":
             _read_openings(config, setup)
         _warm_up(config, setup, state.params)
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
-            session = Session(config, folder, setup, writer)
+            session = Session(config, folder, setup, imitation, writer)
             if host["stage"] == "start":
                 seconds = {"time/prepare_s": time.monotonic() - started}
                 values = _timed(seconds, _baselines, session, state.params)
@@ -168,31 +172,20 @@ def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState
     """Imitation from `first_step` on, to its last step or to where the demonstrations' loss, as logged,
     is at its target."""
     sft, setup = session.config["sft"], session.setup
-    target = sft["target_loss"]
-    if sft["num_steps"] == 0:
+    if session.imitation is None:
         return state
-    trajectories = demos.encode(
-        setup.replays,
-        setup.chat_format,
-        prompt_style=session.config["prompt"]["style"],
-        show_admissible=session.config["prompt"]["show_admissible"],
-        history_turns=session.config["rollout"]["history_turns"],
-    )
-    shapes = session.config["learner"]
+    target = sft["target_loss"]
     steps = imitate.train(
         state,
-        imitate.load(trajectories, length_buckets=shapes["length_buckets"], mesh=setup.mesh),
-        model=setup.model,
-        optimizer=optimizer.make(**sft["optimizer"]),
+        session.imitation,
         seed=session.config["seed"],
         first_step=first_step,
         num_steps=sft["num_steps"],
         batch_size=sft["batch_size"],
         observation_weight=sft["observation_weight"],
         frozen=setup.frozen,
-        remat=shapes["remat"],
-        compute_dtype=shapes["compute_dtype"],
-        **reinforce.part_shapes(shapes, setup.mesh),
+        mesh=setup.mesh,
+        **reinforce.part_shapes(session.config["learner"], setup.mesh),
     )
     since, recent = time.monotonic(), []
     with progress.bar("imitation", sft["num_steps"]) as advance:
@@ -216,42 +209,35 @@ def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState
 
 
 def _plan(
-    config: Mapping[str, Any], setup: prepare.Setup, programs: reinforce.Programs, chain: Any
+    config: Mapping[str, Any],
+    setup: prepare.Setup,
+    imitation: imitate.Imitation | None,
+    programs: reinforce.Programs,
+    chain: Any,
 ) -> None:
-    """Says what memory the run will take, and refuses one that is larger than there is."""
-    rl = config["rl"]
-    shards = sharding.num_row_shards(setup.mesh)
-    num_rows = -(-rl["tasks_per_iteration"] * rl["group_size"] // shards) * shards
-    shapes = reinforce.part_shapes(config["learner"], setup.mesh)
-    trainable = learner.with_critic(setup.trainable, setup.model, critic=rl["critic"])
+    """Says what memory each stage will take, and refuses a run that takes more than there is."""
     limit = config["memory_limit_gb"]
     # The same for all processes, so that all of them refuse or none does.
     limit = min(hosts.gather(plan.device_limit())) if limit is None else int(limit * 1e9)
-    several = config["rollout"]["context"] != "end"
-    longest_context = config["sampling"]["max_length"] if several else None
-    made = plan.make(
-        programs.update,
-        optimizer=chain,
-        trainable=sharding.place(trainable, setup.mesh),
-        frozen=setup.frozen,
-        model=setup.model,
-        mesh=setup.mesh,
-        num_rows=num_rows,
-        works=plan.largest_works(
-            num_rows,
-            longest_context=longest_context,
-            tree_length=reinforce.tree_length(config),
-            **shapes,
-        ),
-        width=max(config["learner"]["length_buckets"]),
-        sampling_options=config["sampling"],
-        needs_reference=programs.needs_reference,
+    at_sampling = plan.for_sampling(
+        setup.model,
+        setup.trainable,
+        setup.frozen,
+        setup.mesh,
+        options=config["sampling"],
         compute_dtype=config["learner"]["compute_dtype"],
         limit=limit,
     )
-    progress.notice(made.text())
-    made.check()
-    if jax.default_backend() == "cpu" and _ROOM_TO_KEEP * made.peak <= limit:
+    shared = {"mesh": setup.mesh, "frozen": setup.frozen, "at_sampling": at_sampling, "limit": limit}
+    plans = []
+    if imitation is not None:
+        plans.append(plan.of_imitation(config, imitation, setup.trainable, **shared))
+    plans.append(plan.of_rl(config, programs, chain, setup.model, setup.trainable, **shared))
+    for made in plans:
+        progress.notice(made.text())
+        made.check()
+    peak = max(made.peak for made in plans)
+    if jax.default_backend() == "cpu" and _ROOM_TO_KEEP * peak <= limit:
         pages.keep()
 
 

@@ -28,17 +28,20 @@ def make_plan(mesh=None, *, shapes=SHAPES, limit=10**9, needs_reference=False, *
     update = learner.make_step(learner.make_sft_loss(UNTIED), chain)
     trainable = sharding.place(jax.tree.map(jnp.asarray, params(UNTIED)), mesh)
     with sharding.use(mesh):
+        at_sampling = plan.for_sampling(
+            UNTIED, trainable, None, mesh, options=SAMPLING, compute_dtype="float32", limit=limit
+        )
         made = plan.make(
+            "RL",
             update,
             optimizer=chain,
             trainable=trainable,
             frozen=None,
-            model=UNTIED,
             mesh=mesh,
             num_rows=16,
             works=plan.largest_works(16, **shapes),
             width=24,
-            sampling_options=SAMPLING,
+            at_sampling=at_sampling,
             needs_reference=needs_reference,
             limit=limit,
         )
@@ -212,7 +215,7 @@ def test_a_run_that_does_not_fit_is_refused_with_advice():
     small = dataclasses.replace(plain()[0], limit=10**5)
     with pytest.raises(plan.PlanError, match="does not fit") as refusal:
         small.check()
-    assert "memory per device" in str(refusal.value)
+    assert "memory per device in RL" in str(refusal.value)
     assert "learner.tokens_per_part" in str(refusal.value)
 
 

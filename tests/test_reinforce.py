@@ -10,13 +10,11 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from records import make_task, make_trajectory, make_turn
-from test_sharding import rows_in_parts
 
 from envs_host.types import StopReason
-from jaxagentrl import batching, diagnostics, engine, estimate, imitate, learner, reinforce, rewards, states
+from jaxagentrl import batching, diagnostics, engine, estimate, learner, reinforce, rewards, states
 from jaxagentrl.models import decoder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -100,66 +98,6 @@ def make_state(config: dict, critic: str = "none"):
 @functools.cache
 def policy() -> dict:
     return jax.device_get(decoder.init(MODEL, jax.random.key(0)))
-
-
-@functools.cache
-def imitation():
-    """The demonstrations, their targets and one compiled program for all tests."""
-    demonstrations = imitate.load(make_trajectories(), length_buckets=(48,))
-    targets = imitate.targets(demonstrations.batch, jnp.arange(6), observation_weight=0.5)
-    step = learner.make_step(learner.make_sft_loss(MODEL), TRACE)
-    return demonstrations, targets, step
-
-
-TRACE = optax.trace(0.0)  # an optimizer whose state is the gradient
-
-
-def gradient(work):
-    """Gradient of the imitation loss of six trajectories, and the loss, from the given work."""
-    demonstrations, targets, step = imitation()
-    params = {"policy": jax.tree.map(jnp.asarray, policy())}
-    state, metrics = step(states.fresh(params, TRACE), demonstrations.batch, targets, work)
-    return state.opt_state.trace, float(metrics["loss/action"])
-
-
-def in_parts(*parts):
-    return rows_in_parts(parts, length=48)
-
-
-def test_the_gradient_does_not_depend_on_the_split_the_order_or_the_padding():
-    whole, loss = gradient(in_parts([0, 1, 2, 3, 4, 5]))
-    for work in (
-        in_parts([5, 3, 1, 0, 2, 4]),
-        # Row 6 does not exist: it fills places.
-        in_parts([0, 1, 6, 6, 6, 6], [6, 2, 3, 6, 6, 6], [4, 5, 6, 6, 6, 6]),
-    ):
-        other, other_loss = gradient(work)
-        assert abs(loss - other_loss) < 1e-5
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, other)
-
-
-def test_cutting_rows_to_their_length_changes_nothing():
-    lengths = np.array([t.num_tokens for t in make_trajectories()])
-    work = imitate.split(
-        np.arange(6), lengths, shape=(6, 48), most_rows=6, length_buckets=LENGTHS,
-        tokens_per_part=32, row_multiple=2, packing=False,
-    )
-    assert sum(stack.count > 0 for stack in work) > 1  # else this shows nothing
-    whole, loss = gradient(in_parts([0, 1, 2, 3, 4, 5]))
-    cut, cut_loss = gradient(work)
-    assert abs(loss - cut_loss) < 1e-5
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, cut)
-
-
-def test_imitation_rows_cover_every_epoch_and_depend_on_the_step_alone():
-    rows = [imitate.step_rows(10, batch_size=3, seed=4, step=step) for step in range(6)]
-    for epoch in (rows[:3], rows[3:]):
-        assert len(set(np.concatenate(epoch).tolist())) == 9
-    assert not np.array_equal(np.concatenate(rows[:3]), np.concatenate(rows[3:]))
-    again = imitate.step_rows(10, batch_size=3, seed=4, step=4)
-    np.testing.assert_array_equal(rows[4], again)
-    with pytest.raises(ValueError, match="sft.batch_size"):
-        imitate.step_rows(2, batch_size=3, seed=0, step=0)
 
 
 CRITICS = {"gae": "head", "turn_gae": "separate"}
@@ -546,11 +484,3 @@ def test_reinforcement_learns_a_bandit_through_the_engine():
         )
         assert measured["policy/sampler_gap_max"] < 1e-4
     assert np.mean(success[:3]) < 0.3 and np.mean(success[-5:]) > 0.8, success
-
-
-def test_weights_of_a_step_sum_to_one():
-    demonstrations = imitate.load(make_trajectories(), length_buckets=(48,))
-    targets = imitate.targets(demonstrations.batch, jnp.array([1, 4]), observation_weight=0.5)
-    np.testing.assert_allclose(np.sum(targets.weights), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(np.sum(targets.observation_weights), 0.5, rtol=1e-6)
-    assert not np.any(np.asarray(targets.weights)[[0, 2, 3, 5]])

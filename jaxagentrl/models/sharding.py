@@ -159,6 +159,12 @@ def num_row_shards(mesh: Mesh | AbstractMesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def padded_rows(num_rows: int, mesh: Mesh | None) -> int:
+    """`num_rows`, up to what is split evenly."""
+    shards = num_row_shards(mesh)
+    return -(-num_rows // shards) * shards
+
+
 def axes_of(path: str, ndim: int) -> tuple[Axis, ...]:
     """Axes of a parameter's (or its moment's) dimensions by its path, such as
     "policy/layers/mlp/up/kernel". Scalars (counters) are whole everywhere.
@@ -183,13 +189,21 @@ def axes_of(path: str, ndim: int) -> tuple[Axis, ...]:
 
 
 def spec(axes: Sequence[Axis], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
-    """Axes with those left out that do not divide their dimension."""
+    """Axes with those left out that do not divide their dimension.
+
+    Spelled as a compiled program spells the places of its results: without axes of size 1, and without
+    None at the end. Places that are equal and spelled otherwise are another program to jax.
+    """
 
     def fitting(axis: Axis, size: int) -> Axis:
         names = (axis,) if isinstance(axis, str) else axis or ()
-        return axis if names and size % math.prod(sizes[name] for name in names) == 0 else None
+        names = tuple(name for name in names if sizes[name] > 1)
+        return names if names and size % math.prod(sizes[name] for name in names) == 0 else None
 
-    return PartitionSpec(*(fitting(axis, size) for axis, size in zip(axes, shape, strict=False)))
+    found = [fitting(axis, size) for axis, size in zip(axes, shape, strict=False)]
+    while found and found[-1] is None:
+        found.pop()
+    return PartitionSpec(*found)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

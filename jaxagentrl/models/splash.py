@@ -59,7 +59,7 @@ def attend(
         return local(q * scale, k, v, segment_ids)
     # Key/value heads decide, so that every device's query heads find theirs beside them.
     heads = sharding.spec((sharding.ROWS, None, "tensor", None), k.shape, mesh.shape)
-    rows = PartitionSpec(heads[0])
+    rows = PartitionSpec(*heads[:1])
     mapped = jax.shard_map(
         local,
         in_specs=(heads, heads, heads, rows),
