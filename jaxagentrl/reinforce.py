@@ -388,7 +388,7 @@ def _targets(
     read = batch.valid_mask & ~batch.action_mask & mine[:, None]
     read = read.at[:, 0].set(False)  # nothing predicts the first token
     weigh = functools.partial(losses.aggregation_weights, mode=aggregation, constant=constant)
-    return learner.Targets(
+    made = learner.Targets(
         advantages=aims.credit,
         returns=aims.returns,
         old_logprobs=aims.scores.logprobs,
@@ -399,6 +399,7 @@ def _targets(
         observation_weights=observation_weight
         * losses.aggregation_weights(read, mode="token_mean"),
     )
+    return sharding.constrain_rows(made)  # where the plan's were
 
 
 _targets = jax.jit(_targets, static_argnames=("aggregation", "constant", "observation_weight"))

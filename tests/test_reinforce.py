@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from records import make_task, make_trajectory, make_turn
+from test_sharding import rows_in_parts
 
 from envs_host.types import StopReason
-from jaxagentrl import batching, diagnostics, engine, estimate, learner, reinforce, rewards, states
-from jaxagentrl.models import decoder
+from jaxagentrl import (
+    batching, diagnostics, engine, estimate, learner, plan, reinforce, rewards, states,
+)
+from jaxagentrl.models import decoder, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 STOP = 3
@@ -133,7 +136,7 @@ def test_turn_gae_trains_the_value_of_a_turn_on_its_first_token():
     batch = batching.to_batch(
         made, turn_rewards, discount=0.9, length_buckets=[48], row_multiple=1
     )
-    scores = programs.score(state.params, batch.tokens, batch.action_mask, in_parts(range(len(made))))
+    scores = programs.score(state.params, batch.tokens, batch.action_mask, rows_in_parts([range(len(made))], length=48))
     anchors = batching.anchor_ids(made, num_rows=len(made), max_turns=8)
     credit, returns, mask = programs.estimate(batch, scores, scores.logprobs, anchors)
     assert int(mask.sum()) == sum(t.num_turns for t in made)
@@ -407,6 +410,26 @@ def test_every_used_row_is_in_one_minibatch_of_every_epoch(num_minibatches, num_
     for epoch in epochs:
         assert sorted(sum(epoch, [])) == used
     assert (epochs[0] != epochs[1]) == (num_minibatches > 1)
+
+
+def test_the_program_of_the_plan_is_the_one_that_learns_on_a_mesh():
+    """Equal places that are spelled otherwise would be another program, compiled at the first update."""
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=1)
+    config = make_config(advantage=dict(name="gae"), critic="head", num_minibatches=2)
+    config["learner"]["row_multiple"] = 1
+    programs, chain = reinforce.make_programs(config, MODEL, mesh=mesh)
+    params = sharding.place({"policy": jax.tree.map(jnp.asarray, policy())}, mesh)
+    with sharding.use(mesh):
+        plan.of_rl(
+            config, programs, chain, MODEL, params, mesh=mesh, frozen=None, limit=10**9,
+            at_sampling=plan.Sampling(0, {}),
+        )
+        state = states.fresh(learner.with_critic(params, MODEL, critic="head"), chain, mesh)
+        for iteration in range(2):
+            state, *_ = reinforce.learn(
+                state, {}, make_trajectories(iteration), programs, config, iteration=iteration
+            )
+    assert programs.update._cache_size() == programs.score._cache_size() == 1
 
 
 def test_negative_weight_scales_only_what_is_below_the_baseline():
