@@ -42,11 +42,11 @@ class Demonstrations:
 
 @dataclasses.dataclass(frozen=True)
 class Imitation:
-    """Compiled once per run."""
+    """What the stage works with, made by `make`."""
 
     demonstrations: Demonstrations
     optimizer: optax.GradientTransformation
-    update: Callable[..., Any]  # of `learner.make_step`
+    update: Callable[..., Any]  # of `learner.make_step`, compiled once per run
 
 
 def make(

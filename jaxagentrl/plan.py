@@ -112,11 +112,11 @@ def of_imitation(
 ) -> Plan:
     """The plan of imitation; `shared` are further arguments of `make`."""
     num_rows = sharding.padded_rows(config["sft"]["batch_size"], mesh)
-    sizes = imitation.demonstrations
+    demonstrations = imitation.demonstrations
     works = largest_works(
         num_rows,
-        width=sizes.width,
-        longest_context=sizes.longest_context,
+        width=demonstrations.width,
+        longest_context=demonstrations.longest_context,
         **reinforce.part_shapes(config["learner"], mesh),
     )
     return make(
@@ -126,7 +126,7 @@ def of_imitation(
         trainable=trainable,
         mesh=mesh,
         num_rows=num_rows,
-        width=sizes.width,
+        width=demonstrations.width,
         works=works,
         **shared,
     )

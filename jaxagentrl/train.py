@@ -63,7 +63,6 @@ class Session:
     config: Mapping[str, Any]
     folder: workdir.Workdir
     setup: prepare.Setup
-    imitation: imitate.Imitation | None  # None without one, and where it is over
     writer: metrics.Writer
 
 
@@ -98,7 +97,7 @@ def run(config: Mapping[str, Any], directory: str) -> None:
             _read_openings(config, setup)
         _warm_up(config, setup, state.params)
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
-            session = Session(config, folder, setup, imitation, writer)
+            session = Session(config, folder, setup, writer)
             if host["stage"] == "start":
                 seconds = {"time/prepare_s": time.monotonic() - started}
                 values = _timed(seconds, _baselines, session, state.params)
@@ -106,10 +105,11 @@ def run(config: Mapping[str, Any], directory: str) -> None:
                 host = _save(session, state, stage="sft", step=0)
             if host["stage"] == "sft":
                 if not host.get("is_over"):  # Checkpoints of before there was a target have none.
-                    state = _imitate(session, state, host["step"])
+                    state = _imitate(session, imitation, state, host["step"])
                 writer.write("eval", 0, _timed({}, _evaluate, session, state.params, "sft"))
                 state = states.begin_rl(state, config, setup)
                 host = _save(session, state, stage="rl", step=0)
+            del imitation  # demonstrations and program are not needed any more
             state = _reinforce(session, state, host, programs)
             states.export(folder, config, setup, state)
     if hosts.is_first():
@@ -168,16 +168,18 @@ def _read_openings(config: Mapping[str, Any], setup: prepare.Setup) -> None:
     progress.notice(openings.check(to_open, lengths, **sizes))
 
 
-def _imitate(session: Session, state: TrainState, first_step: int) -> TrainState:
+def _imitate(
+    session: Session, imitation: imitate.Imitation | None, state: TrainState, first_step: int
+) -> TrainState:
     """Imitation from `first_step` on, to its last step or to where the demonstrations' loss, as logged,
     is at its target."""
     sft, setup = session.config["sft"], session.setup
-    if session.imitation is None:
+    if imitation is None:
         return state
     target = sft["target_loss"]
     steps = imitate.train(
         state,
-        session.imitation,
+        imitation,
         seed=session.config["seed"],
         first_step=first_step,
         num_steps=sft["num_steps"],
