@@ -397,13 +397,13 @@ def test_the_copy_that_sampling_is_compiled_with_does_not_stay():
 
 @pytest.mark.parametrize("limit, is_kept", [(4000, True), (3999, False)])
 def test_memory_is_kept_where_there_is_room_for_four_times_the_plan(monkeypatch, limit, is_kept):
-    made = plan.Plan({"parameters": 600}, {"update": 400}, {}, limit)
+    made = plan.Plan("RL", {"parameters": 600}, {"update": 400}, {}, limit)
     monkeypatch.setattr(train.plan, "make", lambda *_, **__: made)
     kept = []
     monkeypatch.setattr(train.pages, "keep", lambda: kept.append(True))
     config = smoke_config() | {"memory_limit_gb": limit / 1e9}
     setup = small_setup()
-    train._plan(config, setup, *reinforce.make_programs(config, setup.model))
+    train._plan(config, setup, None, *reinforce.make_programs(config, setup.model))
     assert bool(kept) == is_kept
 
 
