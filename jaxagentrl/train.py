@@ -231,14 +231,17 @@ def _plan(
         limit=limit,
     )
     shared = {"mesh": setup.mesh, "frozen": setup.frozen, "at_sampling": at_sampling, "limit": limit}
-    plans = []
-    if imitation is not None:
-        plans.append(plan.of_imitation(config, imitation, setup.trainable, **shared))
-    plans.append(plan.of_rl(config, programs, chain, setup.model, setup.trainable, **shared))
-    for made in plans:
+
+    def plans() -> Iterator[plan.Plan]:
+        if imitation is not None:
+            yield plan.of_imitation(config, imitation, setup.trainable, **shared)
+        yield plan.of_rl(config, programs, chain, setup.model, setup.trainable, **shared)
+
+    peak = 0
+    for made in plans():  # one after the other: a refusal need not wait for RL's program
         progress.notice(made.text())
         made.check()
-    peak = max(made.peak for made in plans)
+        peak = max(peak, made.peak)
     if jax.default_backend() == "cpu" and _ROOM_TO_KEEP * peak <= limit:
         pages.keep()
 

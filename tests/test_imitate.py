@@ -85,15 +85,15 @@ def test_weights_of_a_step_sum_to_one():
     assert not np.any(np.asarray(targets.weights)[2]) and not np.any(batch.valid_mask[2])
 
 
-def run(make_trainable, config, mesh=None, *, num_steps=3, separate_contexts=False):
-    """Plans imitation and imitates: (plan, update, states, metrics of the steps)."""
+def run(config, mesh=None, *, num_steps=3, separate_contexts=False):
+    """Plans imitation and imitates: (plan, program of a step, metrics of the steps)."""
     chain = optimizer.make(**config["sft"]["optimizer"])
     loaded = imitate.load(make_trajectories(), length_buckets=LENGTHS)
     if separate_contexts:  # as if each trajectory's first five tokens were a text of their own
         pieces = [((0, 5), (5, int(size) - 5)) for size in loaded.lengths]
         loaded = dataclasses.replace(loaded, contexts=pieces)
     stage = imitate.Imitation(loaded, chain, learner.make_step(learner.make_sft_loss(MODEL), chain))
-    trainable = sharding.place(make_trainable(), mesh)
+    trainable = sharding.place({"policy": jax.tree.map(jnp.asarray, policy())}, mesh)
     with sharding.use(mesh):
         made = plan.of_imitation(
             config, stage, trainable, mesh=mesh, frozen=None, limit=10**9,
@@ -114,10 +114,6 @@ def run(make_trainable, config, mesh=None, *, num_steps=3, separate_contexts=Fal
     return made, stage.update, measured
 
 
-def trainable():
-    return {"policy": jax.tree.map(jnp.asarray, policy())}
-
-
 def imitation_config(**shapes):
     config = make_config()
     config["learner"] |= dict(length_buckets=LENGTHS, tokens_per_part=64, row_multiple=1) | shapes
@@ -127,7 +123,7 @@ def imitation_config(**shapes):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_program_of_the_plan_is_the_one_that_imitates(packing):
-    made, update, measured = run(trainable, imitation_config(packing=packing))
+    made, update, measured = run(imitation_config(packing=packing))
     assert update._cache_size() == 1  # executed by the plan, and by three steps of other lengths
     assert len({metrics["loss/action"].item() for metrics in measured}) == 3
     assert made.stage == "imitation" and "memory per device in imitation:" in made.text()
@@ -141,23 +137,23 @@ def test_the_program_of_the_plan_is_the_one_that_imitates(packing):
 def test_a_mesh_imitates_as_one_device_does():
     """Five rows do not divide by four: the devices get rows of padding."""
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=1)
-    _, update, measured = run(trainable, imitation_config(), mesh)
+    _, update, measured = run(imitation_config(), mesh)
     assert update._cache_size() == 1
-    _, _, alone = run(trainable, imitation_config())
+    _, _, alone = run(imitation_config())
     for ours, theirs in zip(measured, alone, strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, theirs)
 
 
 def test_demonstrations_of_several_contexts_are_packed_by_context():
-    _, update, measured = run(trainable, imitation_config(), separate_contexts=True)
-    _, _, whole = run(trainable, imitation_config())
+    _, update, measured = run(imitation_config(), separate_contexts=True)
+    _, _, whole = run(imitation_config())
     assert measured[0]["loss/action"] != whole[0]["loss/action"]  # nothing sees its first five tokens
     # The plan measures the lengths that a step may be packed at, and executes the largest.
     assert 1 <= update._cache_size() <= 3
 
 
 def test_imitation_that_does_not_fit_is_refused_with_its_own_advice():
-    made, *_ = run(trainable, imitation_config(), num_steps=0)
+    made, *_ = run(imitation_config(), num_steps=0)
     small = dataclasses.replace(made, always={"batch": 10**6}, limit=10)
     with pytest.raises(plan.PlanError, match="(?s)in imitation: .*batch: .*sft.batch_size"):
         small.check()

@@ -136,7 +136,8 @@ def test_turn_gae_trains_the_value_of_a_turn_on_its_first_token():
     batch = batching.to_batch(
         made, turn_rewards, discount=0.9, length_buckets=[48], row_multiple=1
     )
-    scores = programs.score(state.params, batch.tokens, batch.action_mask, rows_in_parts([range(len(made))], length=48))
+    whole = rows_in_parts([range(len(made))], length=48)
+    scores = programs.score(state.params, batch.tokens, batch.action_mask, whole)
     anchors = batching.anchor_ids(made, num_rows=len(made), max_turns=8)
     credit, returns, mask = programs.estimate(batch, scores, scores.logprobs, anchors)
     assert int(mask.sum()) == sum(t.num_turns for t in made)
