@@ -8,8 +8,8 @@ calls (lengths, budgets, temperatures, keys, which rows take part) is data; the 
 S slots, R rows of one call, W width of an extend, T token budget of a turn, V vocabulary.
 """
 
-import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -27,6 +27,10 @@ _DECODE_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 # time, the more the longer the history, and with jaxlib 0.12 the same; decode steps would take more
 # (`docs/performance.md`).
 _EXTEND_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}}
+
+# Blocks of the vocabulary that a token is looked for in. A divisor of most published vocabularies, which are
+# then not padded, and of what a mesh's tensor axis splits them into.
+_MAX_BLOCKS = 128
 
 
 class Controls(NamedTuple):
@@ -246,7 +250,9 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
             "out": (jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape)),
         }
         end = jax.lax.while_loop(is_running, step, start)
-        cache = dataclasses.replace(end["cache"], mirrors=None)
+        cache = end["cache"]
+        if cache.mirrors is not None:
+            cache = kv_cache.settled(cache, slots, lengths, most=max_turn_tokens)
         return cache, Sampled(*end["out"], end["counts"], end["active"], end["steps"])
 
     return decode
@@ -318,15 +324,30 @@ def describe(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def sample(logits: jax.Array, keys: jax.Array, greedy: jax.Array) -> jax.Array:
-    """[S] int32 tokens from logits [S, V] by the Gumbel-max trick, one key per row.
+    """[S] int32 tokens from logits [S, V], one key per row; the most probable one of greedy rows.
 
-    Gumbel-max and not the inverse of the cumulative sum: a float32 cumulative sum over a large
-    vocabulary can pick tokens of probability zero.
+    By the Gumbel-max trick (Maddison et al. 2014) twice: a block of the vocabulary by the blocks'
+    masses, then a token of that block. It is the same distribution, from some 2 √V random numbers a
+    row instead of V. Not by the inverse of the cumulative sum: in float32 that of a large vocabulary
+    can pick tokens of probability zero.
     """
-    size = logits.shape[-1]
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(keys)
+    num_blocks = min(_MAX_BLOCKS, 2 ** round(math.log2(logits.shape[-1]) / 2))
+    size = -(-logits.shape[-1] // num_blocks)
+
+    def in_blocks(x: jax.Array, nothing: float) -> jax.Array:
+        missing = num_blocks * size - x.shape[-1]
+        padded = jnp.pad(x, ((0, 0), (0, missing)), constant_values=nothing) if missing else x
+        return padded.reshape(-1, num_blocks, size)
+
+    masses = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))  # as in `describe`
+    log_masses = jnp.log(jnp.sum(in_blocks(masses, 0.0), axis=-1))
+    blocks = in_blocks(logits, -jnp.inf)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (num_blocks + size,)))(keys)
     noise = jnp.where(greedy[:, None], 0.0, noise)
-    return _argmax(logits + noise)
+    scores = jnp.where(greedy[:, None], jnp.max(blocks, axis=-1), log_masses)
+    block = _argmax(scores + noise[:, :num_blocks])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * size + _argmax(inside + noise[:, num_blocks:])
 
 
 def _argmax(x: jax.Array) -> jax.Array:

@@ -323,18 +323,6 @@ def test_greedy_is_the_argmax(params):
             assert ids[t] == np.argmax(logits[t - 1])
 
 
-def test_samples_follow_the_distribution_and_the_temperature():
-    logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
-    n = 20_000
-    streams = np.stack([turns.stream_words((7, index)) for index in range(n)])
-    assert len({tuple(words) for words in streams.tolist()}) == n
-    keys = jax.random.wrap_key_data(streams)
-    greedy = np.zeros(n, bool)
-    tokens = sampling.sample(np.tile(logits, (n, 1)), keys, greedy)
-    share = np.bincount(np.asarray(tokens), minlength=3) / n
-    np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=4 * 0.5 / n**0.5)
-
-
 def test_requests_that_cannot_be_served_are_refused(params):
     eng = make_engine(2)
     too_long = engine.TurnRequest(0, np.zeros(95, np.int32), 6, (0,))

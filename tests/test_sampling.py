@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers
 
-from jaxagentrl import engine, sampling
+from jaxagentrl import engine, sampling, turns
 from jaxagentrl.models import decoder
 
 CONFIG = decoder.DecoderConfig(
@@ -111,6 +112,41 @@ def test_the_engine_reports_the_distribution_it_samples_from():
         entropy = -np.sum(np.exp(expected) * np.where(expected > -np.inf, expected, 0))
         np.testing.assert_allclose(samples[0].entropies[0], entropy, atol=1e-5)
         assert len({int(sample.ids[0]) for sample in samples.values()}) > 1
+
+
+def draw(logits, n: int, *, is_greedy: bool = False) -> np.ndarray:
+    """[n] tokens from logits [V], each by a stream of its own."""
+    streams = np.stack([turns.stream_words((7, index)) for index in range(n)])
+    assert len({tuple(words) for words in streams.tolist()}) == n
+    keys, rows = jax.random.wrap_key_data(streams), np.tile(np.float32(logits), (n, 1))
+    return np.asarray(jax.jit(sampling.sample)(rows, keys, np.full(n, is_greedy)))
+
+
+@pytest.mark.parametrize("size, n", [(2, 20_000), (3, 20_000), (97, 20_000), (627, 20_000), (8192, 3_000)])
+def test_samples_follow_the_distribution(size, n):
+    """Of vocabularies that are and are not a multiple of their blocks; with tokens that are impossible."""
+    random = np.random.default_rng(size)
+    p = random.permutation(1 / np.arange(1, size + 1)) * (random.random(size) > 0.2)
+    p[size // 2] = 0.5 * p.sum() + 1.0
+    p /= p.sum()
+    with np.errstate(divide="ignore"):
+        tokens = draw(np.log(p), n)
+    counts = np.bincount(tokens, minlength=size)
+    assert len(counts) == size and np.all(counts[p == 0] == 0)
+    # By themselves the probable ones; the others together, in two ways.
+    for groups in (np.arange(size) % 16, np.arange(size) * 16 // size):
+        kinds = np.where(n * p > 20, np.arange(size), size + groups)
+        kept = np.unique(kinds[p > 0])
+        got, expected = (np.array([x[kinds == kind].sum() for kind in kept]) for x in (counts, n * p))
+        assert scipy.stats.chisquare(got, expected).pvalue > 1e-3
+
+
+def test_a_greedy_row_takes_the_first_of_the_most_probable():
+    """However much more probable others are together, wherever the vocabulary is cut into blocks."""
+    logits = np.zeros(8192)
+    logits[:1000] = 0.9
+    logits[[5000, 5001, 7000]] = 1.0
+    assert set(draw(logits, 50, is_greedy=True)) == {5000}
 
 
 def test_the_largest_entry_is_the_first_of_equals():

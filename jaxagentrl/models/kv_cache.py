@@ -11,7 +11,8 @@ vector against a matrix that lies in memory in the order of the sum's result. On
 Decode steps on CPU read a mirror of the filled positions, made once for all steps of a call: of what
 is stacked and longer than filled, XLA would write a copy in every step and layer. In it the keys are
 blocks of 64 positions, each [E, 64]: read as one stretch of memory, at 27 GB/s where [E, M] gave 10
-(`docs/performance.md`; `tools/bench_cache_layout.py` times whole steps of attention).
+(`docs/performance.md`; `tools/bench_cache_layout.py` times whole steps of attention). Steps write to the
+mirrors alone; when the call ends, the cache is `settled`.
 
 An int8 cache keeps one float32 scale per layer, slot, position and head: a vector x is stored as
 round(x / s) with s = max |x| / 127, so each entry is off by at most s / 2.
@@ -94,6 +95,20 @@ def mirrored(cache: KVCache, slots: jax.Array, filled: int) -> tuple[KVCache, in
     return dataclasses.replace(cache, mirrors=mirrors), size
 
 
+def settled(cache: KVCache, slots: jax.Array, lengths: jax.Array, *, most: int) -> KVCache:
+    """The cache without its mirrors, with the `most` positions from `lengths` [R] on as they hold them.
+
+    Of these as many as were written are new. Behind them both hold the same, or junk.
+    """
+    places = lengths[:, None] + jnp.arange(most)[None]
+    rows, (block, inside) = jnp.arange(places.shape[0])[:, None], jnp.divmod(places, _BLOCK)
+    mirrors, cache = cache.mirrors, dataclasses.replace(cache, mirrors=None)
+    for layer, mirror in enumerate(mirrors):
+        keys, values = mirror.keys[rows, block, :, :, inside], mirror.values[rows, :, places]
+        cache = write(cache, layer, slots, places, keys, values)
+    return cache
+
+
 def write(
     cache: KVCache,
     layer: jax.Array | int,
@@ -104,8 +119,8 @@ def write(
 ) -> KVCache:
     """Writes [R, W, K, E] keys and values of one layer at (slots [R], positions [R, W]).
 
-    `slots` None means all slots in order. A slot or position out of range is dropped. A cache with
-    mirrors takes its layer as an int, and the slots that they are of.
+    `slots` None means all slots in order. A slot or position out of range is dropped. Of a cache with
+    mirrors only these are written, until it is `settled`; it takes its layer as an int.
     """
     if slots is None:
         slots = jnp.arange(positions.shape[0])
@@ -128,7 +143,7 @@ def write(
             mirror.values.at[mirror_rows, heads, places].set(values, mode="drop"),
         )
         mirrors = (*cache.mirrors[:layer], mirror, *cache.mirrors[layer + 1 :])
-        return KVCache(put_keys(cache.keys, keys), put(cache.values, values), mirrors=mirrors)
+        return dataclasses.replace(cache, mirrors=mirrors)
     if cache.key_scales is None:
         return _placed(KVCache(put_keys(cache.keys, keys), put(cache.values, values)))
     (keys, key_scales), (values, value_scales) = quantize(keys), quantize(values)
