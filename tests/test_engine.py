@@ -206,8 +206,14 @@ def test_programs_of_a_mesh_are_compiled_once(params):
     mesh = sharding.make_mesh(data=2, fsdp=1, tensor=2)
     with sharding.use(mesh):
         eng = make_engine(4, width_buckets=(8,), filled_buckets=(96,), notice=said.append)
-        eng.warm_up(sharding.place(params, mesh))
+        placed = sharding.place(params, mesh)
+        eng.warm_up(placed)
+        results = play(eng, placed, conversations(9))
     assert eng.counters.compiles == len(said) == sum(compiled(eng))
+    alone = play(make_engine(4), params, conversations(9))
+    for index in alone:
+        for a, b in zip(alone[index], results[index], strict=True):
+            np.testing.assert_array_equal(a.ids, b.ids)
 
 
 def compiled(eng: engine.Engine) -> list[int]:
