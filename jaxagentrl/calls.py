@@ -13,10 +13,10 @@ from jaxagentrl.turns import Waiting
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A program on a wave's cache: (cache, the others) → (cache, result)."""
+    """A program on what is held of a wave: (held, the others) → (held, result)."""
 
     program: Any  # of jax.jit, all arguments by keyword
-    arguments: dict[str, Any]  # all but the cache
+    arguments: dict[str, Any]  # all but `held`
     name: tuple[Any, ...]  # what it is and its static sizes; one name is one compiled program
 
 
@@ -69,6 +69,7 @@ def decode(
         restricted: takes the program with top-k, top-p and min-p even where no row uses them.
     """
     slots, pending, lengths = _padded(num_rows, num_slots)
+    is_ready = np.zeros(num_rows, bool)
     controls = sampling.Controls(
         budgets=np.zeros(num_rows, np.int32),
         temperatures=np.ones(num_rows, np.float32),
@@ -79,7 +80,9 @@ def decode(
         streams=np.zeros((num_rows, 2), np.uint32),
     )
     for row, (slot, item, length) in rows.items():
-        slots[row], pending[row], lengths[row] = slot, item.ids[0], length
+        slots[row], lengths[row], is_ready[row] = slot, length, item.is_ready
+        if not item.is_ready:
+            (pending[row],) = item.ids
         controls.budgets[row] = item.budget
         controls.temperatures[row] = item.request.temperature
         controls.top_k[row] = item.request.top_k
@@ -92,6 +95,7 @@ def decode(
         slots=slots if sampling.decodes_some_rows() else None,
         pending=pending,
         lengths=lengths,
+        is_ready=is_ready,
         controls=controls,
         until=np.int32(until),
         filled=filled,

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxagentrl import calls, compiles, dispatch, prefixes, sampling, tiling, turns
-from jaxagentrl.models import decoder, kv_cache
+from jaxagentrl.models import decoder
 from jaxagentrl.turns import Counters, TurnRequest, TurnSample, Waiting
 
 
@@ -97,15 +97,8 @@ class Engine:
         self._extend = sampling.make_extend(config)
         self._fork = sampling.make_fork()
         self._decode = sampling.make_decode(config, max_turn_tokens=max_turn_tokens)
-        self._caches = [
-            kv_cache.init(
-                config.num_layers,
-                self.slots_per_wave,
-                max_length,
-                config.num_kv_heads,
-                config.head_dim,
-                cache_dtype,
-            )
+        self._held = [
+            sampling.init(config, self.slots_per_wave, max_length, cache_dtype)
             for _ in range(num_waves)
         ]
         shape = (num_waves, self.slots_per_wave)
@@ -204,7 +197,7 @@ class Engine:
             had: set[int] = set()  # slots that had their bucket
             while more := self._copy_leaders(wave) + self._append(params, wave, had):
                 markers += more
-            slots = sorted(slot for slot, item in waiting.items() if len(item.ids) == 1)
+            slots = sorted(slot for slot, item in waiting.items() if len(item.ids) <= 1)
         decoding = self._queues[wave].put(lambda: self._decode_turns(params, wave, slots))
         self._launched[wave] = _Launched(markers, decoding)
 
@@ -264,10 +257,11 @@ class Engine:
             item, count = self._waiting[wave][slot], int(sampled.counts[row])
             arrays = (sampled.tokens, sampled.logprobs, sampled.entropies)
             item.pieces.append(TurnSample(*(array[row, :count].copy() for array in arrays)))
-            begin = int(self._lengths[wave, slot]) + 1  # behind the token that the call began with
+            begin = int(self._lengths[wave, slot]) + len(item.ids)
             self._ids[wave, slot, begin : begin + count] = item.pieces[-1].ids
-            self._lengths[wave, slot] += count
+            self._lengths[wave, slot] = begin + count - 1  # not the last one, if there is one
             self._counters[wave].tokens_decoded += count
+            self._counters[wave].decode_places += item.is_ready
             if sampled.unfinished[row]:
                 if count:
                     item.ids = item.pieces[-1].ids[-1:]
@@ -287,7 +281,7 @@ class Engine:
         every_call = list(self._every_call(params, restricted))
 
         def compilation(call: calls.Call) -> Callable[[], None]:
-            lowered = call.program.lower(cache=self._caches[0], **call.arguments)
+            lowered = call.program.lower(held=self._held[0], **call.arguments)
 
             def compile_it() -> None:
                 self._announce(call)
@@ -299,7 +293,7 @@ class Engine:
             compiles.ahead(map(compilation, every_call))
         for call in every_call:
             self._run(0, call).result()
-        jax.block_until_ready(self._caches[0])
+        jax.block_until_ready(self._held[0])
 
     def _every_call(self, params: decoder.Params, restricted: bool) -> Iterator[calls.Call]:
         """One of every program, on no rows."""
@@ -325,7 +319,7 @@ class Engine:
         computing = sorted(slot for slot, item in waiting.items() if len(item.ids) > 1)
         wanted = held.copy()
         for slot in computing:
-            wanted[slot] += len(waiting[slot].ids) - 1
+            wanted[slot] += len(waiting[slot].ids)
         further = self._extend_costs.call + self._row_buckets[0] * self._width_buckets[0]
         copies = prefixes.find(self._ids[wave], held, wanted, computing, further=further)
         for slot, item in waiting.items():
@@ -334,29 +328,37 @@ class Engine:
     def _copy_leaders(self, wave: int) -> list[Future[jax.Array]]:
         """Copies what leaders have in their cache by now to their followers."""
         waiting, lengths = self._waiting[wave], self._lengths[wave]
+
+        def length_now(copy: prefixes.Copy) -> int:
+            """What can be copied, 0 before it is there."""
+            source, held = waiting.get(copy.source), int(lengths[copy.source])
+            # A leader's last token is left to `decode` where it comes by itself.
+            is_all_but_one = held == copy.length - 1 and source is not None and len(source.ids) == 1
+            return min(held, copy.length) if held >= copy.length or is_all_but_one else 0
+
         copies = [
-            (slot, item.leader)
+            (slot, item.leader.source, length)
             for slot, item in sorted(waiting.items())
-            if item.leader is not None and lengths[item.leader.source] >= item.leader.length
+            if item.leader is not None and (length := length_now(item.leader))
         ]
         markers, most = [], self._row_buckets[-1]
         for start in range(0, len(copies), most):
-            pairs = [(copy.source, target) for target, copy in copies[start : start + most]]
-            longest = max(copy.length for _, copy in copies[start : start + most])
+            part = copies[start : start + most]
+            pairs, longest = [(source, slot) for slot, source, _ in part], max(c[2] for c in part)
             num_rows = tiling.bucket(len(pairs), self._row_buckets)
             markers.append(self._run(wave, self._fork_call(pairs, num_rows, self._filled(longest))))
-        for target, copy in copies:
-            item, saved = waiting[target], copy.length - int(lengths[target])
-            lengths[target] = copy.length
+        for slot, _, length in copies:
+            item, saved = waiting[slot], length - int(lengths[slot])
+            lengths[slot] = length
             self._counters[wave].tokens_forked += saved
             item.ids, item.leader = item.ids[saved:], None
         return markers
 
     def _append(self, params: decoder.Params, wave: int, had: set[int]) -> list[Future[jax.Array]]:
-        """Appends one bucket at the most to every row that has more than its last id to come, but not to
+        """Appends one bucket at the most to every row that has more than one id to come, but not to
         those that had theirs, which the others join."""
         rows = {
-            slot: item.ids[:-1][: self._width_buckets[-1]]
+            slot: item.ids[: self._width_buckets[-1]]
             for slot, item in self._waiting[wave].items()
             if len(item.ids) > 1 and item.leader is None and slot not in had
         }
@@ -397,7 +399,9 @@ class Engine:
     ) -> list[tuple[int, int, dict[int, int]]]:
         """Splits the slots that decode into calls: (rows, filled, row → slot) of each."""
         lengths, waiting = self._lengths[wave], self._waiting[wave]
-        sizes = [(1, int(lengths[slot]) + waiting[slot].budget) for slot in slots]
+        sizes = [
+            (1, int(lengths[slot]) + len(waiting[slot].ids) + waiting[slot].budget - 1) for slot in slots
+        ]
         if not sampling.decodes_some_rows():
             return [(self.slots_per_wave, self._filled(max(sizes)[1]), {s: s for s in slots})]
         tiles = tiling.tile(
@@ -431,11 +435,10 @@ class Engine:
         return self._queues[wave].put(lambda: self._call(wave, call))
 
     def _call(self, wave: int, call: calls.Call) -> Any:
-        """Calls a program on the wave's cache, which only the wave's thread touches."""
+        """Calls a program on what is held of the wave, which only the wave's thread touches."""
         self._announce(call)
         with self._counting_compiles(wave, compiles.count_here):
-            cache, result = call.program(cache=self._caches[wave], **call.arguments)
-        self._caches[wave] = cache
+            self._held[wave], result = call.program(held=self._held[wave], **call.arguments)
         return result
 
     def _announce(self, call: calls.Call) -> None:

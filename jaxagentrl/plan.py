@@ -19,7 +19,7 @@ import optax
 import psutil
 
 from jaxagentrl import batching, dispatch, imitate, learner, reinforce, sampling, trees
-from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
+from jaxagentrl.models import decoder, decoding_layout, sharding
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
 # The policy among what is trained, of which a KL term keeps a copy: the model or its adapters.
@@ -233,15 +233,8 @@ def for_sampling(
     """
     local = None if mesh is None else sharding.decoding_mesh(mesh)
     slots = options["num_slots"] // options["num_waves"]
-    cache = jax.eval_shape(
-        lambda: kv_cache.init(
-            model.num_layers,
-            slots,
-            options["max_length"],
-            model.num_kv_heads,
-            model.head_dim,
-            options["cache_dtype"],
-        )
+    held = jax.eval_shape(
+        lambda: sampling.init(model, slots, options["max_length"], options["cache_dtype"])
     )
     given = sharding.abstract(
         jax.eval_shape(learner.policy_of, (frozen or {}) | trainable), mesh
@@ -249,21 +242,18 @@ def for_sampling(
     with sharding.use(mesh):
         policy = jax.eval_shape(lambda x: decoding_layout.for_decoding(x, compute_dtype), given)
     if local is not None:
-        cache = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=sharding.cache_sharding(x.shape, local)
-            ),
-            cache,
+        held = sampling.Held(
+            sharding.abstract_cache(held.cache, local), sharding.abstract_rows(held.hidden, local)
         )
         policy = sharding.abstract(policy, local)
-    cache_bytes = per_device(cache) * options["num_waves"]
+    cache_bytes = per_device(held) * options["num_waves"]
     needed = {"decoding copy": _copy_bytes(given, policy, mesh)}
     if cache_bytes + per_device(policy) > _SMALL_SHARE * limit:
         with sharding.use(local):
             decode = sampling.make_decode(model, max_turn_tokens=options["max_turn_tokens"])
             compiled = decode.lower(
                 policy,
-                cache,
+                held,
                 *_decode_inputs(slots),
                 filled=options["max_length"],
                 restricted=False,
@@ -411,7 +401,7 @@ def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
 
 
 def _decode_inputs(slots: int) -> tuple[Any, ...]:
-    """Shapes of slots, pending, lengths, controls and until of the decode program."""
+    """Shapes of the decode program's slots, pending, lengths, is_ready, controls and until."""
 
     def shape(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
@@ -427,7 +417,7 @@ def _decode_inputs(slots: int) -> tuple[Any, ...]:
         streams=shape(jnp.uint32, slots, 2),
     )
     told = whole if sampling.decodes_some_rows() else None
-    return told, whole, whole, controls, shape(jnp.int32)
+    return told, whole, whole, shape(jnp.bool_, slots), controls, shape(jnp.int32)
 
 
 def _nothing(rows: int, width: int) -> tuple[TrajectoryBatch, learner.Targets]:

@@ -14,7 +14,11 @@ LEAST = 8
 
 
 class Copy(NamedTuple):
-    """What a row takes over: the first `length` positions of row `source`, which holds or will hold them."""
+    """What a row takes over: the first `length` positions of row `source`, which holds or will hold them.
+
+    All that the row wants, only if the source then ends there, too: what comes next is sampled from the
+    hidden state of the last token, which is kept of no other. Otherwise that token is left to compute.
+    """
 
     source: int
     length: int
@@ -64,7 +68,7 @@ def find(
     Args:
         ids: [S, M] int32, what rows hold and, behind it, what they are to append.
         held: [S], positions in the cache.
-        wanted: [S], the same when all is appended.
+        wanted: [S], the same when all is appended, at least one of a row that is computing.
         computing: rows that have something to append, in the order in which they are thought of: a row
             may take from those before it what they have yet to compute.
         further: tokens that must be saved for rows to wait for a part of what another computes and
@@ -78,7 +82,7 @@ def find(
     common = common_lengths(ids, wanted)
     np.fill_diagonal(common, 0)
     copies = _find(common, held, wanted, computing, partly=True)
-    late = [row for row, copy in copies.items() if held[copy.source] < copy.length < wanted[row]]
+    late = [row for row, copy in copies.items() if held[copy.source] < copy.length < wanted[row] - 1]
     if late and sum(copies[row].length - held[row] for row in late) < further:
         copies = _find(common, held, wanted, computing, partly=False)
     return copies
@@ -89,13 +93,16 @@ def _find(common, held, wanted, computing, *, partly: bool) -> dict[int, Copy]:
     promised = np.zeros_like(held)
     copies = {}
     for row in computing:
-        now = np.minimum(common[row], held)
+        but_one = wanted[row] - 1
+        now = np.minimum(np.minimum(common[row], held), but_one)
         later = np.minimum(common[row], promised)
+        later = np.where(promised == wanted[row], later, np.minimum(later, but_one))
         best = Copy(int(now.argmax()), int(now.max()))
         waits = Copy(int(later.argmax()), int(later.max()))
         if best.length < held[row] + LEAST:
             best = Copy(row, int(held[row]))  # nothing
-        if waits.length == wanted[row] > best.length or (partly and waits.length >= best.length + LEAST):
+        is_no_call_more = waits.length >= but_one and waits.length > best.length
+        if is_no_call_more or (partly and waits.length >= best.length + LEAST):
             best = waits
         if best.length >= held[row] + LEAST:
             copies[row] = best

@@ -1,7 +1,7 @@
 """Compiled programs of sampling: `extend` appends tokens to cache rows, `decode` samples turns,
 `fork` copies cache rows.
 
-All work on a KV cache that lives on the device for a whole rollout. Everything that varies between
+All work on what the device holds of a wave for a whole rollout, a KV cache foremost. Everything that varies between
 calls (lengths, budgets, temperatures, keys, which rows take part) is data; the few static sizes
 (rows, width, filled length) come from fixed buckets, so that nothing recompiles after warm-up.
 
@@ -31,6 +31,13 @@ _EXTEND_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSI
 # Blocks of the vocabulary that a token is looked for in. A divisor of most published vocabularies, which are
 # then not padded, and of what a mesh's tensor axis splits them into.
 _MAX_BLOCKS = 128
+
+
+class Held(NamedTuple):
+    """What the device keeps of a wave's slots between calls."""
+
+    cache: kv_cache.KVCache
+    hidden: jax.Array  # [S, D] float32, final hidden state of the last token that `extend` appended
 
 
 class Controls(NamedTuple):
@@ -101,60 +108,73 @@ def check(
         raise ValueError(f"sampling.linger_share must be in [0, 1), got {linger_share}.")
 
 
+def init(config: decoder.DecoderConfig, num_slots: int, max_length: int, dtype: str) -> Held:
+    """Empty slots. `dtype` is one of `kv_cache.DTYPES`."""
+    sizes = (config.num_layers, num_slots, max_length, config.num_kv_heads, config.head_dim)
+    hidden = jnp.zeros((num_slots, config.hidden_size))
+    return Held(kv_cache.init(*sizes, dtype), sharding.constrain_rows(hidden))
+
+
 class Extend(Protocol):
     def __call__(
         self,
         params: decoder.Params,
-        cache: kv_cache.KVCache,
+        held: Held,
         tokens: jax.Array,
         slots: jax.Array,
         lengths: jax.Array,
         counts: jax.Array,
         *,
         filled: int,
-    ) -> tuple[kv_cache.KVCache, jax.Array]: ...
+    ) -> tuple[Held, jax.Array]: ...
 
 
 def make_extend(config: decoder.DecoderConfig) -> Extend:
-    """Program that appends tokens [R, W] to the cache rows `slots` [R].
+    """Program that appends tokens [R, W] to the cache rows `slots` [R], and keeps the hidden states of
+    the last ones, from which `decode` samples the next.
 
-    Rows that are padding name a slot out of range. The cache argument is donated. Beside the cache
-    comes the rows' new lengths [R], which the host may wait for when the cache is donated on.
+    Rows that are padding name a slot out of range. The argument `held` is donated. Beside it comes
+    the rows' new lengths [R], which the host may wait for when `held` is donated on.
     """
 
     @functools.partial(
         jax.jit,
         static_argnames="filled",
-        donate_argnames="cache",
+        donate_argnames="held",
         compiler_options=_known(_EXTEND_OPTIONS),
     )
-    def extend(params, cache, tokens, slots, lengths, counts, *, filled):
-        _, cache = decoder.hidden_cached(
+    def extend(params, held, tokens, slots, lengths, counts, *, filled):
+        x, cache = decoder.hidden_cached(
             config,
             params,
             tokens,
-            cache,
+            held.cache,
             slots,
             lengths,
             counts,
             filled=filled,
-            is_hidden_needed=False,
+            only_last=True,
         )
-        return cache, lengths + counts
+        hidden = held.hidden.at[slots].set(x[:, 0].astype(jnp.float32), mode="drop")
+        return Held(cache, sharding.constrain_rows(hidden)), lengths + counts
 
     return extend
 
 
 def make_fork():
-    """Program that copies the first `filled` positions of cache rows `sources` [R] to `targets` [R].
+    """Program that copies the first `filled` positions of cache rows `sources` [R] to `targets` [R], and
+    the hidden states that `extend` kept.
 
-    A target out of range is padding. The cache argument is donated. Beside the cache comes something
+    A target out of range is padding. The argument `held` is donated. Beside it comes something
     the host may wait for.
     """
 
-    @functools.partial(jax.jit, static_argnames="filled", donate_argnames="cache")
-    def fork(cache, sources, targets, *, filled):
-        return kv_cache.copy_rows(cache, sources, targets, filled), targets + 0
+    @functools.partial(jax.jit, static_argnames="filled", donate_argnames="held")
+    def fork(held, sources, targets, *, filled):
+        cache = kv_cache.copy_rows(held.cache, sources, targets, filled)
+        kept = jnp.take(held.hidden, sources, axis=0, mode="clip")
+        hidden = held.hidden.at[targets].set(kept, mode="drop")
+        return Held(cache, sharding.constrain_rows(hidden)), targets + 0
 
     return fork
 
@@ -163,11 +183,13 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
     """Program that samples turns for every active row in a single compiled loop.
 
     Arguments of the program:
-        params, cache: the cache is donated.
+        params, held: `held` is donated.
         slots: [R] int32, the cache row of each row, out of range for one that is idle; None when R is
             all slots in order, which is what the kernel for GPUs takes and meshes shard.
-        pending: [R] int32, the last token of each row, not yet in the cache.
+        pending: [R] int32, the last token of each row, not yet in the cache. Of rows that are ready, nothing.
         lengths: [R] int32, tokens in the cache.
+        is_ready: [R] bool, rows whose last token `extend` appended: their first token is sampled from the
+            hidden state that it kept, without a step.
         controls: see `Controls`. Every token's key is folded from its row's stream and its
             position, so a trajectory does not depend on slot, wave or finishing order.
         until: [] int32: the call ends once at most this many rows are still in their turn. They
@@ -181,58 +203,45 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
     after temperature, top-k, top-p and min-p, renormalized.
 
     Returns:
-        (cache, Sampled). The last sampled token of a row is in no cache: it opens the next extend.
+        (held, Sampled). The last sampled token of a row is in no cache: it opens the next extend.
     """
 
     @functools.partial(
         jax.jit,
         static_argnames=("filled", "restricted"),
-        donate_argnames="cache",
+        donate_argnames="held",
         compiler_options=_known(_DECODE_OPTIONS),
     )
-    def decode(params, cache, slots, pending, lengths, controls, until, *, filled, restricted):
+    def decode(
+        params, held, slots, pending, lengths, is_ready, controls, until, *, filled, restricted
+    ):
+        cache, num_rows = held.cache, pending.shape[0]
         if slots is not None and _can_be_mirrored(cache, params):
             cache, filled = kv_cache.mirrored(cache, slots, filled)
-            params = decoding_layout.for_rows(params, pending.shape[0])
-        num_rows = pending.shape[0]
+            params = decoding_layout.for_rows(params, num_rows)
         rows, shape = jnp.arange(num_rows), (num_rows, max_turn_tokens)
         keys = jax.random.wrap_key_data(controls.streams)
         greedy = controls.temperatures <= 0
         scale = jnp.where(greedy, 1.0, controls.temperatures)[:, None]
 
-        def is_running(carry):
-            return jnp.sum(carry["active"]) > until
-
-        def step(carry):
-            active, lengths = carry["active"], carry["lengths"]
-            x, cache = decoder.hidden_cached(
-                config,
-                params,
-                carry["pending"][:, None],
-                carry["cache"],
-                slots,
-                lengths,
-                active.astype(jnp.int32),
-                filled=filled,
-            )
-            z = decoder.unembed(params, x[:, 0], softcap=config.logit_softcap) / scale
+        def draw(turns, x, drawing):
+            """Samples a token of the rows [R] that are drawing, whose last token has state x [R, D]."""
+            z = decoder.unembed(params, x, softcap=config.logit_softcap) / scale
             if restricted:
                 z = jax.nn.log_softmax(z)
                 z = restrict(z, controls.top_k, controls.top_p, controls.min_p)
-            token = sample(z, jax.vmap(jax.random.fold_in)(keys, lengths), greedy)
+            last = turns["lengths"] - 1  # its position
+            token = sample(z, jax.vmap(jax.random.fold_in)(keys, last), greedy)
             chosen, entropies = describe(z, token)
-            # Idle rows write at index T, which is dropped.
-            where = (rows, jnp.where(active, carry["counts"], max_turn_tokens))
-            counts = carry["counts"] + active
-            stopped = jnp.any(token[:, None] == controls.stop_ids, axis=1)
-            out = carry["out"]
-            return {
-                "cache": cache,
-                "pending": jnp.where(active, token, carry["pending"]),
-                "lengths": lengths + active,
+            # Other rows write at index T, which is dropped.
+            where = (rows, jnp.where(drawing, turns["counts"], max_turn_tokens))
+            counts = turns["counts"] + drawing
+            ended = jnp.any(token[:, None] == controls.stop_ids, axis=1) | (counts >= controls.budgets)
+            out = turns["out"]
+            return turns | {
+                "pending": jnp.where(drawing, token, turns["pending"]),
                 "counts": counts,
-                "active": active & ~stopped & (counts < controls.budgets),
-                "steps": carry["steps"] + 1,
+                "active": turns["active"] & ~(drawing & ended),
                 "out": (
                     out[0].at[where].set(token, mode="drop"),
                     out[1].at[where].set(chosen, mode="drop"),
@@ -240,8 +249,26 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
                 ),
             }
 
-        start = {
-            "cache": cache,
+        def is_running(carry):
+            return jnp.sum(carry[1]["active"]) > until
+
+        def step(carry):
+            cache, turns = carry
+            active = turns["active"]
+            x, cache = decoder.hidden_cached(
+                config,
+                params,
+                turns["pending"][:, None],
+                cache,
+                slots,
+                turns["lengths"],
+                active.astype(jnp.int32),
+                filled=filled,
+            )
+            moved = {"lengths": turns["lengths"] + active, "steps": turns["steps"] + 1}
+            return cache, draw(turns | moved, x[:, 0], active)
+
+        turns = {
             "pending": pending,
             "lengths": lengths,
             "counts": jnp.zeros_like(lengths),
@@ -249,11 +276,17 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
             "steps": jnp.int32(0),
             "out": (jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape)),
         }
-        end = jax.lax.while_loop(is_running, step, start)
-        cache = end["cache"]
+        x = held.hidden if slots is None else jnp.take(held.hidden, slots, axis=0, mode="clip")
+        x = x.astype(params["embed"]["embedding"].dtype)
+        is_ready = is_ready & turns["active"]
+        turns = jax.lax.cond(
+            jnp.any(is_ready), lambda turns: draw(turns, x, is_ready), lambda turns: turns, turns
+        )
+        cache, turns = jax.lax.while_loop(is_running, step, (cache, turns))
         if cache.mirrors is not None:
             cache = kv_cache.settled(cache, slots, lengths, most=max_turn_tokens)
-        return cache, Sampled(*end["out"], end["counts"], end["active"], end["steps"])
+        sampled = Sampled(*turns["out"], turns["counts"], turns["active"], turns["steps"])
+        return held._replace(cache=cache), sampled
 
     return decode
 

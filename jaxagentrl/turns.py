@@ -83,6 +83,11 @@ class Waiting:
     leader: Copy | None = None  # what is to be copied from another slot, once that holds it
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the cache holds all, and the device what comes after it is sampled from."""
+        return len(self.ids) == 0
+
+    @property
     def budget(self) -> int:
         return self.request.budget - sum(len(piece.ids) for piece in self.pieces)
 

@@ -10,7 +10,7 @@ from test_decoder import CONFIG, variant
 from test_mirrors import SLOTS, TURN, controls, sampled
 
 from jaxagentrl import plan, sampling
-from jaxagentrl.models import decoder, decoding_layout, kv_cache, lora
+from jaxagentrl.models import decoder, decoding_layout, lora
 
 
 @pytest.fixture
@@ -51,18 +51,18 @@ def test_few_rows_are_the_right_side_of_every_product_with_weights(name, transpo
     laid_out = decoding_layout.for_decoding(params, "float32")
 
     def left_sides(rows: int) -> list[list[int]]:
-        cache = kv_cache.init(config.num_layers, SLOTS, 150, 2, 8, "float32")
+        held = sampling.init(config, SLOTS, 150, "float32")
         settings = jax.tree.map(lambda x: x[:rows], controls())
         slots, zeros = jnp.arange(rows), jnp.zeros(rows, jnp.int32)
         decode = sampling.make_decode(config, max_turn_tokens=TURN)
-        given = (laid_out, cache, slots, zeros, zeros, settings, jnp.int32(0))
+        given = (laid_out, held, slots, zeros, zeros, zeros > 0, settings, jnp.int32(0))
         text = decode.lower(*given, filled=100, restricted=False).compile().as_text()
         shapes = dict(re.findall(r"%?([\w.-]+) = \w+\[([\d,]*)\]", text))
         lefts = re.findall(r" dot\((?:\w+\[[\d,]*\]\S* )?%?([\w.-]+)", text)
         sides = [[int(size) for size in shapes[left].split(",")] for left in lefts]
         return [side for side in sides if len(side) == 2]
 
-    products = 7 * config.num_layers + 1
+    products = 7 * config.num_layers + 2  # the logits of first tokens, and of others
     few, many = left_sides(3), left_sides(4)
     assert len(few) == len(many) == products
     assert all(3 not in side for side in few)

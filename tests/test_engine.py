@@ -169,6 +169,20 @@ def test_turns_stop_at_the_end_of_turn_token_or_the_budget(params):
     assert ended > 0
 
 
+def test_a_turn_begins_with_what_extend_computed(params):
+    """Of n tokens it takes n − 1 steps; n where its only new token is the one before it."""
+    taken, prompt = [], np.arange(10, 14, dtype=np.int32)
+    for new in (prompt, prompt[:1]):
+        eng = make_engine(2, stop_ids=[60])
+        before = dataclasses.replace(eng.counters)
+        request = engine.TurnRequest(0, new, 4, (0,), temperature=0.0)
+        act(eng, params, 0, [request])
+        used = eng.counters.since(before)
+        taken.append((used.tokens_extended, used.decode_steps, used.tokens_decoded))
+        assert eng.length(0, 0) == len(new) + 4
+    assert taken == [(4, 3, 4), (0, 4, 4)]
+
+
 def test_what_parameters_of_another_type_compile_is_counted(params):
     eng = make_engine(2)
     request = engine.TurnRequest(0, np.arange(10, 14, dtype=np.int32), 4, (0,))
@@ -262,7 +276,7 @@ def test_rows_share_calls_with_rows_of_their_length(params, monkeypatch):
     }
     monkeypatch.setattr(sampling, "decodes_some_rows", lambda: False)
     whole, eng = played()
-    assert eng.counters.decode_places == 16 * eng.counters.decode_steps
+    assert eng.counters.decode_places == 16 * (eng.counters.decode_steps + 1)  # first tokens take none
     for slot in range(16):
         np.testing.assert_array_equal(ours[slot].ids, whole[slot].ids)
         np.testing.assert_array_equal(ours[slot].ids, together[slot].ids)
@@ -287,18 +301,18 @@ def test_turns_go_on_in_calls_of_fewer_rows_once_others_have_ended(params, linge
         calls, decode = [], eng._decode
 
         def noted(**arguments):
-            cache, sampled = decode(**arguments)
+            held, sampled = decode(**arguments)
             calls.append((len(arguments["slots"]), int(sampled.steps), int(sum(sampled.unfinished))))
-            return cache, sampled
+            return held, sampled
 
         eng._decode = noted
         return act(eng, params, 0, requests), calls, eng.counters
 
     whole, calls, counters = played((1,))
-    assert calls == ([(16, 3, 2), (16, 3, 0)] if linger_share else [(16, 6, 0)])
-    assert counters.decode_places == 16 * 6
+    assert calls == ([(16, 2, 2), (16, 3, 0)] if linger_share else [(16, 5, 0)])
+    assert counters.decode_places == 16 * 6  # the first tokens take no step
     samples, calls, counters = played((1, 2, 8))
-    assert calls == [(8, 3, 1), (8, 3, 1), (2, 3, 0)]
+    assert calls == [(8, 2, 1), (8, 2, 1), (2, 3, 0)]
     assert counters.decode_places == 8 * 3 + 8 * 3 + 2 * 3
     assert counters.tokens_decoded == sum(budgets)
     for slot in range(16):
@@ -310,11 +324,11 @@ def test_history_is_never_prefilled_again(params):
     talks = conversations(6)
     eng = make_engine(6)
     results = play(eng, params, talks)
-    # Every token enters the cache once: the prompts' here or as a turn's first input to decode.
+    # Every token enters the cache once: the prompts' here, but what is left alone by the widest call.
     fed = sum(len(ids) for talk in talks for ids in talk)
     carried = sum(NUM_TURNS - 1 for _ in talks)
-    turns = NUM_TURNS * len(talks)
-    assert eng.counters.tokens_extended == fed + carried - turns
+    alone = sum((len(ids) + (turn > 0)) % 16 == 1 for talk in talks for turn, ids in enumerate(talk))
+    assert eng.counters.tokens_extended == fed + carried - alone
     assert eng.counters.tokens_decoded == sum(len(s.ids) for r in results.values() for s in r)
     assert eng.counters.tokens_reprefill > fed
 

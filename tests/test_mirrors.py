@@ -34,24 +34,25 @@ def sampled(config, params, lengths, *, capacity: int, filled: int, order=None):
     `order` is the slot of each row, None all slots in order without saying so: on CPU what reads
     the cache itself.
     """
-    cache = kv_cache.init(config.num_layers, SLOTS, capacity, 2, 8, "float32")
+    held = sampling.init(config, SLOTS, capacity, "float32")
     widest = max(lengths)
     ids = tokens(SLOTS, widest + 1)
     lengths = jnp.array(lengths, jnp.int32)
     extend = sampling.make_extend(config)
     nothing = jnp.zeros(SLOTS, jnp.int32)
-    cache, _ = extend(
-        params, cache, ids[:, :widest], jnp.arange(SLOTS), nothing, lengths, filled=capacity
+    held, _ = extend(
+        params, held, ids[:, :widest], jnp.arange(SLOTS), nothing, lengths, filled=capacity
     )
     decode = sampling.make_decode(config, max_turn_tokens=TURN)
     rows = jnp.arange(SLOTS) if order is None else jnp.array(order)
-    pending, held, settings = jax.tree.map(
+    pending, lengths, settings = jax.tree.map(
         lambda x: jnp.take(x, rows, axis=0, mode="clip"), (ids[:, -1], lengths, controls())
     )
     settings = settings._replace(budgets=jnp.where(rows < SLOTS, settings.budgets, 0))
     slots = None if order is None else rows
-    given = (slots, pending, held, settings, jnp.int32(0))
-    return decode(params, cache, *given, filled=filled, restricted=False)
+    given = (slots, pending, lengths, jnp.zeros(len(rows), bool), settings, jnp.int32(0))
+    held, made = decode(params, held, *given, filled=filled, restricted=False)
+    return held.cache, made
 
 
 @pytest.mark.parametrize(
@@ -110,11 +111,11 @@ def test_no_step_cuts_the_cache_or_the_weights():
 
     def largest_cut(slots):
         config, params = variant("plain")
-        cache = kv_cache.init(2, SLOTS, 150, 2, 8, "float32")
+        held = sampling.init(config, SLOTS, 150, "float32")
         decode = sampling.make_decode(config, max_turn_tokens=TURN)
-        zeros = jnp.zeros(SLOTS, jnp.int32)
+        zeros, is_ready = jnp.zeros(SLOTS, jnp.int32), jnp.zeros(SLOTS, bool)
         traced = jax.make_jaxpr(functools.partial(decode, filled=100, restricted=False))(
-            params, cache, slots, zeros, zeros, controls(), jnp.int32(0)
+            params, held, slots, zeros, zeros, is_ready, controls(), jnp.int32(0)
         )
         loop = next(eqn for eqn in equations(traced.jaxpr) if eqn.primitive.name == "while")
         cuts = ("slice", "dynamic_slice", "gather")
@@ -145,29 +146,32 @@ def inner_programs(eqn):
             yield inner
 
 
-def test_an_extend_does_no_more_in_its_last_layer_than_keys_and_values():
+def test_an_extend_makes_keys_and_values_alone_of_all_tokens_in_its_last_layer():
     config, params = variant("plain")
     rows, width = 4, 32
-    cache = kv_cache.init(2, rows, 64, 2, 8, "float32")
+    held = sampling.init(config, rows, 64, "float32")
     slots, zeros, counts = jnp.arange(rows), jnp.zeros(rows, jnp.int32), jnp.full(rows, width)
 
-    def products(program) -> int:
-        """With weights, of what its results need."""
-        given = (params, cache, tokens(rows, width), slots, zeros, counts)
+    def products(program) -> tuple[int, int]:
+        """With weights, of what its results need: of all tokens, and of one a row."""
+        given = (params, held, tokens(rows, width), slots, zeros, counts)
         traced = jax.make_jaxpr(functools.partial(program, filled=64))(*given).jaxpr
         needed, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
-        return count(needed)
+        return count(needed, width), count(needed, 1)
 
-    def count(jaxpr) -> int:
+    def count(jaxpr, length: int) -> int:
         total = 0
         for eqn in jaxpr.eqns:
-            total += eqn.primitive.name == "dot_general" and eqn.invars[1].aval.ndim == 2
-            total += eqn.params.get("length", 1) * sum(map(count, inner_programs(eqn)))
+            if eqn.primitive.name == "dot_general":
+                x, weights = (operand.aval for operand in eqn.invars)
+                total += weights.ndim == 2 and x.shape[1] == length
+            inner = sum(count(program, length) for program in inner_programs(eqn))
+            total += eqn.params.get("length", 1) * inner
         return total
 
     hidden = functools.partial(decoder.hidden_cached, config)
-    assert products(sampling.make_extend(config).__wrapped__) == 7 + 2
-    assert products(lambda *given, filled: hidden(*reorder(given), filled=filled)) == 7 + 7
+    assert products(sampling.make_extend(config).__wrapped__) == (7 + 2, 5)
+    assert products(lambda *given, filled: hidden(*reorder(given), filled=filled)) == (7 + 7, 0)
 
 
 def test_products_of_an_extend_are_not_left_to_ynnpack():
@@ -177,8 +181,8 @@ def test_products_of_an_extend_are_not_left_to_ynnpack():
         pytest.skip("this jaxlib has no such option.")
     config, params = variant("plain")
     rows, width = 4, 32
-    cache = kv_cache.init(2, rows, 64, 2, 8, "float32")
-    given = (params, cache, tokens(rows, width), jnp.arange(rows), *2 * [jnp.zeros(rows, jnp.int32)])
+    held = sampling.init(config, rows, 64, "float32")
+    given = (params, held, tokens(rows, width), jnp.arange(rows), *2 * [jnp.zeros(rows, jnp.int32)])
 
     def fused(program) -> int:
         """Products within fusions of YNNPACK."""
@@ -194,8 +198,8 @@ def test_products_of_an_extend_are_not_left_to_ynnpack():
 
 def reorder(given):
     """Arguments of an extend as `hidden_cached` takes them."""
-    params, cache, ids, *others = given
-    return params, ids, cache, *others
+    params, held, ids, *others = given
+    return params, ids, held.cache, *others
 
 
 def test_weights_apart_stay_apart():

@@ -184,7 +184,7 @@ def test_a_window_slides_over_turns(chat_format, small_engine):
 
 @pytest.mark.parametrize("history", [0, 2])
 def test_the_last_turns_alone_are_shown(chat_format, small_engine, history):
-    to_play = rollout.episodes(make_tasks(12), group_size=1, stream=(1,))
+    to_play = rollout.episodes(make_tasks(12), group_size=1, stream=(2,))
     with make_pool(2) as pool:
         played = play(
             chat_format, small_engine, pool, to_play, context="last_turns", history_turns=history

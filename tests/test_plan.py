@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from test_sharding import OPTIMIZER, UNTIED, params
 
-from jaxagentrl import imitate, learner, optimizer, plan, reinforce, states, trees
-from jaxagentrl.models import kv_cache, sharding
+from jaxagentrl import imitate, learner, optimizer, plan, reinforce, sampling, states, trees
+from jaxagentrl.models import sharding
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -72,8 +72,8 @@ def test_the_plan_counts_what_arrays_take_and_runs_the_largest_micro_batch():
     assert made.always["parameters"] == sum(x.nbytes for x in jax.tree.leaves(trainable))
     assert made.always["optimizer"] == 2 * made.always["parameters"] + 8  # two counters
     assert made.always["reference"] == 0
-    cache = kv_cache.init(2, 4, 24, 4, 8, "float32")
-    assert made.always["cache"] == 2 * sum(x.nbytes for x in jax.tree.leaves(cache))
+    held = sampling.init(UNTIED, 4, 24, "float32")
+    assert made.always["cache"] == 2 * sum(x.nbytes for x in jax.tree.leaves(held))
     # Logits of the largest micro-batch are in it, and it is compiled once and for all.
     assert made.updating["update"] > 4 * 24 * UNTIED.vocab_size * 4
     assert update._cache_size() == 1

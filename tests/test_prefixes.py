@@ -49,25 +49,28 @@ def test_what_is_copied_is_there_in_time(texts, data, partly):
     copies = prefixes.find(ids, held, wanted, computing, further=0 if partly else np.inf)
     done = set()
     for row in computing:
-        # The longest that another row holds now, or that a row before holds when it is done.
+        # The longest that another row holds now, or that a row before holds when it is done; its last
+        # token is a row's own, unless that of a row before is the same one.
         now, later = 0, 0
         for other, text in enumerate(texts):
-            shared = in_common(texts[row], text)
+            shared, but_one = in_common(texts[row], text), wanted[row] - 1
             if other != row:
-                now = max(now, min(shared, held[other]))
+                now = max(now, min(shared, held[other], but_one))
             if other in done:
-                later = max(later, min(shared, wanted[other]))
+                is_whole = shared == wanted[other] == wanted[row]
+                later = max(later, shared if is_whole else min(shared, wanted[other], but_one))
         if row in copies:
             source, length = copies[row]
             assert length >= held[row] + LEAST and in_common(texts[row], texts[source]) >= length
             assert source != row
             assert length <= held[source] or (source in done and length <= wanted[source])
             if length > held[source]:
-                assert partly or length == wanted[row]
+                assert partly or length >= wanted[row] - 1
+            assert length < wanted[row] or (source in done and wanted[source] == length)
             assert length >= now
         else:
             assert now < held[row] + LEAST
-            assert later < held[row] + LEAST or (not partly and later < wanted[row])
+            assert later < held[row] + LEAST or (not partly and later < wanted[row] - 1)
         done.add(row)
 
 

@@ -241,7 +241,7 @@ def test_a_sharded_cache_decodes_the_same_tokens():
             )
             cache = kv_cache.init(model.num_layers, 4, 8, model.num_kv_heads, 8, "float32")
             if local is not None:
-                places = sharding.cache_sharding(cache.keys.shape, local)
+                places = sharding.abstract_cache(cache.keys, local).sharding
                 assert cache.keys.sharding.is_equivalent_to(places, 5)
                 assert cache.keys.addressable_shards[0].data.shape == (2, 1, 2, 8, 8)
             program = jax.jit(functools.partial(decoder.hidden_cached, model, filled=8))

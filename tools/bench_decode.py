@@ -64,10 +64,8 @@ def measure(args: argparse.Namespace, params: decoder.Params, slots: int, speed:
     # The step in the middle sees --filled positions, and the bucket is the next multiple of 128.
     lengths = np.full(slots, args.filled - args.steps // 2, np.int32)
     filled = -(-(args.filled + args.steps // 2) // 128) * 128
-    cache = kv_cache.init(
-        config.num_layers, slots, filled, config.num_kv_heads, config.head_dim, args.dtype
-    )
-    needed = step_bytes(params, cache, args.filled)
+    held = sampling.init(config, slots, filled, args.dtype)
+    needed = step_bytes(params, held.cache, args.filled)
     controls = sampling.Controls(
         budgets=np.full(slots, args.steps, np.int32),
         temperatures=np.ones(slots, np.float32),
@@ -80,10 +78,10 @@ def measure(args: argparse.Namespace, params: decoder.Params, slots: int, speed:
     decode = sampling.make_decode(config, max_turn_tokens=args.steps)
 
     def run() -> None:
-        nonlocal cache
-        cache, sampled = decode(
-            params, cache, None, np.zeros(slots, np.int32), lengths, controls, np.int32(0),
-            filled=filled, restricted=False,
+        nonlocal held
+        held, sampled = decode(
+            params, held, None, np.zeros(slots, np.int32), lengths, np.zeros(slots, bool), controls,
+            np.int32(0), filled=filled, restricted=False,
         )
         jax.block_until_ready(sampled)
         assert int(sampled.steps) == args.steps

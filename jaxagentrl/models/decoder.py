@@ -205,7 +205,7 @@ def hidden_cached(
     counts: jax.Array,
     *,
     filled: int,
-    is_hidden_needed: bool = True,
+    only_last: bool = False,
 ) -> tuple[jax.Array, kv_cache.KVCache]:
     """Appends tokens to cache rows and returns their hidden states.
 
@@ -217,23 +217,27 @@ def hidden_cached(
         lengths: [R] int32, tokens already in the cache.
         counts: [R] int32, how many of the W tokens are real.
         filled: static bound on lengths + counts; attention reads this much of the cache and no more.
-        is_hidden_needed: False where the caller only wants the cache. The last layer is then a program of
-            its own, of which the compiler keeps the keys and values.
+        only_last: True where the caller wants the hidden state of each row's last real token alone. The
+            last layer is then a program of its own, which makes keys and values of all tokens and the rest
+            of one.
 
     Returns:
-        [R, W, D] hidden states and the cache with the new keys and values.
+        [R, W, D] hidden states ([R, 1, D] with `only_last`) and the cache with the new keys and values.
     """
     width = tokens.shape[1]
     offsets = jnp.arange(width)
     positions = lengths[:, None] + offsets[None]
-    # Looked up: of cosines, XLA on CPU would compute each one again for every entry that it turns.
-    tables = tuple(
-        jnp.take(table[..., 0, :, :], positions, axis=-2, mode="clip")
-        for table in rope_tables(config, np.arange(filled)[None])
-    )
-    index = jnp.arange(filled)[None, None, :]
-    mask = index <= positions[:, :, None]
-    distance = positions[:, :, None] - index
+    held = jnp.arange(filled)[None, None, :]
+
+    def seen_from(positions: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
+        # Looked up: of cosines, XLA on CPU would compute each one again for every entry that it turns.
+        tables = tuple(
+            jnp.take(table[..., 0, :, :], positions, axis=-2, mode="clip")
+            for table in rope_tables(config, np.arange(filled)[None])
+        )
+        return tables, held <= positions[:, :, None], positions[:, :, None] - held
+
+    tables, mask, distance = seen_from(positions)
     # A padding token writes nowhere: its position is sent out of range.
     targets = jnp.where(offsets[None] < counts[:, None], positions, cache.max_length)
     graph, layers = _layers(config, params)
@@ -242,7 +246,7 @@ def hidden_cached(
     x = embed(config, params, tokens)
     is_fused = width == 1 and slots is None and _has_decode_kernel(config, cache, x.dtype)
 
-    def step(carry, index):
+    def step(carry, index, *, only_last: bool = False):
         x, cache = carry
         if isinstance(layers, tuple):
             layer_params = layers[index]
@@ -260,18 +264,25 @@ def hidden_cached(
             attended = attended[:, None]
         else:
             cache = kv_cache.write(cache, index, slots, targets, k, v)
-            seen = _within_window(config, mask, distance, is_local)
+            here = tables, mask, distance
+            if only_last:
+                last = jnp.maximum(counts - 1, 0)[:, None]
+                x = jnp.take_along_axis(x, last[..., None], axis=1)
+                here = seen_from(lengths[:, None] + last)
+                q, _, _ = layer.attention.qkv(layer.attention_norm(x), _table_of(here[0], is_local))
+            seen = _within_window(config, *here[1:], is_local)
             keys, values = kv_cache.read(cache, index, slots, filled, q.dtype)
             attended = attention.attend_cached(q, keys, values, seen, **scores)
         return (layer.add_mlp(layer.add_attention(x, attended)), cache), None
 
-    carry, is_last_apart = (x, cache), not is_hidden_needed
-    in_loop = 0 if isinstance(layers, tuple) else config.num_layers - is_last_apart
+    carry = (x, cache)
+    in_loop = 0 if isinstance(layers, tuple) else config.num_layers - only_last
     if in_loop:
         # By index: a slice of the stacked weights would be a copy of them.
         carry, _ = jax.lax.scan(step, carry, jnp.arange(in_loop))
     for index in range(in_loop, config.num_layers):
-        carry, _ = step(carry, index)
+        is_last = index == config.num_layers - 1
+        carry, _ = step(carry, index, only_last=only_last and is_last)
     return final_norm(config, params, carry[0]), carry[1]
 
 

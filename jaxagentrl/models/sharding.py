@@ -217,9 +217,23 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     )
 
 
-def cache_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Of an array [N, S, K, ...] of a KV cache: slots over rows, heads over tensor."""
-    return NamedSharding(mesh, spec(CACHE_AXES, shape, mesh.shape))
+def abstract_cache(cache: Any, mesh: Mesh) -> Any:
+    """Shapes and types of the arrays [N, S, K, ...] of a KV cache on the mesh: slots over rows, heads over
+    tensor."""
+    return _abstract_by(CACHE_AXES, cache, mesh)
+
+
+def abstract_rows(tree: Any, mesh: Mesh) -> Any:
+    """Shapes and types of arrays [B, ...] on the mesh, rows shared out."""
+    return _abstract_by((ROWS,), tree, mesh)
+
+
+def _abstract_by(axes: Sequence[Axis], tree: Any, mesh: Mesh) -> Any:
+    def at(x: Any) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(mesh, spec(axes, x.shape, mesh.shape))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(at, tree)
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
