@@ -356,12 +356,15 @@ class Engine:
 
     def _append(self, params: decoder.Params, wave: int, had: set[int]) -> list[Future[jax.Array]]:
         """Appends one bucket at the most to every row that has more than one id to come, but not to
-        those that had theirs, which the others join."""
-        rows = {
-            slot: item.ids[: self._width_buckets[-1]]
-            for slot, item in self._waiting[wave].items()
-            if len(item.ids) > 1 and item.leader is None and slot not in had
-        }
+        those that had theirs, which the others join.
+
+        A last id that a wider bucket would be needed for is left to `decode`, which takes a step for it.
+        """
+        rows = {}
+        for slot, item in self._waiting[wave].items():
+            if len(item.ids) > 1 and item.leader is None and slot not in had:
+                is_over = len(item.ids) - 1 in self._width_buckets
+                rows[slot] = item.ids[:-1] if is_over else item.ids[: self._width_buckets[-1]]
         had.update(rows)
         slots, lengths = sorted(rows), self._lengths[wave]
         tiles = tiling.tile(

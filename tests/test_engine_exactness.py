@@ -250,7 +250,7 @@ def test_words_that_all_begin_with_are_computed_once_where_the_wait_is_worth_it(
         used = eng.counters.since(before)
         counted.append((used.tokens_extended, used.tokens_forked))
         assert largest_error(list(live.values())) <= 1e-4
-    assert counted == [(4 * 32, 0), (32 + 3 * 9, 3 * 24)]
+    assert counted == [(4 * 32, 0), (32 + 3 * 8, 3 * 24)]
 
 
 def test_a_leader_that_is_released_in_the_middle_of_its_prompt_leaves_no_junk():

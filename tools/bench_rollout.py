@@ -117,7 +117,7 @@ def make_engine(world: World, num_slots: int, num_waves: int, stop_ids=None) -> 
         max_turn_tokens=BUDGET,
         stop_ids=world.stop_ids if stop_ids is None else stop_ids,
         filled_buckets=sorted({*range(step, length, step), length}),
-        width_buckets=(32, 48, 64),
+        width_buckets=(33, 48, 64),
         row_divisors=(1, 2, 8),
         cache_dtype=world.dtype,
     )
