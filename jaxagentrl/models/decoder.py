@@ -227,7 +227,7 @@ def hidden_cached(
     width = tokens.shape[1]
     offsets = jnp.arange(width)
     positions = lengths[:, None] + offsets[None]
-    held = jnp.arange(filled)[None, None, :]
+    places = jnp.arange(filled)[None, None, :]
 
     def seen_from(positions: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
         # Looked up: of cosines, XLA on CPU would compute each one again for every entry that it turns.
@@ -235,7 +235,7 @@ def hidden_cached(
             jnp.take(table[..., 0, :, :], positions, axis=-2, mode="clip")
             for table in rope_tables(config, np.arange(filled)[None])
         )
-        return tables, held <= positions[:, :, None], positions[:, :, None] - held
+        return tables, places <= positions[:, :, None], positions[:, :, None] - places
 
     tables, mask, distance = seen_from(positions)
     # A padding token writes nowhere: its position is sent out of range.
