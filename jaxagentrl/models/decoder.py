@@ -227,17 +227,14 @@ def hidden_cached(
     width = tokens.shape[1]
     offsets = jnp.arange(width)
     positions = lengths[:, None] + offsets[None]
-    places = jnp.arange(filled)[None, None, :]
-
-    def seen_from(positions: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
-        # Looked up: of cosines, XLA on CPU would compute each one again for every entry that it turns.
-        tables = tuple(
-            jnp.take(table[..., 0, :, :], positions, axis=-2, mode="clip")
-            for table in rope_tables(config, np.arange(filled)[None])
-        )
-        return tables, places <= positions[:, :, None], positions[:, :, None] - places
-
-    tables, mask, distance = seen_from(positions)
+    # Looked up: of cosines, XLA on CPU would compute each one again for every entry that it turns.
+    tables = tuple(
+        jnp.take(table[..., 0, :, :], positions, axis=-2, mode="clip")
+        for table in rope_tables(config, np.arange(filled)[None])
+    )
+    index = jnp.arange(filled)[None, None, :]
+    mask = index <= positions[:, :, None]
+    distance = positions[:, :, None] - index
     # A padding token writes nowhere: its position is sent out of range.
     targets = jnp.where(offsets[None] < counts[:, None], positions, cache.max_length)
     graph, layers = _layers(config, params)
@@ -245,6 +242,11 @@ def hidden_cached(
     local_layers = _local_layers(config)
     x = embed(config, params, tokens)
     is_fused = width == 1 and slots is None and _has_decode_kernel(config, cache, x.dtype)
+
+    def at_last(x: jax.Array) -> jax.Array:
+        """[..., R, 1, E] of [..., R, W, E]."""
+        last = jnp.maximum(counts - 1, 0).reshape(*[1] * (x.ndim - 3), -1, 1, 1)
+        return jnp.take_along_axis(x, last, axis=-2)
 
     def step(carry, index, *, only_last: bool = False):
         x, cache = carry
@@ -264,13 +266,11 @@ def hidden_cached(
             attended = attended[:, None]
         else:
             cache = kv_cache.write(cache, index, slots, targets, k, v)
-            here = tables, mask, distance
+            seen = _within_window(config, mask, distance, is_local)
             if only_last:
-                last = jnp.maximum(counts - 1, 0)[:, None]
-                x = jnp.take_along_axis(x, last[..., None], axis=1)
-                here = seen_from(lengths[:, None] + last)
-                q, _, _ = layer.attention.qkv(layer.attention_norm(x), _table_of(here[0], is_local))
-            seen = _within_window(config, *here[1:], is_local)
+                x, seen = at_last(x), at_last(seen)
+                table = _table_of(tuple(map(at_last, tables)), is_local)
+                q, _, _ = layer.attention.qkv(layer.attention_norm(x), table)
             keys, values = kv_cache.read(cache, index, slots, filled, q.dtype)
             attended = attention.attend_cached(q, keys, values, seen, **scores)
         return (layer.add_mlp(layer.add_attention(x, attended)), cache), None
