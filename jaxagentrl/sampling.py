@@ -11,7 +11,7 @@ S slots, R rows of one call, W width of an extend, T token budget of a turn, V v
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -219,35 +219,8 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         if slots is not None and _can_be_mirrored(cache, params):
             cache, filled = kv_cache.mirrored(cache, slots, filled)
             params = decoding_layout.for_rows(params, num_rows)
-        rows, shape = jnp.arange(num_rows), (num_rows, max_turn_tokens)
-        keys = jax.random.wrap_key_data(controls.streams)
-        greedy = controls.temperatures <= 0
-        scale = jnp.where(greedy, 1.0, controls.temperatures)[:, None]
-
-        def draw(turns, x, drawing):
-            """Samples a token of the rows [R] that are drawing, whose last token has state x [R, D]."""
-            z = decoder.unembed(params, x, softcap=config.logit_softcap) / scale
-            if restricted:
-                z = jax.nn.log_softmax(z)
-                z = restrict(z, controls.top_k, controls.top_p, controls.min_p)
-            last = turns["lengths"] - 1  # its position
-            token = sample(z, jax.vmap(jax.random.fold_in)(keys, last), greedy)
-            chosen, entropies = describe(z, token)
-            # Other rows write at index T, which is dropped.
-            where = (rows, jnp.where(drawing, turns["counts"], max_turn_tokens))
-            counts = turns["counts"] + drawing
-            ended = jnp.any(token[:, None] == controls.stop_ids, axis=1) | (counts >= controls.budgets)
-            out = turns["out"]
-            return turns | {
-                "pending": jnp.where(drawing, token, turns["pending"]),
-                "counts": counts,
-                "active": turns["active"] & ~(drawing & ended),
-                "out": (
-                    out[0].at[where].set(token, mode="drop"),
-                    out[1].at[where].set(chosen, mode="drop"),
-                    out[2].at[where].set(entropies, mode="drop"),
-                ),
-            }
+        shape = (num_rows, max_turn_tokens)
+        draw = functools.partial(_draw, config, params, controls, restricted=restricted)
 
         def is_running(carry):
             return jnp.sum(carry[1]["active"]) > until
@@ -289,6 +262,42 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         return held._replace(cache=cache), sampled
 
     return decode
+
+
+def _draw(
+    config: decoder.DecoderConfig,
+    params: decoder.Params,
+    controls: Controls,
+    turns: dict[str, Any],
+    x: jax.Array,
+    drawing: jax.Array,
+    *,
+    restricted: bool,
+) -> dict[str, Any]:
+    """The turns of `decode` with one token more of the rows that are `drawing` [R], whose last token has the
+    final hidden state x [R, D]."""
+    greedy = controls.temperatures <= 0
+    scale = jnp.where(greedy, 1.0, controls.temperatures)[:, None]
+    z = decoder.unembed(params, x, softcap=config.logit_softcap) / scale
+    if restricted:
+        z = jax.nn.log_softmax(z)
+        z = restrict(z, controls.top_k, controls.top_p, controls.min_p)
+    keys = jax.random.wrap_key_data(controls.streams)
+    last = turns["lengths"] - 1  # its position
+    token = sample(z, jax.vmap(jax.random.fold_in)(keys, last), greedy)
+    out, drawn = turns["out"], (token, *describe(z, token))
+    # Other rows write at index T, which is dropped.
+    where = (jnp.arange(len(token)), jnp.where(drawing, turns["counts"], out[0].shape[1]))
+    counts = turns["counts"] + drawing
+    ended = jnp.any(token[:, None] == controls.stop_ids, axis=1) | (counts >= controls.budgets)
+    return turns | {
+        "pending": jnp.where(drawing, token, turns["pending"]),
+        "counts": counts,
+        "active": turns["active"] & ~(drawing & ended),
+        "out": tuple(
+            held.at[where].set(new, mode="drop") for held, new in zip(out, drawn, strict=True)
+        ),
+    }
 
 
 def _known(options: dict[str, dict[str, str | bool]]) -> dict[str, str | bool]:
