@@ -68,7 +68,7 @@ def find(
     Args:
         ids: [S, M] int32, what rows hold and, behind it, what they are to append.
         held: [S], positions in the cache.
-        wanted: [S], the same when all is appended, at least one of a row that is computing.
+        wanted: [S], the same when all is appended: more than it holds of a row that is computing.
         computing: rows that have something to append, in the order in which they are thought of: a row
             may take from those before it what they have yet to compute.
         further: tokens that must be saved for rows to wait for a part of what another computes and

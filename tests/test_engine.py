@@ -170,7 +170,7 @@ def test_turns_stop_at_the_end_of_turn_token_or_the_budget(params):
 
 
 def test_a_turn_begins_with_what_extend_computed(params):
-    """Of n tokens it takes n − 1 steps; n where its only new token is the one before it."""
+    """Of n tokens it takes n − 1 steps; n after a single new token, for which no extend is called."""
     taken, prompt = [], np.arange(10, 14, dtype=np.int32)
     for new in (prompt, prompt[:1]):
         eng = make_engine(2, stop_ids=[60])
