@@ -21,7 +21,7 @@ Environments must be deterministic: the same commands bring back the same state.
 import queue
 import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from envs_host.pool_server import PoolError, Server, Worker
@@ -30,6 +30,7 @@ from envs_host.types import EnvFailure, ResetResult, StepResult, Task
 __all__ = ["EnvPool", "PoolError"]
 
 _LONGEST_WAIT_S = 0.5
+_WOKEN = object()  # among the messages of the pool's thread: no answer, but `wake` was called
 
 Result = ResetResult | StepResult | EnvFailure
 
@@ -118,15 +119,19 @@ class EnvPool:
         self._waiting.add(number)
         self._post("step", number, text)
 
-    def poll(self, limit_s: float | None = None) -> list[tuple[Hashable, Result]]:
+    def poll(
+        self, limit_s: float | None = None, *, until: Callable[[], object] = lambda: False
+    ) -> list[tuple[Hashable, Result]]:
         """Collects answers: waits for at least one, returns all there are.
 
         Args:
             limit_s: how long to wait; None waits as long as an answer is to come.
+            until: there is something else to do, which ends the wait. Asked at the beginning, and again
+                at every `wake`.
 
         Returns:
-            (handle, answer) pairs; empty if the time was up or no answer is to come. An episode
-            answered with an `EnvFailure` is not live any more.
+            (handle, answer) pairs; empty if the time was up, no answer is to come, or because of
+            `until`. An episode answered with an `EnvFailure` is not live any more.
 
         Raises:
             PoolError: the worker processes cannot be started or keep dying between requests, or
@@ -134,10 +139,12 @@ class EnvPool:
         """
         end = None if limit_s is None else time.monotonic() + limit_s
         results: list[tuple[Hashable, Result]] = []
-        while self._waiting:
+        while self._waiting and not until():
             message = self._next_message(end, wait=not results)
             if message is None:
                 break
+            if message is _WOKEN:
+                continue
             number, handle, result = message
             if self._numbers.get(handle) != number:
                 continue  # Released meanwhile.
@@ -148,6 +155,10 @@ class EnvPool:
                 self._ended.add(number)
             results.append((handle, result))
         return results
+
+    def wake(self) -> None:
+        """Has a `poll` of another thread ask its `until` again."""
+        self._server.outbox.put(_WOKEN)
 
     def release(self, handle: Hashable) -> None:
         """Ends the episode of a handle, if there is one; an answer to come is dropped."""

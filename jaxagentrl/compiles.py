@@ -2,10 +2,12 @@
 its cache, by its own account."""
 
 import concurrent.futures
+import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 
@@ -24,6 +26,35 @@ def count_here() -> int:
     return getattr(_of_thread, "count", 0)
 
 
+class Account:
+    """What jax compiled in some calls, expected or not (other parameters than those of a warm-up, in their
+    dtype, say, compile everything anew), and how long those calls took. Calls of several threads that
+    compile at the same time count once.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.seconds = 0, 0.0
+        self._until, self._lock = 0.0, threading.Lock()
+
+    @contextlib.contextmanager
+    def of(self, counted: Callable[[], int]) -> Iterator[None]:
+        """Takes in what happens within, by `count` or `count_here`."""
+        before, since = counted(), time.monotonic()
+        yield
+        if (compiled := counted() - before) == 0:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self.count += compiled
+            self.seconds += now - max(since, self._until)
+            self._until = now
+
+
+def cores() -> int:
+    """Those that this process may run on: a batch system gives fewer than the host has."""
+    return len(os.sched_getaffinity(0))
+
+
 def ahead(compilations: Iterable[Callable[[], object]]) -> None:
     """Compiles programs that are about to be called, as many at a time as there are cores.
 
@@ -34,7 +65,7 @@ def ahead(compilations: Iterable[Callable[[], object]]) -> None:
     Args:
         compilations: `jitted.lower(...).compile` of each, or what calls it.
     """
-    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile")
+    pool = concurrent.futures.ThreadPoolExecutor(cores(), thread_name_prefix="compile")
     try:
         for done in [pool.submit(compilation) for compilation in compilations]:
             done.result()

@@ -55,14 +55,65 @@ def conversation(
     """
     if style == windowed.STYLE:
         return _own_prompt(chat_format, turns, answer, show_admissible, history=keep)
-    kept = turns[len(turns) - keep :]
-    told: list[tuple[str, Sequence[str] | None]] = [(turn.observation, None) for turn in kept]
-    told.append((answer.observation, answer.info.admissible_commands if show_admissible else None))
-    text = chat.first_user_text(answer.info.objective, *told[0], style=style)
-    ids = [chat_format.first_prompt(text)]
-    for turn, (observation, admissible) in zip(kept, told[1:], strict=True):
-        ids += [turn.action_ids, _later(chat_format, turn, observation, admissible, style)]
-    return np.concatenate(ids)
+    told = _told(turns, answer, show_admissible)[len(turns) - keep :]
+    opening = _opening(chat_format, answer, *told[0], style)
+    followed = _followed(chat_format, turns[len(turns) - keep :], told, style)
+    return np.concatenate([opening, *(ids for piece in followed for ids in piece)])
+
+
+def longest_conversation(
+    chat_format: chat.ChatFormat,
+    turns: Sequence[Turn],
+    answer: StepResult,
+    *,
+    room: int,
+    style: str,
+    show_admissible: bool,
+) -> np.ndarray:
+    """`conversation` with as many of the last turns as fit `room` tokens, but not with all of them; where
+    no turn fits, with none: int32 [n]."""
+    told = _told(turns, answer, show_admissible)
+    followed = _followed(chat_format, turns, told, style)
+    # [keep]: tokens behind the opening of a conversation with so many turns.
+    sizes = np.cumsum([0, *(sum(map(len, piece)) for piece in reversed(followed))])
+    for keep in range(len(turns) - 1, -1, -1):
+        opening = _opening(chat_format, answer, *told[len(turns) - keep], style)
+        if len(opening) + sizes[keep] <= room:
+            break
+    pieces = followed[len(turns) - keep :]
+    return np.concatenate([opening, *(ids for piece in pieces for ids in piece)])
+
+
+def _told(
+    turns: Sequence[Turn], answer: StepResult, show_admissible: bool
+) -> list[tuple[str, Sequence[str] | None]]:
+    """What the environment said before each turn and now, with what can be done now."""
+    now = answer.info.admissible_commands if show_admissible else None
+    return [*((turn.observation, None) for turn in turns), (answer.observation, now)]
+
+
+def _opening(
+    chat_format: chat.ChatFormat,
+    answer: StepResult,
+    observation: str,
+    admissible: Sequence[str] | None,
+    style: str,
+) -> np.ndarray:
+    text = chat.first_user_text(answer.info.objective, observation, admissible, style=style)
+    return chat_format.first_prompt(text)
+
+
+def _followed(
+    chat_format: chat.ChatFormat,
+    turns: Sequence[Turn],
+    told: Sequence[tuple[str, Sequence[str] | None]],
+    style: str,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each turn's action, and what is told after it."""
+    return [
+        (turn.action_ids, _later(chat_format, turn, observation, admissible, style))
+        for turn, (observation, admissible) in zip(turns, told[1:], strict=True)
+    ]
 
 
 def _own_prompt(

@@ -8,12 +8,12 @@ own: programs that are called from different threads run side by side.
 
 import concurrent.futures
 import contextlib
-import os
 from collections.abc import Callable
 from typing import TypeVar
 
 import jax
 
+from jaxagentrl import compiles
 from jaxagentrl.models import sharding
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def side_by_side(num_waves: int) -> int:
     """
     if jax.default_backend() != "cpu" or sharding.active():
         return 1
-    return min(num_waves, os.cpu_count() or 1)
+    return min(num_waves, compiles.cores())
 
 
 def for_waves(num_waves: int) -> list[Queue]:

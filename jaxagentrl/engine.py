@@ -5,12 +5,11 @@ that are new since its last turn; `launch` sends the wave's work to the device a
 `receive` waits for it and returns the turns that ended. History is never prefilled twice.
 """
 
-import contextlib
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 import jax
@@ -84,6 +83,7 @@ class Engine:
         self.max_turn_tokens = max_turn_tokens
         self.stop_ids = frozenset(int(token) for token in stop_ids)
         self._counters = [Counters() for _ in range(num_waves)]  # a wave's thread adds to its own
+        self._compiled = compiles.Account()
         self._queues = dispatch.for_waves(num_waves)
         self._filled_buckets = sorted(filled_buckets)
         self._width_buckets = sorted(min(width, max_length) for width in width_buckets)
@@ -113,7 +113,11 @@ class Engine:
     @property
     def counters(self) -> Counters:
         """Sums over the engine's life until now."""
-        return sum(self._counters, Counters())
+        return dataclasses.replace(
+            sum(self._counters, Counters()),
+            compiles=self._compiled.count,
+            seconds_compile=self._compiled.seconds,
+        )
 
     def length(self, wave: int, slot: int) -> int:
         """Tokens of the slot's episode so far."""
@@ -130,13 +134,25 @@ class Engine:
         self._lengths[wave, slot] = 0
         self._carry[wave, slot] = -1
 
+    def rewind(self, wave: int, slot: int, ids: np.ndarray) -> int:
+        """Keeps what the slot's cache row has in common with the beginning of `ids`, but not all of them,
+        and gives back the rest. Returns how many positions those are; the slot is to go on with ids[n:]."""
+        self._check_settled(wave)
+        held = self._ids[wave, slot, : min(len(ids) - 1, int(self._lengths[wave, slot]))]
+        differs = held != ids[: len(held)]
+        kept = int(differs.argmax()) if differs.any() else len(held)
+        self.release(wave, slot)
+        self._lengths[wave, slot] = kept
+        return kept
+
     def clear(self) -> None:
         """Frees every slot. What the device is still doing is waited for and dropped, its errors too."""
-        for wave in range(self.num_waves):
-            if (launched := self._launched[wave]) is not None:
-                wait([*launched.markers, launched.decoding])
-                self._launched[wave] = None
-            self._waiting[wave].clear()
+        # Whatever was asked of the threads is before this in their queues, also what an interrupt has kept
+        # from being noted as launched.
+        wait([queue.put(lambda: None) for queue in self._queues])
+        self._launched = [None] * self.num_waves
+        for waiting in self._waiting:
+            waiting.clear()
         self._lengths[:] = 0
         self._carry[:] = -1
 
@@ -144,6 +160,7 @@ class Engine:
         """Takes back all but the first `keep` ≥ 1 tokens of the slot's last turn."""
         if not 0 < keep <= len(sample.ids):
             raise ValueError(f"a turn of {len(sample.ids)} tokens cannot be cut to {keep}.")
+        self._check_settled(wave)
         self._lengths[wave, slot] -= len(sample.ids) - keep
         self._carry[wave, slot] = sample.ids[keep - 1]
         return TurnSample(sample.ids[:keep], sample.logprobs[:keep], sample.entropies[:keep])
@@ -177,8 +194,11 @@ class Engine:
         self._carry[wave, slot] = -1
         self._waiting[wave][slot] = Waiting(request, new)
 
-    def launch(self, params: decoder.Params, wave: int) -> None:
-        """Sends the wave's queued work to the device; returns before it is done.
+    def launch(
+        self, params: decoder.Params, wave: int, when_over: Callable[[], None] = lambda: None
+    ) -> None:
+        """Sends the wave's queued work to the device; returns before it is done. Then `when_over` is
+        called, by another thread.
 
         A prompt longer than the widest bucket is appended one bucket a launch while other rows have
         something to decode, so that it does not hold them up. What another slot of the wave holds, or
@@ -200,25 +220,49 @@ class Engine:
             slots = sorted(slot for slot, item in waiting.items() if len(item.ids) <= 1)
         decoding = self._queues[wave].put(lambda: self._decode_turns(params, wave, slots))
         self._launched[wave] = _Launched(markers, decoding)
+        decoding.add_done_callback(lambda _: when_over())
+
+    def wait(self, wave: int) -> list[int]:
+        """Waits until the launch of this wave is over, or that of another; returns the waves of which it
+        is, none if this one was not launched."""
+        launched = self._launched[wave]
+        if launched is None:
+            return []
+        self._wait(wave, [other.decoding for other in self._launched if other is not None])
+        return self.over()
+
+    def over(self) -> list[int]:
+        """The waves whose launch is over: to receive them takes no time."""
+        return [
+            wave
+            for wave, launched in enumerate(self._launched)
+            if launched is not None and launched.decoding.done()
+        ]
 
     def receive(self, wave: int) -> Mapping[int, TurnSample]:
         """Waits for the wave's launch; returns slot → sample for every turn that ended."""
-        launched, self._launched[wave] = self._launched[wave], None
+        launched = self._launched[wave]
         if launched is None:
             return {}
+        self._wait(wave, [launched.decoding])
+        ended, *_ = launched.decoding.result()
+        self._launched[wave] = None  # not before: an interrupt leaves it to `clear`
+        return ended
+
+    def _wait(self, wave: int, decoding: Sequence[Future]) -> None:
+        """Until the wave's prompts are appended, and one of these is over."""
         before = self._waited()
-        jax.block_until_ready([marker.result() for marker in launched.markers])
+        jax.block_until_ready([marker.result() for marker in self._launched[wave].markers])
         extended = self._waited()
-        ended, decoded, fetched = launched.decoding.result()
+        _, decoded, fetched = wait(decoding, return_when=FIRST_COMPLETED).done.pop().result()
         counters = self._counters[wave]
         counters.seconds_extend += max(0.0, extended - before)
         counters.seconds_decode += max(0.0, decoded - extended)
         counters.seconds_transfer += max(0.0, fetched - max(extended, decoded))
-        return ended
 
     def _waited(self) -> float:
         """A clock that stands still for compiling, which is counted by itself."""
-        return time.monotonic() - self.counters.seconds_compile
+        return time.monotonic() - self._compiled.seconds
 
     def _decode_turns(
         self, params: decoder.Params, wave: int, slots: Sequence[int]
@@ -289,7 +333,7 @@ class Engine:
 
             return compile_it
 
-        with self._counting_compiles(0, compiles.count):
+        with self._compiled.of(compiles.count):
             compiles.ahead(map(compilation, every_call))
         for call in every_call:
             self._run(0, call).result()
@@ -440,7 +484,7 @@ class Engine:
     def _call(self, wave: int, call: calls.Call) -> Any:
         """Calls a program on what is held of the wave, which only the wave's thread touches."""
         self._announce(call)
-        with self._counting_compiles(wave, compiles.count_here):
+        with self._compiled.of(compiles.count_here):
             self._held[wave], result = call.program(held=self._held[wave], **call.arguments)
         return result
 
@@ -450,16 +494,6 @@ class Engine:
             self._seen.add(call.name)
             program, *sizes = call.name
             self._notice(f"compiling {program} {' x '.join(map(str, sizes))}")
-
-    @contextlib.contextmanager
-    def _counting_compiles(self, wave: int, count: Callable[[], int]) -> Iterator[None]:
-        """Counts what jax compiled, expected or not: other parameters than those of the warm-up (their
-        dtype, say) compile everything anew."""
-        before, since = count(), time.monotonic()
-        yield
-        if count() > before:
-            self._counters[wave].compiles += count() - before
-            self._counters[wave].seconds_compile += time.monotonic() - since
 
     def _filled(self, length: int) -> int:
         return tiling.bucket(length, self._filled_buckets)

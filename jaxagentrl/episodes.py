@@ -29,6 +29,11 @@ class Episode:
     prefix: tuple[Turn, ...] = ()
     expected: str | None = None
 
+    def observation(self, turn: int) -> str | None:
+        """What the environment said before this turn, of the prefix or the one after it; None if that is
+        not known."""
+        return self.prefix[turn].observation if turn < len(self.prefix) else self.expected
+
 
 def episodes(
     tasks: Sequence[Task], *, group_size: int, stream: tuple[int, ...], first_group: int = 0

@@ -204,6 +204,19 @@ def success_metrics(prefix: str, successes: int, n: int) -> dict[str, float]:
     }
 
 
+def of_processes(ledgers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One ledger of the sampling that several processes did at the same time: the seconds of the slowest,
+    the mean of shares and occupancies, the sum of what was counted."""
+
+    def joined(key: str, values: list[float]) -> float:
+        if key == "seconds":
+            return max(values)
+        is_part = key.endswith(("_share", "_occupancy"))
+        return sum(values) / len(values) if is_part else sum(values)
+
+    return {key: joined(key, [ledger[key] for ledger in ledgers]) for key in ledgers[0]}
+
+
 def mean(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The mean of every value over steps that measured the same; at least one."""
     return {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}

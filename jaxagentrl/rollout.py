@@ -9,7 +9,6 @@ What is to be played (`episodes`) is public here too.
 
 import collections
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Protocol
@@ -32,7 +31,10 @@ class Pool(Protocol):
 
     def reset(self, handle: Hashable, task: Task) -> None: ...
     def step(self, handle: Hashable, text: str) -> None: ...
-    def poll(self, limit_s: float | None = None) -> list[tuple[Hashable, object]]: ...
+    def poll(
+        self, limit_s: float | None = None, *, until: Callable[[], object] = ...
+    ) -> list[tuple[Hashable, object]]: ...
+    def wake(self) -> None: ...
     def release(self, handle: Hashable) -> None: ...
 
 
@@ -52,6 +54,7 @@ class _Live:
     index: int
     episode: Episode
     since: float = 0.0  # when it got its slot
+    asked: float = 0.0  # when its environment was sent what it has to answer
     turns: list[Turn] = dataclasses.field(default_factory=list)
     observation: str = ""
     prompt_ids: np.ndarray | None = None
@@ -127,7 +130,8 @@ class _Player:
                 for wave in range(len(self.waves)):
                     self._receive(wave)
                     self._answer(wave)
-                    self.engine.launch(self.params, wave)
+                    self.engine.launch(self.params, wave, when_over=self.pool.wake)
+                self._wait_if_idle()
         finally:
             self._leave()
         return Rollout(
@@ -177,6 +181,13 @@ class _Player:
         }
 
     def _receive(self, wave: int) -> None:
+        """Waits for the wave's turns. Those of a wave that is over earlier go to their environments, too:
+        which rows share a launch does not depend on it, only when the answers come."""
+        while over := self.engine.wait(wave):
+            for other in over:
+                self._send(other)
+
+    def _send(self, wave: int) -> None:
         """Sends the turns that the device has finished to their environments."""
         live = self.waves[wave]
         for slot, sample in sorted(self.engine.receive(wave).items()):
@@ -185,51 +196,76 @@ class _Player:
             item.action = self.chat_format.decode_action(item.sample.ids)
             stopped |= int(item.sample.ids[-1]) in self.engine.stop_ids
             if stopped or self.rules.cut_turns == "send":
-                self.pool.step(item.index, self._command(item.action))
+                self._ask(item, self._command(item.action))
             else:
                 self._keep_unanswered(item, valid=False)
                 self._finish(wave, slot, item, StopReason.NO_END_OF_TURN)
 
+    def _ask(self, item: _Live, command: str) -> None:
+        self.pool.step(item.index, command)
+        item.asked = time.monotonic()
+
     def _answer(self, wave: int) -> None:
         """Goes on with every episode whose environment has answered, and fills what gets free."""
         live = self.waves[wave]
-        asked = True
-        while asked:
+        has_changed = True
+        while has_changed:
             self._wait(wave)
-            asked = False
+            has_changed = False
             for slot, item in sorted(live.items()):
                 if item.index in self.answers:
-                    asked |= self._go_on(wave, slot, item, self.answers.pop(item.index))
+                    has_changed |= self._go_on(wave, slot, item, self.answers.pop(item.index))
                 elif self._is_late(item) and not self.engine.is_busy(wave, slot):
                     self._give_up(wave, slot, item)
-            asked |= self._refill(wave)
+                    has_changed = True  # the others are waited for again
+            has_changed |= self._refill(wave)
 
     def _wait(self, wave: int) -> None:
-        """Until all the wave's environments have answered, or the slow ones have had their time."""
-        since = time.monotonic()
+        """Until all the wave's environments have answered, or the slow ones have had their time. Turns of
+        other waves that are over go to their environments meanwhile."""
         while True:
-            owing = [
-                item
-                for slot, item in self.waves[wave].items()
-                if item.index not in self.answers and not self.engine.is_busy(wave, slot)
-            ]
+            for other in self.engine.over():
+                self._send(other)
+            owing = self._owing(wave)
             if not owing:
-                break
-            # What has been answered counts, however late it is taken in.
-            answered = self.pool.poll(0.0)
-            if answered:
-                self.answers.update(answered)
+                return
+            if self._poll(0.0):  # what has been answered counts, however late it is taken in
                 continue
-            now = time.monotonic()
-            limits = []
+            now, limits = time.monotonic(), self._limits(owing)
             if self.rules.straggler_s is not None:
-                limits.append(since + self.rules.straggler_s)
-            if self.rules.episode_limit_s is not None:
-                limits.append(min(item.since for item in owing) + self.rules.episode_limit_s)
+                limits.append(max(item.asked for item in owing) + self.rules.straggler_s)
             if any(limit <= now for limit in limits):
-                break
-            self.answers.update(self.pool.poll(min(limits) - now if limits else None))
+                return
+            self._poll(min(limits) - now if limits else None)
+
+    def _wait_if_idle(self) -> None:
+        """Where all that is played waits for environments that have had their time: until one answers."""
+        waves = range(len(self.waves))
+        owing = [item for wave in waves for item in self._owing(wave)]
+        if owing and not self.answers and not any(map(self.engine.is_busy, waves)):
+            limits = self._limits(owing)
+            self._poll(max(0.0, min(limits) - time.monotonic()) if limits else None)
+
+    def _owing(self, wave: int) -> list[_Live]:
+        """The wave's episodes whose environments have to answer."""
+        return [
+            item
+            for slot, item in self.waves[wave].items()
+            if item.index not in self.answers and not self.engine.is_busy(wave, slot)
+        ]
+
+    def _limits(self, items: Iterable[_Live]) -> list[float]:
+        """When the time of the first of these episodes is up."""
+        limit = self.rules.episode_limit_s
+        return [] if limit is None else [min(item.since for item in items) + limit]
+
+    def _poll(self, limit_s: float | None) -> bool:
+        """Collects what environments have answered, for so long or until a wave's launch is over."""
+        since = time.monotonic()
+        answered = self.pool.poll(limit_s, until=self.engine.over)
+        self.answers.update(answered)
         self.seconds_environment += time.monotonic() - since
+        return bool(answered)
 
     def _go_on(self, wave: int, slot: int, item: _Live, answer: object) -> bool:
         """Records what the environment answered; asks for the next turn, or ends the episode.
@@ -240,49 +276,69 @@ class _Player:
         if isinstance(answer, EnvFailure):
             self._fail(wave, slot, item, answer)
             return False
+        is_replayed = len(item.turns) <= len(item.episode.prefix) and item.sample is None
+        if is_replayed and (message := self._differs(item, answer)):
+            self._fail(wave, slot, item, EnvFailure("not deterministic", message))
+            return False
         if isinstance(answer, StepResult):
-            info = answer.info
-            if item.sample is None and (answer.terminated or answer.truncated):
-                said = f"the episode is over, saying {answer.observation!r}"
-                self._fail_replay(wave, slot, item, said, item.episode.expected)
-                return False
-            item.score, item.won = info.score, info.won
+            item.score, item.won = answer.info.score, answer.info.won
             if item.sample is not None:
-                valid = info.valid_command
-                if self.rules.prompt_style == windowed.STYLE:
-                    valid = windowed.read(item.action).valid
-                self._keep_turn(
-                    item, info.command, answer.reward, info.intermediate_reward, valid
-                )
-            if answer.terminated:
-                self._finish(wave, slot, item, StopReason.DONE)
+                self._keep_answered(item, answer)
+            if (reason := self._why_over(item, answer)) is not None:
+                self._finish(wave, slot, item, reason)
                 return False
-            if answer.truncated or len(item.turns) >= self.rules.max_turns:
-                self._finish(wave, slot, item, StopReason.TURN_LIMIT)
-                return False
-            if self._is_stuck(item):
-                self._finish(wave, slot, item, StopReason.REFUSALS)
-                return False
-        num_replayed = len(item.episode.prefix)
-        if len(item.turns) > num_replayed and self._is_late(item):  # one turn everybody gets
-            self._finish(wave, slot, item, StopReason.TIME_LIMIT)
-            return False
-        if len(item.turns) < num_replayed:
-            return self._replay(wave, slot, item, answer)
-        expected = item.episode.expected
-        if len(item.turns) == num_replayed and expected not in (None, answer.observation):
-            self._fail_replay(wave, slot, item, f"the environment says {answer.observation!r}", expected)
-            return False
+        if len(item.turns) < len(item.episode.prefix):
+            turn = item.episode.prefix[len(item.turns)]
+            item.turns.append(turn)
+            self._ask(item, self._command(turn.action))
+            return True
+        self._begin_turn(wave, slot, item, answer)
+        return False
+
+    def _differs(self, item: _Live, answer: ResetResult | StepResult) -> str | None:
+        """What the environment of a replayed prefix does otherwise than it did then."""
+        turns, expected = item.turns, item.episode.observation(len(item.turns))
+        at = f"task {item.episode.task.name}: replayed to turn {len(turns)}, "
+        if isinstance(answer, StepResult):
+            if answer.terminated or answer.truncated:
+                return at + f"the episode is over, saying {answer.observation!r}, but then it said {expected!r}."
+            if answer.info.score != turns[-1].score:
+                return at + f"the score is {answer.info.score}, but then it was {turns[-1].score}."
+        if expected not in (None, answer.observation):
+            return at + f"the environment says {answer.observation!r}, but then it said {expected!r}."
+        return None
+
+    def _why_over(self, item: _Live, answer: StepResult) -> StopReason | None:
+        """Why the episode ends with what the environment has answered; None if it goes on."""
+        if answer.terminated:
+            return StopReason.DONE
+        if answer.truncated or len(item.turns) >= self.rules.max_turns:
+            return StopReason.TURN_LIMIT
+        if self._is_stuck(item):
+            return StopReason.REFUSALS
+        if len(item.turns) > len(item.episode.prefix) and self._is_late(item):  # one turn everybody gets
+            return StopReason.TIME_LIMIT
+        return None
+
+    def _begin_turn(
+        self, wave: int, slot: int, item: _Live, answer: ResetResult | StepResult
+    ) -> None:
+        """Asks the model for the episode's next turn, or ends the episode where no turn fits."""
         budget = self.engine.max_turn_tokens
-        prompt_ids = contexts.next_prompt(self.chat_format, item.turns, answer, **self.shown)
-        new_ids = prompt_ids
-        if item.episode.prefix and self.engine.length(wave, slot) == 0:
-            new_ids = np.concatenate([*contexts.newest(item.turns), prompt_ids])
         room = self.engine.max_length - budget
-        item.fresh = self._must_slide(item, self.engine.length(wave, slot) + len(new_ids) > room)
+        item.fresh = self._opens_anew(item)
+        if not item.fresh:
+            new_ids = prompt_ids = contexts.next_prompt(
+                self.chat_format, item.turns, answer, **self.shown
+            )
+            if item.episode.prefix and self.engine.length(wave, slot) == 0:
+                new_ids = np.concatenate([*contexts.newest(item.turns), prompt_ids])
+            is_full = self.engine.length(wave, slot) + len(new_ids) > room
+            item.fresh = is_full and self.rules.context == "window" and bool(item.turns)
         if item.fresh:
-            self.engine.release(wave, slot)
-            new_ids = prompt_ids = self._slide(item, answer, room)
+            prompt_ids = self._reopened(item, answer, room)
+            # What it begins with as before stays in the slot.
+            new_ids = prompt_ids[self.engine.rewind(wave, slot, prompt_ids) :]
         if self.engine.length(wave, slot) + len(new_ids) > room:
             if not item.turns:
                 raise ValueError(
@@ -291,7 +347,7 @@ class _Player:
                     f"({self.engine.max_length}). Raise it, or shorten the prompt (prompt.style)."
                 )
             self._finish(wave, slot, item, StopReason.TOKEN_LIMIT)
-            return False
+            return
         item.observation, item.prompt_ids = answer.observation, prompt_ids
         rules, stream = self.rules, (*item.episode.stream, len(item.turns))
         self.engine.submit(
@@ -307,69 +363,47 @@ class _Player:
                 min_p=rules.min_p,
             ),
         )
-        return False
-
-    def _replay(self, wave: int, slot: int, item: _Live, answer: ResetResult | StepResult) -> bool:
-        """Sends the next command of the prefix, if the environment is where it was then."""
-        turn = item.episode.prefix[len(item.turns)]
-        if answer.observation != turn.observation:
-            said = f"the environment says {answer.observation!r}"
-            self._fail_replay(wave, slot, item, said, turn.observation)
-            return False
-        item.turns.append(turn)
-        self.pool.step(item.index, self._command(turn.action))
-        return True
-
-    def _fail_replay(
-        self, wave: int, slot: int, item: _Live, said: str, expected: str | None
-    ) -> None:
-        message = (
-            f"task {item.episode.task.name}: replayed to turn {len(item.turns)}, {said}, but then it "
-            f"said {expected!r}."
-        )
-        self._fail(wave, slot, item, EnvFailure("not deterministic", message))
 
     def _command(self, action: str) -> str:
         """What a turn gives the environment."""
         return windowed.read(action).command if self.rules.prompt_style == windowed.STYLE else action
 
-    def _must_slide(self, item: _Live, is_full: bool) -> bool:
-        """Whether the next turn opens a new context."""
+    def _opens_anew(self, item: _Live) -> bool:
+        """Whether the next turn opens a new context in any case."""
         if self.rules.prompt_style == windowed.STYLE:
             return bool(item.turns)
-        if self.rules.context == "last_turns":
-            return len(item.turns) > self.rules.history_turns
-        return is_full and self.rules.context == "window" and bool(item.turns)
+        return self.rules.context == "last_turns" and len(item.turns) > self.rules.history_turns
 
-    def _slide(self, item: _Live, answer: StepResult, room: int) -> np.ndarray:
+    def _reopened(self, item: _Live, answer: StepResult, room: int) -> np.ndarray:
         """The ids of the conversation that goes on without its oldest turns."""
-        open_anew = functools.partial(
-            contexts.conversation, self.chat_format, item.turns, answer, **self.shown
-        )
+        told = (self.chat_format, item.turns, answer)
         if self.rules.context == "last_turns":
-            return open_anew(keep=self.rules.history_turns)
+            return contexts.conversation(*told, keep=self.rules.history_turns, **self.shown)
         room = int(min(room, self.rules.context_keep * self.engine.max_length))
-        for keep in range(len(item.turns) - 1, 0, -1):
-            ids = open_anew(keep=keep)
-            if len(ids) <= room:
-                return ids
-        return open_anew(keep=0)
+        return contexts.longest_conversation(*told, room=room, **self.shown)
 
     def _cut_at_stop_string(
         self, wave: int, slot: int, sample: TurnSample
     ) -> tuple[TurnSample, bool]:
         """The turn up to the token that completes a stop string, and whether there is one."""
-        texts = self.rules.stop_strings
-        if not texts or not any(text in self.chat_format.decode(sample.ids) for text in texts):
+
+        def stops(count: int) -> bool:
+            said = self.chat_format.decode(sample.ids[:count])
+            return any(text in said for text in self.rules.stop_strings)
+
+        if not self.rules.stop_strings or not stops(len(sample.ids)):
             return sample, False
-        for keep in range(1, len(sample.ids) + 1):
-            said = self.chat_format.decode(sample.ids[:keep])
-            if any(text in said for text in texts):
-                return self.engine.cut(wave, slot, sample, keep), True
-        return sample, False
+        keep = next(count for count in range(1, len(sample.ids) + 1) if stops(count))
+        return self.engine.cut(wave, slot, sample, keep), True
 
     def _keep_unanswered(self, item: _Live, *, valid: bool) -> None:
         self._keep_turn(item, command="", reward=0.0, intermediate=0.0, valid=valid)
+
+    def _keep_answered(self, item: _Live, answer: StepResult) -> None:
+        info, valid = answer.info, answer.info.valid_command
+        if self.rules.prompt_style == windowed.STYLE:
+            valid = windowed.read(item.action).valid
+        self._keep_turn(item, info.command, answer.reward, info.intermediate_reward, valid)
 
     def _keep_turn(
         self, item: _Live, command: str, reward: float, intermediate: float, valid: bool
@@ -458,5 +492,5 @@ class _Player:
         """Resets environments of the next episodes, so that they are ready when a slot is."""
         while self.queue and len(self.ahead) < count:
             index, episode = self.queue.popleft()
-            self.ahead.append(_Live(index, episode))
             self.pool.reset(index, episode.task)
+            self.ahead.append(_Live(index, episode, asked=time.monotonic()))

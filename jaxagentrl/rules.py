@@ -34,8 +34,8 @@ class Rules:
             training sample of its own, with exactly the ids that were sampled from.
         context_keep: share of the slot, of "window".
         history_turns: of "last_turns".
-        straggler_s: how long a wave whose other episodes are ready waits for slow environments;
-            None waits for all. With a number, which rows share a launch depends on the clock, and
+        straggler_s: how long a wave whose other episodes are ready waits for an environment, from
+            when it was asked; None waits for all. With a number, which rows share a launch depends on the clock, and
             results are equal only up to rounding.
         episode_limit_s: an episode older than this is ended as truncated; None for no limit.
         prompt_style, show_admissible: see `chat.first_user_text`; of the style of `windowed` every

@@ -85,6 +85,13 @@ def check(
             f"sampling.num_slots ({num_slots}) must be a positive multiple of sampling.num_waves "
             f"({num_waves})."
         )
+    for name, sizes in (
+        ("filled_buckets", filled_buckets),
+        ("width_buckets", width_buckets),
+        ("row_divisors", row_divisors),
+    ):
+        if not sizes:
+            raise ValueError(f"sampling.{name} must have at least one entry, got none.")
     if max(filled_buckets) != max_length or min(filled_buckets) < 1:
         raise ValueError(
             f"sampling.filled_buckets must be positive and end at sampling.max_length ({max_length}), got "

@@ -148,8 +148,10 @@ def _check_values(config: Config) -> None:
             "sft.log_every", "sft.save_every",
         )),
         *((key, _at_least(0), "0 or more") for key in (
-            "seed", "learner.tree_length", "lora.rank", "sft.num_steps", "sft.observation_weight",
+            "learner.tree_length", "lora.rank", "sft.num_steps", "sft.observation_weight",
         )),
+        # A word of the random streams.
+        ("seed", lambda seed: 0 <= seed < 2**32, "0 or more and below 2**32"),
         *((key, _above(0), "more than 0") for key in (
             "pool.step_limit_s", "pool.reset_limit_s", "pool.worker_memory_mb", "lora.alpha",
             "memory_limit_gb", "rollout.temperature",

@@ -390,7 +390,12 @@ def _evaluate_at(
         )
     if name is not None:
         _keep(session, f"{prefix}_{name}", [t.to_json() for t in played.trajectories])
-    return evaluate.summary(prefix, played) | evaluate.breakdown(prefix, played)
+    happened = {
+        f"ledger/{prefix}_{key}": count
+        for key, count in played.ledger.items()
+        if key == "compiles" or key.startswith("env_")
+    }
+    return evaluate.summary(prefix, played) | evaluate.breakdown(prefix, played) | happened
 
 
 def _keep(session: Session, name: str, records: list[dict[str, Any]]) -> None:
@@ -421,12 +426,12 @@ def _play(
             chat_format=setup.chat_format,
             **options,
         )
-    parts = hosts.gather((played.trajectories, played.failures))
+    happened = {f"env_{key}": count - before[key] for key, count in setup.pool.counters.items()}
+    parts = hosts.gather((played.trajectories, played.failures, played.ledger | happened))
     return rollout.Rollout(
-        trajectories=[trajectory for part, _ in parts for trajectory in part],
-        failures=[failure for _, part in parts for failure in part],
-        ledger=played.ledger
-        | {f"env_{key}": count - before[key] for key, count in setup.pool.counters.items()},
+        trajectories=[trajectory for part, _, _ in parts for trajectory in part],
+        failures=[failure for _, part, _ in parts for failure in part],
+        ledger=metrics.of_processes([ledger for _, _, ledger in parts]),
     )
 
 

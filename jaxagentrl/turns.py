@@ -50,7 +50,7 @@ class Counters:
     turns_launched: int = 0  # slots with a turn on its way, summed over launches
     slots_launched: int = 0  # slots of the wave, summed over launches
     decode_steps: int = 0
-    decode_places: int = 0  # rows of all decode steps; tokens_decoded of these were used
+    decode_places: int = 0  # rows of all decode steps, and turns whose first token took none
     compiles: int = 0  # by jax's account, whatever asked for them
     seconds_extend: float = 0.0  # the host waited for extend and fork
     seconds_decode: float = 0.0  # the host waited for decode

@@ -18,6 +18,7 @@ class FakeEngine:
         self.requests: list[TurnRequest] = []
         self._lengths = collections.Counter()
         self._waiting: dict[tuple[int, int], TurnRequest] = {}
+        self._launched: set[int] = set()
 
     def ids(self, request: TurnRequest) -> list[int]:
         raise NotImplementedError
@@ -25,25 +26,39 @@ class FakeEngine:
     def length(self, wave, slot):
         return self._lengths[wave, slot]
 
-    def is_busy(self, wave, slot):
-        return (wave, slot) in self._waiting
+    def is_busy(self, wave, slot=None):
+        return any(w == wave and slot in (None, s) for w, s in self._waiting)
 
     def release(self, wave, slot):
         self._lengths[wave, slot] = 0
 
+    def rewind(self, wave, slot, ids):
+        self.release(wave, slot)
+        return 0
+
     def clear(self):
         self._lengths.clear()
         self._waiting.clear()
+        self._launched.clear()
 
     def submit(self, wave, request):
         assert not self.is_busy(wave, request.slot)
         self.requests.append(request)
         self._waiting[wave, request.slot] = request
 
-    def launch(self, params, wave):
-        pass
+    def launch(self, params, wave, when_over=None):
+        if self.is_busy(wave):
+            self._launched.add(wave)
+
+    def over(self):
+        """A launch takes as long as it takes somebody to wait for it."""
+        return []
+
+    def wait(self, wave):
+        return [wave] if wave in self._launched else []
 
     def receive(self, wave):
+        self._launched.discard(wave)
         samples = {}
         for slot in [slot for w, slot in self._waiting if w == wave]:
             request = self._waiting.pop((wave, slot))

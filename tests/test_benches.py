@@ -90,9 +90,12 @@ class Numbered:
     def step(self, handle, text):
         self.answers.append((handle, next(self.numbers)))
 
-    def poll(self, limit_s=None):
+    def poll(self, limit_s=None, until=None):
         answers, self.answers = self.answers, []
         return answers
+
+    def wake(self):
+        pass
 
     def release(self, handle):
         pass

@@ -39,7 +39,7 @@ def test_a_thread_s_count_is_of_what_it_compiled_itself():
 
 
 def test_an_error_comes_out_and_the_rest_is_not_compiled(monkeypatch):
-    monkeypatch.setattr(compiles.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(compiles, "cores", lambda: 1)
     begun, may_end = [], threading.Event()
 
     def fails():

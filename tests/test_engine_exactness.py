@@ -120,6 +120,15 @@ def play(eng: engine.Engine, schedule) -> list[Episode]:
                 live[slot] = Episode(len(done))
                 done.append(live[slot])
                 ids = OPENINGS[opening]
+            elif action == "reopen":
+                last = live[slot]
+                live[slot] = Episode(last.number, turns=last.turns)
+                done.append(live[slot])
+                # Some of what it held, then something else.
+                ids = np.array([*last.ids[: len(last.ids) // 2], *OPENINGS[opening]], np.int32)
+                kept = eng.rewind(0, slot, ids)
+                live[slot].ids += ids[:kept].tolist()
+                ids = ids[kept:]
             else:
                 # Every third one acts and is answered as another, so that they have much in common.
                 rng = np.random.default_rng((live[slot].number % 3, live[slot].turns))
@@ -143,7 +152,7 @@ def receive(eng: engine.Engine, live: dict[int, Episode]) -> None:
 
 
 choice = st.tuples(
-    st.sampled_from(["go", "go", "go", "wait", "release"]),
+    st.sampled_from(["go", "go", "go", "wait", "release", "reopen"]),
     st.integers(0, len(OPENINGS) - 1),
     st.integers(1, 40),  # up to three of the widest bucket
     st.integers(1, 6),
@@ -190,6 +199,18 @@ def test_lingering_rows_sample_what_they_would_have():
         outcomes.append((episodes, eng.counters.since(before)))
     (first, _), (second, _) = outcomes
     assert [e.ids for e in first] == [e.ids for e in second]
+
+
+def test_what_a_reopened_conversation_has_in_common_stays():
+    eng = make_engine()
+    (episode,) = play(eng, [(("go", 2, 1, 3), *idle(1)[0][1:]), (("go", 2, 9, 3), *idle(1)[0][1:])])
+    held = len(episode.ids) - 1  # the last token sampled is in no cache yet
+    ids = np.array(episode.ids, np.int32)
+    changed = ids.copy()
+    changed[20] = (changed[20] + 1) % 37
+    assert eng.rewind(0, 0, changed) == 20 == eng.length(0, 0)
+    assert eng.rewind(0, 0, ids) == 20  # what was given back is gone
+    assert held > 40 and eng.rewind(0, 0, ids[:15]) == 14  # one is left to go on with
 
 
 def idle(times: int):

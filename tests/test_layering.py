@@ -74,8 +74,8 @@ jaxagentrl.models.tensor_files
 jaxagentrl.models.tokenizer_files
 jaxagentrl.models.pretrained
 jaxagentrl.hosts
-jaxagentrl.dispatch
 jaxagentrl.compiles
+jaxagentrl.dispatch
 jaxagentrl.sampling
 jaxagentrl.tiling
 jaxagentrl.prefixes

@@ -175,3 +175,12 @@ def test_success_metrics():
 
 def test_a_mean_over_steps():
     assert metrics.mean([{"a": np.float32(1), "b": 2.0}, {"a": 3, "b": 4.0}]) == {"a": 2.0, "b": 3.0}
+
+
+def test_the_ledgers_of_two_processes_are_one():
+    one = dict(seconds=4.0, decode_share=0.5, slot_occupancy=1.0, tokens_decoded=10, env_crashes=0)
+    other = dict(seconds=5.0, decode_share=0.25, slot_occupancy=0.5, tokens_decoded=7, env_crashes=2)
+    assert metrics.of_processes([one]) == one
+    assert metrics.of_processes([one, other]) == dict(
+        seconds=5.0, decode_share=0.375, slot_occupancy=0.75, tokens_decoded=17, env_crashes=2
+    )

@@ -1,5 +1,6 @@
 """Real engine, real worker processes, ragged episodes: what is sampled depends on the seed alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -182,6 +183,25 @@ def test_a_window_slides_over_turns(chat_format, small_engine):
     assert_scored_alike(chat_format, slid.trajectories)
 
 
+def test_a_context_that_reopens_keeps_what_it_begins_with(chat_format, small_engine, monkeypatch):
+    to_play = rollout.episodes(make_tasks(6), group_size=1, stream=(2,))
+    rules = dict(context="last_turns", history_turns=1)
+
+    def play_it():
+        with make_pool(2) as pool:
+            return play(chat_format, small_engine, pool, to_play, **rules)
+
+    kept = play_it()
+    # Against giving the whole slot back.
+    monkeypatch.setattr(small_engine, "rewind", lambda wave, slot, ids: small_engine.release(wave, slot) or 0)
+    anew = play_it()
+    assert_same(kept, anew)
+    reopened = sum(turn.fresh for t in kept.trajectories for turn in t.turns)
+    saved = anew.ledger["tokens_prefilled"] - kept.ledger["tokens_prefilled"]
+    saved += anew.ledger["tokens_forked"] - kept.ledger["tokens_forked"]
+    assert reopened > 10 and saved >= 5 * reopened  # "Say words." and what is around it
+
+
 @pytest.mark.parametrize("history", [0, 2])
 def test_the_last_turns_alone_are_shown(chat_format, small_engine, history):
     to_play = rollout.episodes(make_tasks(12), group_size=1, stream=(2,))
@@ -255,6 +275,16 @@ def test_the_ledger_accounts_for_all_seconds(reference):
     assert 0 < reference.ledger["decode_occupancy"] <= 1
 
 
+def test_two_waves_that_compile_at_the_same_time_count_it_once(chat_format):
+    to_play = rollout.episodes(make_tasks(4), group_size=1, stream=(1,))
+    eng = make_engine(chat_format, num_slots=4, num_waves=2)  # not warmed up
+    with make_pool() as pool:
+        ledger = play(chat_format, eng, pool, to_play).ledger
+    assert ledger["compiles"] > 0 and ledger["compile_share"] > 0.3
+    shares = [value for key, value in ledger.items() if key.endswith("_share") and key != "padding_share"]
+    assert sum(shares) == pytest.approx(1.0, abs=0.02)
+
+
 def test_a_turn_can_be_forked_and_goes_on_from_the_same_state(chat_format, reference):
     longest = max(reference.trajectories, key=lambda trajectory: trajectory.num_turns)
     turn = longest.num_turns // 2
@@ -295,6 +325,17 @@ def test_the_state_that_a_branch_begins_at_is_compared_too(chat_format, referenc
         played = play(chat_format, make_engine(chat_format, num_slots=4, num_waves=1), pool, to_play)
     assert not played.trajectories
     assert [failure.reason for _, failure in played.failures] == ["not deterministic"] * 2
+
+
+def test_a_score_that_is_another_is_told_of(chat_format, reference):
+    longest = max(reference.trajectories, key=lambda trajectory: trajectory.num_turns)
+    changed = dataclasses.replace(longest.turns[1], score=0.25)
+    other = dataclasses.replace(longest, turns=[longest.turns[0], changed, *longest.turns[2:]])
+    to_play = rollout.branch(other, 3, group=0, num_members=1, stream=(9,))
+    with make_pool() as pool:
+        played = play(chat_format, make_engine(chat_format, num_slots=4, num_waves=1), pool, to_play)
+    ((_, failure),) = played.failures
+    assert "replayed to turn 2, the score is 0.0, but then it was 0.25" in failure.message
 
 
 def test_stop_strings_cut_after_the_token_that_completes_one(chat_format, reference):

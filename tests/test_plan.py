@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import pathlib
 import runpy
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from test_sharding import OPTIMIZER, UNTIED, params
 
-from jaxagentrl import imitate, learner, optimizer, plan, reinforce, sampling, states, trees
+from jaxagentrl import compiles, imitate, learner, optimizer, plan, reinforce, sampling, states, trees
 from jaxagentrl.models import sharding
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -101,7 +100,7 @@ def test_on_a_mesh_bytes_are_those_of_one_device():
 def test_waves_that_run_side_by_side_need_room_side_by_side(monkeypatch):
     needed = []
     for cores in (1, 2):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(compiles, "cores", lambda cores=cores: cores)
         made, *_ = make_plan(limit=10**5)  # so little that the decode program is measured
         needed.append(made.sampling["sampling"])
     assert needed[1] == 2 * needed[0] > 0

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import fakes
@@ -325,6 +326,29 @@ def test_poll_with_nothing_to_come_and_with_a_limit():
         began = time.monotonic()
         assert pool.poll(0.1) == [] and time.monotonic() - began < 0.9
         assert len(pool.poll()) == 1
+
+
+def test_a_poll_ends_for_what_another_thread_has_to_tell():
+    with make_pool() as pool:
+        start(pool, "a")
+        pool.step("a", "sleep 1")
+        told = threading.Event()
+
+        def tell():
+            pool.wake()  # for nothing: the poll goes on
+            time.sleep(0.1)
+            told.set()
+            pool.wake()
+
+        thread = threading.Thread(target=tell)
+        thread.start()
+        began = time.monotonic()
+        assert pool.poll(until=told.is_set) == [] and told.is_set()
+        assert 0.1 <= time.monotonic() - began < 0.9
+        assert pool.poll(until=told.is_set) == []  # at once
+        thread.join()
+        pool.wake()
+        assert len(pool.poll()) == 1  # old news end no wait
 
 
 def test_released_and_reset_handles_get_no_stale_answers():

@@ -51,10 +51,13 @@ class ScriptedPool:
             answer = StepResult(f"after {text}", 2.0 * won, won, False, told)
         self.ready.append((handle, answer))
 
-    def poll(self, limit_s=None):
+    def poll(self, limit_s=None, until=None):
         assert self.ready, "nothing will ever come"
         answers, self.ready = self.ready, []
         return answers[::-1]  # the order of answers must not matter
+
+    def wake(self):
+        pass
 
     def release(self, handle):
         self.live.remove(handle)
@@ -87,7 +90,7 @@ class SlowPool(ScriptedPool):
         super().__init__()
         self.clock, self.delays, self.due = clock, delays, {}
 
-    def poll(self, limit_s=None):
+    def poll(self, limit_s=None, until=None):
         end = None if limit_s is None else self.clock.monotonic() + limit_s
         while True:
             self.clock.sleep(0.001)
@@ -276,9 +279,115 @@ def test_nobody_waits_for_stragglers_and_all_is_played(clock):
     assert [t.won for t in played.trajectories] == [True] * 3
 
 
+def test_a_straggler_is_waited_for_once(clock):
+    """Not anew in every pass of its wave, while the others play many turns."""
+    scripts = {"slow": ["slow"], "long": ["a"] * 9 + ["long"]}
+    pool = SlowPool(clock, {"slow": 5.0})
+    slow, long = play(scripts, pool=pool, slots=4, max_turns=10, straggler_s=0.5).trajectories
+    assert slow.won and long.won and long.num_turns == 10
+    assert clock.now < 2 * 5.0 + 1.5  # its two answers, its patience twice; 10 times would be 5 s more
+
+
+def test_where_nobody_has_answered_the_host_sleeps(clock):
+    pool, asked = SlowPool(clock, {"one": 2.0, "two": 2.0}), []
+    poll = pool.poll
+    pool.poll = lambda limit_s=None, until=None: asked.append(limit_s) or poll(limit_s)
+    played = play({"one": ["one"], "two": ["two"]}, pool=pool, slots=4, straggler_s=0.0)
+    assert [t.won for t in played.trajectories] == [True] * 2
+    assert len(asked) < 30  # and not every millisecond
+
+
+def test_one_that_is_late_costs_the_others_no_launch(clock):
+    class Counting(ScriptedEngine):
+        launched = ()
+
+        def launch(self, params, wave, when_over=None):
+            self.launched += (len(self._waiting),)
+            super().launch(params, wave, when_over)
+
+    scripts = {"late": ["a"], "quick": ["quick"], "next": ["next"]}
+    engine = Counting(dict(enumerate(scripts.values())), ScriptedChat(scripts), slots=2, waves=1)
+    # When the first's time is up, the third, which has the second's slot, has just been asked.
+    pool = SlowPool(clock, {})
+    pool.delays = _Later({"late": 5.0, "quick": 0.1, "next": 0.1})
+    late, quick, following = play(scripts, engine=engine, pool=pool, episode_limit_s=0.15).trajectories
+    assert late.stop_reason is StopReason.TIME_LIMIT and quick.won and following.won
+    assert 0 not in engine.launched[:-1]
+
+
+def test_turns_of_a_wave_that_is_over_go_to_their_environments_while_another_is_waited_for():
+    class Hasty(ScriptedEngine):
+        """The device is always faster than the environments."""
+
+        def over(self):
+            return sorted(self._launched)
+
+    scripts = {"one": ["a", "one"], "two": ["a", "two"]}
+    engine = Hasty(dict(enumerate(scripts.values())), ScriptedChat(scripts), slots=2, waves=2)
+
+    class Watching(ScriptedPool):
+        most = 0  # commands whose answers nobody has had yet
+
+        def poll(self, limit_s=None, until=None):
+            self.most = max(self.most, sum(isinstance(answer, StepResult) for _, answer in self.ready))
+            return super().poll(limit_s)
+
+    pool = Watching()
+    played = play(scripts, engine=engine, pool=pool)
+    assert [t.won for t in played.trajectories] == [True] * 2
+    assert pool.most == 2
+
+
+def test_a_freed_slot_is_taken_before_the_next_launch_and_its_environment_was_reset_before():
+    events = []
+
+    class Telling(ScriptedEngine):
+        def submit(self, wave, request):
+            events.append(("turn", request.stream[1], request.stream[-1]))
+            super().submit(wave, request)
+
+        def launch(self, params, wave, when_over=None):
+            events.append(("launch", wave))
+            super().launch(params, wave, when_over)
+
+    class TellingPool(ScriptedPool):
+        def reset(self, handle, task):
+            events.append(("reset", handle))
+            super().reset(handle, task)
+
+        def release(self, handle):
+            events.append(("free", handle))
+            super().release(handle)
+
+    scripts = {"short": ["short"], "long": ["a", "a", "long"], "next": ["next"]}
+    engine = Telling(dict(enumerate(scripts.values())), ScriptedChat(scripts), slots=2, waves=1)
+    play(scripts, engine=engine, pool=TellingPool())
+    assert events.index(("reset", 2)) < events.index(("free", 0))
+    second = [i for i, event in enumerate(events) if event == ("launch", 0)][1]
+    assert events.index(("turn", 2, 0)) < second and events.index(("turn", 1, 1)) < second
+
+
+def test_both_waves_are_on_the_device_before_either_is_waited_for():
+    events = []
+
+    class Telling(ScriptedEngine):
+        def launch(self, params, wave, when_over=None):
+            events.append(("launch", wave))
+            super().launch(params, wave, when_over)
+
+        def wait(self, wave):
+            if wave in self._launched:
+                events.append(("wait", wave))
+            return super().wait(wave)
+
+    scripts = {"one": ["a", "one"], "two": ["a", "two"]}
+    play(scripts, engine=Telling(dict(enumerate(scripts.values())), ScriptedChat(scripts)))
+    assert events[:4] == [("launch", 0), ("launch", 1), ("wait", 0), ("launch", 0)]
+
+
 def test_an_error_in_the_middle_leaves_engine_and_environments_free():
     class Failing(ScriptedPool):
-        def poll(self, limit_s=None):
+        def poll(self, limit_s=None, until=None):
             if any(isinstance(answer, StepResult) for _, answer in self.ready):
                 raise KeyboardInterrupt
             return super().poll(limit_s)

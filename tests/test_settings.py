@@ -68,6 +68,8 @@ def test_the_quick_start_has_every_key_and_the_docs_tell_of_each():
         ("reward.invalid_penalty", -0.1, "reward.invalid_penalty is subtracted"),
         ("prompt.style", "terse", "prompt.style must be one of"),
         ("sampling.num_slots", 0, "must be a positive multiple"),
+        ("sampling.width_buckets", (), "sampling.width_buckets must have at least one entry"),
+        ("seed", 2**32, "seed must be 0 or more and below 2\\*\\*32"),
         ("sampling.filled_buckets", (0, 240), "filled_buckets must be positive"),
         ("learner.length_buckets", (), "learner.length_buckets must be positive lengths"),
         ("learner.tree_length", -1, "learner.tree_length must be 0 or more"),

@@ -3,6 +3,7 @@ rollout."""
 
 import numpy as np
 import pytest
+from records import make_turn
 
 from envs_host.types import Info, ResetResult, StepResult, Task
 from jaxagentrl import chat, contexts, demos, rollout, tokenizer, windowed
@@ -88,3 +89,29 @@ def test_demonstrations_take_the_same_form(tmp_path):
         np.testing.assert_array_equal(turn.prompt_ids, ids)
     assert "[Observation 1: 'You are in a room.', Action 1: 'go to desk 1']" in texts[1]
 
+
+
+@pytest.mark.parametrize("show_admissible", [False, True])
+def test_the_longest_conversation_that_fits_is_one_of_all(tmp_path, show_admissible):
+    """Against its definition: every number of turns, the most that fits."""
+    texts = ["You see a box, a key and a door. Take it, open it, go on.", "Get out of the room."]
+    chat_format = chat.make(tokenizer.train(texts * 9, vocab_size=300, directory=tmp_path / "t"))
+    rng, turns = np.random.default_rng(0), []
+    for number in range(6):
+        ids = rng.integers(5, 200, rng.integers(1, 9)).astype(np.int32)
+        if number % 2:
+            ids[-1] = chat_format.end_of_turn_id
+        said = "A box. " * int(rng.integers(1, 5))
+        turns.append(make_turn([1], ids.tolist(), observation=said))
+    info = Info(0.0, 1.0, False, False, True, "x", 0.0, ("open box", "take key"), "Get out.")
+    answer = StepResult("You see a key.", 0.0, False, False, info)
+    told = (chat_format, turns, answer)
+    options = dict(style="brief", show_admissible=show_admissible)
+    every = [contexts.conversation(*told, keep=keep, **options) for keep in range(len(turns))]
+    kept = set()
+    for room in range(0, max(map(len, every)) + 2):
+        fitting = [keep for keep, ids in enumerate(every) if len(ids) <= room]
+        kept.add(max(fitting, default=0))
+        ids = contexts.longest_conversation(*told, room=room, **options)
+        np.testing.assert_array_equal(ids, every[max(fitting, default=0)])
+    assert kept == set(range(len(turns)))

@@ -32,15 +32,15 @@ class Recorder:
 
     def __init__(self, pool: EnvPool):
         self.pool = pool
-        self.step, self.release = pool.step, pool.release
+        self.step, self.release, self.wake = pool.step, pool.release, pool.wake
         self.answers: dict = {}
 
     def reset(self, handle, task):
         self.answers[handle] = []
         self.pool.reset(handle, task)
 
-    def poll(self, limit_s=None):
-        answers = self.pool.poll(limit_s)
+    def poll(self, limit_s=None, **options):
+        answers = self.pool.poll(limit_s, **options)
         for handle, answer in answers:
             self.answers[handle].append(answer)
         return answers
@@ -63,10 +63,13 @@ class Recorded:
         recorded = self.recorded[handle]
         self.answers.append((handle, recorded[min(self.turns[handle], len(recorded) - 1)]))
 
-    def poll(self, limit_s=None):
-        del limit_s
+    def poll(self, limit_s=None, until=None):
+        del limit_s, until
         answers, self.answers = self.answers, []
         return answers
+
+    def wake(self):
+        pass
 
     def release(self, handle):
         del self.turns[handle]

@@ -359,9 +359,12 @@ class Countdown:
     def info(self, task):
         return Info(0.0, 1.0, False, False, True, "", 0.0, (), task.objective)
 
-    def poll(self, limit_s=None):
+    def poll(self, limit_s=None, until=None):
         answers, self.answers = self.answers, []
         return answers
+
+    def wake(self):
+        pass
 
     def release(self, handle):
         del self.tasks[handle], self.left[handle]
