@@ -224,7 +224,10 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
     ):
         cache, num_rows = held.cache, pending.shape[0]
         if slots is not None and _can_be_mirrored(cache, params):
-            cache, filled = kv_cache.mirrored(cache, slots, filled)
+            windows = decoder.windows(config)
+            cache, filled = kv_cache.mirrored(
+                cache, slots, lengths, filled, most=max_turn_tokens, windows=windows
+            )
             params = decoding_layout.for_rows(params, num_rows)
         shape = (num_rows, max_turn_tokens)
         draw = functools.partial(_draw, config, params, controls, restricted=restricted)

@@ -24,6 +24,10 @@ CONFIG = decoder.DecoderConfig(
     head_dim=8,
     intermediate_size=48,
 )
+# Windows that are shorter than what is read at once, in every second layer and in all.
+WINDOWS = [
+    dataclasses.replace(CONFIG, sliding_window=9, window_layers=layers) for layers in ((True, False), None)
+]
 STOP = 5
 LENGTH = 96
 SLOTS = 4
@@ -33,9 +37,9 @@ OPENINGS = [np.random.default_rng(0).integers(0, 37, n).astype(np.int32) for n i
 
 
 @functools.cache
-def params():
+def params(config: decoder.DecoderConfig = CONFIG):
     # Large embeddings make the distribution uneven, so that a wrong context is seen.
-    made = decoder.init(CONFIG, jax.random.key(0))
+    made = decoder.init(config, jax.random.key(0))
     made["embed"]["embedding"] = made["embed"]["embedding"] * 8
     return made
 
@@ -51,9 +55,10 @@ def make_engine(
     filled_buckets: tuple[int, ...] = (48, LENGTH),
     width_buckets: tuple[int, ...] = (8, 16),
     row_divisors: tuple[int, ...] = (1, 2),
+    config: decoder.DecoderConfig = CONFIG,
 ) -> engine.Engine:
     return engine.Engine(
-        CONFIG,
+        config,
         num_slots=SLOTS,
         num_waves=1,
         max_length=LENGTH,
@@ -67,10 +72,10 @@ def make_engine(
     )
 
 
-@jax.jit
-def score(ids):
-    x = decoder.hidden(CONFIG, params(), ids)
-    return logprobs.token_logprobs(x, decoder.unembedding(params()), ids)
+@functools.partial(jax.jit, static_argnums=1)
+def score(ids, config):
+    x = decoder.hidden(config, params(config), ids)
+    return logprobs.token_logprobs(x, decoder.unembedding(params(config)), ids)
 
 
 @dataclasses.dataclass
@@ -83,7 +88,7 @@ class Episode:
     turns: int = 0
 
 
-def largest_error(episodes: list[Episode]) -> float:
+def largest_error(episodes: list[Episode], config: decoder.DecoderConfig = CONFIG) -> float:
     """Largest distance of a reported log-prob or entropy from the oracle's."""
     ids = np.zeros((len(episodes), LENGTH), np.int32)
     for row, episode in enumerate(episodes):
@@ -92,7 +97,7 @@ def largest_error(episodes: list[Episode]) -> float:
     for start in range(0, len(episodes), 8):
         part = np.zeros((8, LENGTH), np.int32)
         part[: len(ids[start : start + 8])] = ids[start : start + 8]
-        expected, entropies = (np.asarray(array) for array in score(part))
+        expected, entropies = (np.asarray(array) for array in score(part, config))
         for row, episode in enumerate(episodes[start : start + 8]):
             for first, sample in episode.spans:
                 span = slice(first, first + len(sample.ids))
@@ -102,7 +107,7 @@ def largest_error(episodes: list[Episode]) -> float:
     return float(worst)
 
 
-def play(eng: engine.Engine, schedule) -> list[Episode]:
+def play(eng: engine.Engine, schedule, config: decoder.DecoderConfig = CONFIG) -> list[Episode]:
     """Carries the schedule out; every step says what each idle slot does, then launches."""
     done, live = [], {}
     for slot in range(SLOTS):
@@ -138,14 +143,16 @@ def play(eng: engine.Engine, schedule) -> list[Episode]:
             eng.submit(0, engine.TurnRequest(slot, ids, budget, stream))
             episode.ids += ids.tolist()
             episode.turns += 1
-        receive(eng, live)
+        receive(eng, live, config)
     while eng.is_busy(0):
-        receive(eng, live)
+        receive(eng, live, config)
     return done
 
 
-def receive(eng: engine.Engine, live: dict[int, Episode]) -> None:
-    eng.launch(params(), 0)
+def receive(
+    eng: engine.Engine, live: dict[int, Episode], config: decoder.DecoderConfig = CONFIG
+) -> None:
+    eng.launch(params(config), 0)
     for slot, sample in eng.receive(0).items():
         live[slot].spans.append((len(live[slot].ids), sample))
         live[slot].ids += sample.ids.tolist()
@@ -175,6 +182,18 @@ def test_any_schedule_gives_the_log_probs_of_a_plain_forward_pass(costs):
     check()
     eng._extend_costs = usual
     assert eng.counters.tokens_forked > forked
+
+
+@pytest.mark.parametrize("config", WINDOWS, ids=["every second layer", "all layers"])
+def test_layers_with_a_window_read_what_they_see(config):
+    eng = make_engine(config=config)
+
+    @hypothesis.settings(deadline=None, max_examples=20, derandomize=True)
+    @hypothesis.given(schedules)
+    def check(schedule):
+        assert largest_error(play(eng, schedule, config), config) <= 1e-4
+
+    check()
 
 
 def long_schedule(seed: int, steps: int):

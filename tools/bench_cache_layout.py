@@ -126,7 +126,9 @@ def main() -> None:
 
     @jax.jit
     def run_mirrored(cache, q):
-        cache, held = kv_cache.mirrored(cache, jnp.arange(s), args.filled)
+        cache, held = kv_cache.mirrored(
+            cache, jnp.arange(s), jnp.zeros(s, jnp.int32), args.filled, most=1, windows=[None] * LAYERS
+        )
         places = jnp.full((s, 1), args.filled - 28)
         mask = (jnp.arange(held) <= places)[:, None]
 

@@ -8,7 +8,8 @@ What families of published models do differently are settings of `DecoderConfig`
 norms of queries and keys (Qwen3), sliding windows in all or some layers (Mistral, Gemma), soft caps,
 norms after each block, norms that scale by 1 + w, scaled embeddings, another rotation in the layers
 with a window (Gemma 2 and 3). A setting that is off adds nothing to the compiled program. Where
-layers differ, the scan takes along which kind each one is; there are no branches.
+layers differ, the scan takes along which kind each one is; they branch only where those with a window
+read less of a cache.
 
 One set of modules serves both passes: `hidden` attends within a batch of whole sequences (scoring,
 training), `hidden_cached` appends a few tokens to rows of a KV cache (sampling).
@@ -18,7 +19,7 @@ V vocabulary, F feed-forward size.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -232,9 +233,7 @@ def hidden_cached(
         jnp.take(table[..., 0, :, :], positions, axis=-2, mode="clip")
         for table in rope_tables(config, np.arange(filled)[None])
     )
-    index = jnp.arange(filled)[None, None, :]
-    mask = index <= positions[:, :, None]
-    distance = positions[:, :, None] - index
+    parts = _cache_parts(config, cache, positions, filled)
     # A padding token writes nowhere: its position is sent out of range.
     targets = jnp.where(offsets[None] < counts[:, None], positions, cache.max_length)
     graph, layers = _layers(config, params)
@@ -266,13 +265,19 @@ def hidden_cached(
             attended = attended[:, None]
         else:
             cache = kv_cache.write(cache, index, slots, targets, k, v)
-            seen = _within_window(config, mask, distance, is_local)
             if only_last:
-                x, seen = at_last(x), at_last(seen)
+                x = at_last(x)
                 table = _table_of(tuple(map(at_last, tables)), is_local)
                 q, _, _ = layer.attention.qkv(layer.attention_norm(x), table)
-            keys, values = kv_cache.read(cache, index, slots, filled, q.dtype)
-            attended = attention.attend_cached(q, keys, values, seen, **scores)
+
+            def attend(part: _CachePart) -> jax.Array:
+                keys, values = kv_cache.read(
+                    cache, index, slots, part.size, q.dtype, starts=part.starts
+                )
+                seen = at_last(part.seen) if only_last else part.seen
+                return attention.attend_cached(q, keys, values, seen, **scores)
+
+            attended = _attend_to_part(config, attend, parts, index)
         return (layer.add_mlp(layer.add_attention(x, attended)), cache), None
 
     carry = (x, cache)
@@ -370,6 +375,61 @@ def _table_of(
         jax.lax.dynamic_index_in_dim(table, is_local.astype(jnp.int32), keepdims=False)
         for table in tables
     )
+
+
+class _CachePart(NamedTuple):
+    """What a layer reads of the cache."""
+
+    size: int
+    seen: jax.Array  # [R, W, size] bool
+    starts: jax.Array | None  # [R] int32, each row's first position; None is 0
+
+
+def _cache_parts(
+    config: DecoderConfig, cache: kv_cache.KVCache, positions: jax.Array, filled: int
+) -> tuple[_CachePart, _CachePart]:
+    """What layers without and with the model's window read for new tokens at `positions` [R, W]."""
+    window, width = config.sliding_window, positions.shape[1]
+
+    def part(starts: jax.Array | None, size: int, window: int | None = None) -> _CachePart:
+        index = jnp.arange(size)[None, None]
+        index = index if starts is None else index + starts[:, None, None]
+        distance = positions[:, :, None] - index
+        seen = distance >= 0
+        return _CachePart(size, seen if window is None else seen & (distance < window), starts)
+
+    far = part(None, filled)
+    if window is None:
+        return far, far
+    if cache.mirrors is None:
+        first = positions[:, 0]
+        return far, part(*kv_cache.near(first, width=width, window=window, filled=filled), window)
+    mirror = cache.mirrors[windows(config).index(window)]
+    return far, part(mirror.starts, mirror.values.shape[2], window)
+
+
+def _attend_to_part(
+    config: DecoderConfig,
+    attend: Callable[[_CachePart], jax.Array],
+    parts: tuple[_CachePart, _CachePart],
+    index: jax.Array | int,
+) -> jax.Array:
+    """`attend` to what the layer with this index reads."""
+    far, near = parts
+    if config.window_layers is None:
+        return attend(near)
+    if isinstance(index, int):
+        return attend(near if config.window_layers[index] else far)
+    is_local = _at(_local_layers(config), index)
+    if near.starts is None:
+        return attend(far._replace(seen=jnp.where(is_local, near.seen, far.seen)))
+    return jax.lax.cond(is_local, lambda: attend(near), lambda: attend(far))
+
+
+def windows(config: DecoderConfig) -> tuple[int | None, ...]:
+    """[N], how many tokens each layer's tokens see, themselves included; None is all."""
+    has_window = config.window_layers or (True,) * config.num_layers
+    return tuple(config.sliding_window if local else None for local in has_window)
 
 
 def _within_window(

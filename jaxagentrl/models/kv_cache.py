@@ -14,11 +14,15 @@ blocks of 64 positions, each [E, 64]: read as one stretch of memory, at 27 GB/s 
 (`docs/performance.md`; `tools/bench_cache_layout.py` times whole steps of attention). Steps write to the
 mirrors alone; when the call ends, the cache is `settled`.
 
+Of a layer with a window only the positions that new tokens see are read (`near`), and mirrored. All are
+kept: a row may be rewound, and another may copy what is further back.
+
 An int8 cache keeps one float32 scale per layer, slot, position and head: a vector x is stored as
 round(x / s) with s = max |x| / 127, so each entry is off by at most s / 2.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,10 +36,18 @@ _BLOCK = 64  # positions of a mirror's block of keys; 32 is as fast, 16 and 128 
 
 
 class Mirror(NamedTuple):
-    """The filled positions of one layer, C blocks of 64, for the R rows of a call."""
+    """The filled positions of one layer that are read, C blocks of 64, for the R rows of a call."""
 
     keys: jax.Array  # [R, C, K, E, 64]
     values: jax.Array  # [R, K, C · 64, E]
+    starts: jax.Array | None = None  # [R] int32, each row's first position; None: all begin at 0
+
+    def place(self, positions: jax.Array) -> jax.Array:
+        """Where positions [R, W] are in it; beyond its end if they are before its beginning."""
+        if self.starts is None:
+            return positions
+        places = positions - self.starts[:, None]
+        return jnp.where(places < 0, self.values.shape[2], places)
 
 
 @jax.tree_util.register_dataclass
@@ -66,14 +78,40 @@ def init(
     return _placed(cache)
 
 
-def mirrored(cache: KVCache, slots: jax.Array, filled: int) -> tuple[KVCache, int]:
-    """The cache with mirrors of the first `filled` positions of `slots` [R], and how many positions
-    those are in whole blocks.
+def near(
+    lengths: jax.Array, *, width: int, window: int, filled: int
+) -> tuple[jax.Array | None, int]:
+    """What `width` tokens behind the `lengths` [R] of their rows see through a window.
 
-    For a cache without scales, in the dtype of the computation.
+    Args:
+        window: how many tokens a token sees, itself included.
+        filled: bound on what is filled with the new tokens.
+
+    Returns:
+        Each row's first position [R] and how many there are from it on; None and `filled` where these are
+        all.
+    """
+    reach = window + width - 1
+    if reach >= filled:
+        return None, filled
+    return jnp.clip(lengths + 1 - window, 0, filled - reach), reach
+
+
+def mirrored(
+    cache: KVCache,
+    slots: jax.Array,
+    lengths: jax.Array,
+    filled: int,
+    *,
+    most: int,
+    windows: Sequence[int | None],
+) -> tuple[KVCache, int]:
+    """The cache with mirrors of the first `filled` positions of `slots` [R], and how many positions
+    those are in whole blocks. Of a layer with a window, what up to `most` tokens behind `lengths` [R] see.
+
+    For a cache without scales, in the dtype of the computation. `windows` [N] are the layers'.
     """
     size = -(-filled // _BLOCK) * _BLOCK
-    starts = jnp.arange(0, size, _BLOCK)
 
     def held(array: jax.Array, axis: int) -> jax.Array:
         array = jax.lax.slice_in_dim(array, 0, min(size, cache.max_length), axis=axis)
@@ -84,14 +122,22 @@ def mirrored(cache: KVCache, slots: jax.Array, filled: int) -> tuple[KVCache, in
     def block(keys: jax.Array, slot: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(keys, (slot, 0, 0, start), (1, *keys.shape[1:3], _BLOCK))[0]
 
-    # One gather: of a gather that is transposed XLA makes two copies.
-    blocks = jax.vmap(jax.vmap(block, (None, None, 0)), (None, 0, None))
-
-    def mirror(layer: int) -> Mirror:
-        keys, values = held(cache.keys[layer], 3), held(cache.values[layer], 2)
+    def far(keys: jax.Array, values: jax.Array) -> Mirror:
+        # One gather: of a gather that is transposed XLA makes two copies.
+        blocks = jax.vmap(jax.vmap(block, (None, None, 0)), (None, 0, None))
+        starts = jnp.arange(0, size, _BLOCK)
         return Mirror(blocks(keys, slots, starts), jnp.take(values, slots, axis=0, mode="clip"))
 
-    mirrors = tuple(mirror(layer) for layer in range(cache.keys.shape[0]))
+    def mirror(layer: int, window: int | None) -> Mirror:
+        keys, values = held(cache.keys[layer], 3), held(cache.values[layer], 2)
+        if window is None or (reach := -(-(window + most - 1) // _BLOCK) * _BLOCK) >= size:
+            return far(keys, values)
+        starts = jnp.clip(lengths + 1 - window, 0, size - reach)
+        blocks = jax.vmap(jax.vmap(block, (None, None, 0)), (None, 0, 0))
+        keys = blocks(keys, slots, starts[:, None] + jnp.arange(0, reach, _BLOCK)[None])
+        return Mirror(keys, _stretches(values, slots, starts, reach, axis=1), starts)
+
+    mirrors = tuple(map(mirror, range(cache.keys.shape[0]), windows))
     return dataclasses.replace(cache, mirrors=mirrors), size
 
 
@@ -100,12 +146,14 @@ def settled(cache: KVCache, slots: jax.Array, lengths: jax.Array, *, most: int) 
 
     Of these as many as were written are new. Behind them both hold the same, or junk.
     """
-    places = lengths[:, None] + jnp.arange(most)[None]
-    rows, (block, inside) = jnp.arange(places.shape[0])[:, None], jnp.divmod(places, _BLOCK)
+    positions = lengths[:, None] + jnp.arange(most)[None]
+    rows = jnp.arange(positions.shape[0])[:, None]
     mirrors, cache = cache.mirrors, dataclasses.replace(cache, mirrors=None)
     for layer, mirror in enumerate(mirrors):
+        places = mirror.place(positions)
+        block, inside = jnp.divmod(places, _BLOCK)
         keys, values = mirror.keys[rows, block, :, :, inside], mirror.values[rows, :, places]
-        cache = write(cache, layer, slots, places, keys, values)
+        cache = write(cache, layer, slots, positions, keys, values)
     return cache
 
 
@@ -137,10 +185,12 @@ def write(
     if cache.mirrors is not None:
         mirror = cache.mirrors[layer]
         mirror_rows = jnp.arange(keys.shape[0])[:, None, None]
-        block, inside = jnp.divmod(places, _BLOCK)
-        mirror = Mirror(
-            mirror.keys.at[mirror_rows, block, heads, :, inside].set(keys, mode="drop"),
-            mirror.values.at[mirror_rows, heads, places].set(values, mode="drop"),
+        is_dropped = positions >= cache.max_length
+        inside_of = jnp.where(is_dropped, mirror.values.shape[2], mirror.place(positions))[:, :, None]
+        block, inside = jnp.divmod(inside_of, _BLOCK)
+        mirror = mirror._replace(
+            keys=mirror.keys.at[mirror_rows, block, heads, :, inside].set(keys, mode="drop"),
+            values=mirror.values.at[mirror_rows, heads, inside_of].set(values, mode="drop"),
         )
         mirrors = (*cache.mirrors[:layer], mirror, *cache.mirrors[layer + 1 :])
         return dataclasses.replace(cache, mirrors=mirrors)
@@ -158,18 +208,27 @@ def write(
 
 
 def read(
-    cache: KVCache, layer: jax.Array | int, slots: jax.Array | None, filled: int, dtype: jnp.dtype
+    cache: KVCache,
+    layer: jax.Array | int,
+    slots: jax.Array | None,
+    size: int,
+    dtype: jnp.dtype,
+    *,
+    starts: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys [R, K, E, filled] and values [R, K, filled, E] of one layer in `dtype`.
+    """Keys [R, K, E, size] and values [R, K, size, E] of one layer in `dtype`, the first positions or, with
+    `starts` [R], those from there on.
 
     `slots` None means all slots in order. Of a cache with mirrors, the layer's mirror.
     """
     if cache.mirrors is not None:
-        return cache.mirrors[layer]
+        return cache.mirrors[layer][:2]
 
     def take(array: jax.Array, axis: int) -> jax.Array:
         block = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
-        block = jax.lax.slice_in_dim(block, 0, filled, axis=axis)
+        if starts is not None:
+            return _stretches(block, slots, starts, size, axis=axis - 1)
+        block = jax.lax.slice_in_dim(block, 0, size, axis=axis)
         return block if slots is None else jnp.take(block, slots, axis=0, mode="clip")
 
     keys, values = take(cache.keys, 3).astype(dtype), take(cache.values, 2).astype(dtype)
@@ -178,6 +237,25 @@ def read(
     key_scales = take(cache.key_scales, 2).astype(dtype)
     value_scales = take(cache.value_scales, 2).astype(dtype)
     return keys * key_scales[:, :, None, :], values * value_scales[..., None]
+
+
+def _stretches(
+    array: jax.Array, slots: jax.Array | None, starts: jax.Array, size: int, *, axis: int
+) -> jax.Array:
+    """Of each slot, `size` positions from its start on; they are on `axis` of a slot's part of the array."""
+
+    def stretch(row: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(row, start, size, axis=axis)
+
+    if slots is None:
+        return jax.vmap(stretch)(array, starts)
+
+    def of_slot(slot: jax.Array, start: jax.Array) -> jax.Array:
+        begin, sizes = [slot, *[0] * (array.ndim - 1)], [1, *array.shape[1:]]
+        begin[axis + 1], sizes[axis + 1] = start, size
+        return jax.lax.dynamic_slice(array, begin, sizes)[0]
+
+    return jax.vmap(of_slot)(slots, starts)
 
 
 def copy_rows(cache: KVCache, sources: jax.Array, targets: jax.Array, filled: int) -> KVCache:
