@@ -2,8 +2,9 @@
 
 Parameters, optimizer state and cache are counted from their shapes and places. What the programs
 need on top is what the compiler reserved for them (`memory_analysis`), read from the run's optimizer
-steps, imitation's and RL's. They are executed here, before anything else: a run that fits now does not
-run out of memory in its third hour.
+steps, imitation's and RL's. A plan beyond the limit is refused there and then; the steps of one that
+fits are executed, before anything else: a run that fits now does not run out of memory in its third
+hour.
 """
 
 import dataclasses
@@ -66,9 +67,13 @@ class Plan:
     limit: int  # what a device has
 
     @property
+    def while_updating(self) -> int:
+        return sum(self.always.values()) + sum(self.updating.values())
+
+    @property
     def peak(self) -> int:
-        return sum(self.always.values()) + max(
-            sum(self.updating.values()), sum(self.sampling.values())
+        return max(
+            self.while_updating, sum(self.always.values()) + sum(self.sampling.values())
         )
 
     def text(self) -> str:
@@ -124,6 +129,7 @@ def of_imitation(
         imitation.update,
         optimizer=imitation.optimizer,
         trainable=trainable,
+        at_hand=per_device(trainable),
         mesh=mesh,
         num_rows=num_rows,
         width=demonstrations.width,
@@ -142,7 +148,7 @@ def of_rl(
     mesh: jax.sharding.Mesh | None,
     **shared: Any,
 ) -> Plan:
-    """The plan of RL, to whose `trainable` parameters its critic is added."""
+    """The plan of RL, whose critic is not there yet: it is known by its shapes."""
     num_rows = reinforce.num_rows(config["rl"], mesh)
     shapes = reinforce.part_shapes(config["learner"], mesh)
     several = config["rollout"]["context"] != "end"
@@ -152,12 +158,12 @@ def of_rl(
         tree_length=reinforce.tree_length(config),
         **shapes,
     )
-    with_critic = learner.with_critic(trainable, model, critic=config["rl"]["critic"])
     return make(
         "RL",
         programs.update,
         optimizer=optimizer,
-        trainable=sharding.place(with_critic, mesh),
+        trainable=_with_critic(trainable, model, mesh, critic=config["rl"]["critic"]),
+        at_hand=per_device(trainable),
         mesh=mesh,
         num_rows=num_rows,
         width=max(shapes["length_buckets"]),
@@ -174,6 +180,7 @@ def make(
     optimizer: optax.GradientTransformation,
     trainable: learner.Params,
     frozen: learner.Params | None,
+    at_hand: int,
     mesh: jax.sharding.Mesh | None,
     num_rows: int,
     width: int,
@@ -182,36 +189,39 @@ def make(
     limit: int,
     needs_reference: bool = False,
 ) -> Plan:
-    """Compiles a stage's updates that may be the largest, executes the one that is, adds everything up.
+    """Compiles a stage's updates that may be the largest and adds everything up; of a plan within the
+    limit the largest is then executed.
 
     Args:
         update: the program of the stage's optimizer steps, of `learner.make_step`.
-        trainable: parameters to be trained, critic included; they are not changed.
+        trainable: parameters to be trained, critic included, or their shapes and places.
+        at_hand: bytes per device of those that are there already; they are not changed.
         num_rows, width: shape of the stage's batches.
         works: of which one is the largest, see `largest_works`.
         at_sampling: what `for_sampling` found.
         limit: bytes that a device has, see `device_limit`.
         needs_reference: whether a copy of the policy (of its adapters) is kept for a KL term.
+
+    Raises:
+        PlanError: the plan is beyond the limit. Nothing was executed.
     """
-    state = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        jax.eval_shape(lambda: trainable),
-        jax.eval_shape(optimizer.init, trainable),
-    )
-    state = sharding.abstract(state, mesh)
-    batch, targets = sharding.place_rows(_nothing(num_rows, width), mesh)
-    reference = [trainable[key] for key in POLICY if key in trainable and needs_reference]
-    always = {
-        "parameters": per_device(trainable) + per_device(frozen),
-        "reference": per_device(reference),
-        "optimizer": per_device(state.opt_state),
-        "batch": per_device((batch, targets)) + max(map(per_device, works)),
-        "cache": at_sampling.cache,
-    }
-    inputs = (trainable, batch, targets, works, frozen)
-    updating = {"update": _update_bytes(update, state, *inputs, limit=limit)}
-    return Plan(stage, always, updating, at_sampling.needed, limit)
+    state = _state(trainable, optimizer, mesh)
+    rows = _nothing(num_rows, width)
+    arguments = _abstract_rows(rows, mesh)
+    sizes = [
+        program_bytes(update.lower(state, *arguments, work, frozen).compile()) for work in works
+    ]
+    always = _always(state, frozen, at_sampling.cache, needs_reference=needs_reference)
+    always["batch"] = per_device(arguments) + max(map(per_device, works))
+    made = Plan(stage, always, {"update": max(sizes)}, at_sampling.needed, limit)
+    made.check()
+    # A step changes the state it is given: it is executed on one of zeros, beside the parameters. There
+    # is no reference yet.
+    if made.while_updating - always["reference"] + at_hand <= limit:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), state)
+        work = works[int(np.argmax(sizes))]
+        jax.block_until_ready(update(zeros, *sharding.place_rows(rows, mesh), work, frozen))
+    return made
 
 
 def for_sampling(
@@ -359,32 +369,45 @@ def program_bytes(compiled: Any) -> int:
     )
 
 
-def _update_bytes(
-    update: Callable[..., Any],
-    state: TrainState,
+def _with_critic(
     trainable: learner.Params,
-    batch: TrajectoryBatch,
-    targets: learner.Targets,
-    works: Sequence[learner.Work],
-    frozen: learner.Params | None,
+    model: decoder.DecoderConfig,
+    mesh: jax.sharding.Mesh | None,
     *,
-    limit: int,
-) -> int:
-    """Of a whole step, gradients included.
+    critic: str,
+) -> learner.Params:
+    """Shapes and places of the parameters that RL trains."""
+    made = jax.eval_shape(lambda x: learner.with_critic(x, model, critic=critic), trainable)
+    return sharding.abstract(made, mesh)
 
-    A step changes the state it is given, so that it is executed on one of zeros, beside the
-    parameters. Where only one of the two fits, the step is compiled and not executed.
-    """
-    sizes = [
-        program_bytes(update.lower(state, batch, targets, work, frozen).compile())
-        for work in works
-    ]
-    largest = int(np.argmax(sizes))
-    held = per_device((trainable, frozen, batch, targets, state, works[largest]))
-    if held + sizes[largest] <= limit:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), state)
-        jax.block_until_ready(update(zeros, batch, targets, works[largest], frozen))
-    return sizes[largest]
+
+def _state(
+    trainable: learner.Params,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | None,
+) -> TrainState:
+    """Shapes and places of a stage's state."""
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.eval_shape(lambda x: x, trainable),
+        jax.eval_shape(optimizer.init, trainable),
+    )
+    return sharding.abstract(state, mesh)
+
+
+def _always(
+    state: TrainState, frozen: learner.Params | None, cache: int, *, needs_reference: bool
+) -> dict[str, int]:
+    """What a stage holds as long as it lasts, but for its batch."""
+    reference = [state.params[key] for key in POLICY if key in state.params and needs_reference]
+    return {
+        "parameters": per_device((state.params, frozen)),
+        "reference": per_device(reference),
+        "optimizer": per_device(state.opt_state),
+        "batch": 0,
+        "cache": cache,
+    }
 
 
 def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
@@ -418,6 +441,11 @@ def _decode_inputs(slots: int) -> tuple[Any, ...]:
     )
     told = whole if sampling.decodes_some_rows() else None
     return told, whole, whole, shape(jnp.bool_, slots), controls, shape(jnp.int32)
+
+
+def _abstract_rows(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Shapes and types of host arrays [B, ...] as `sharding.place_rows` puts them."""
+    return sharding.abstract(tree, None) if mesh is None else sharding.abstract_rows(tree, mesh)
 
 
 def _nothing(rows: int, width: int) -> tuple[TrajectoryBatch, learner.Targets]:

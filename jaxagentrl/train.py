@@ -238,9 +238,8 @@ def _plan(
         yield plan.of_rl(config, programs, chain, setup.model, setup.trainable, **shared)
 
     peak = 0
-    for made in plans():  # one after the other: a refusal need not wait for RL's program
+    for made in plans():  # one after the other: a refusal does not wait for RL's program
         progress.notice(made.text())
-        made.check()
         peak = max(peak, made.peak)
     if jax.default_backend() == "cpu" and _ROOM_TO_KEEP * peak <= limit:
         pages.keep()

@@ -36,6 +36,7 @@ def make_plan(mesh=None, *, shapes=SHAPES, limit=10**9, needs_reference=False, *
             update,
             optimizer=chain,
             trainable=trainable,
+            at_hand=plan.per_device(trainable),
             frozen=None,
             mesh=mesh,
             num_rows=16,
@@ -99,13 +100,13 @@ def test_on_a_mesh_bytes_are_those_of_one_device():
 
 
 def test_waves_that_run_side_by_side_need_room_side_by_side(monkeypatch):
+    monkeypatch.setattr(plan, "_SMALL_SHARE", 0)  # so that programs are measured
     needed = []
     for cores in (1, 2):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-        made, *_ = make_plan(limit=10**5)  # so little that the decode program is measured
+        made, *_ = make_plan()
         needed.append(made.sampling["sampling"])
     assert needed[1] == 2 * needed[0] > 0
-
 
 
 def test_the_reference_of_a_kl_term_is_counted():
@@ -196,9 +197,41 @@ def test_a_step_is_measured_and_executed_on_a_state_of_zeros(packing):
     assert made.updating["update"] > made.always["parameters"]  # the gradients are in it
     assert update._cache_size() == 1
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable))
-    # Beside the parameters there is no room for a second set of them.
-    tight, update, _ = make_plan(shapes=shapes, limit=made.peak - made.always["cache"])
-    assert tight.updating == made.updating and update._cache_size() == 0
+
+
+def test_a_step_is_not_executed_where_the_cache_leaves_no_room_for_a_second_set_of_parameters():
+    second = plan.per_device(plain()[2])
+    for needs_reference in (False, True):
+        made, *_ = make_plan(needs_reference=needs_reference)
+        assert made.always["cache"] > 1 and made.peak == made.while_updating
+        # A reference is made later: meanwhile there is room for parameters in its place.
+        room = made.peak - made.always["reference"] + second
+        for limit, is_executed in ((room, True), (room - 1, False)):
+            tight, update, _ = make_plan(needs_reference=needs_reference, limit=limit)
+            assert tight.updating == made.updating and update._cache_size() == is_executed
+
+
+def test_a_plan_beyond_the_limit_is_refused_and_nothing_executed(monkeypatch):
+    chain, executed = optimizer.make(**OPTIMIZER), []
+
+    class Step:
+        """The program of a step that says when it is executed."""
+
+        program = staticmethod(learner.make_step(learner.make_sft_loss(UNTIED), chain))
+
+        def lower(self, *arguments):
+            return self.program.lower(*arguments)
+
+        def __call__(self, *arguments):
+            executed.append(True)
+            return self.program(*arguments)
+
+    monkeypatch.setattr(learner, "make_step", lambda *_: Step())
+    made, *_ = make_plan()
+    assert executed == [True]
+    with pytest.raises(plan.PlanError, match="learner.tokens_per_part"):
+        make_plan(limit=made.peak - 1)
+    assert executed == [True]
 
 
 def test_the_index_of_what_a_step_works_off_is_counted():
