@@ -1,8 +1,8 @@
 """Before a run: how many bytes each device will hold, and a refusal when that is too many.
 
 Parameters, optimizer state and cache are counted from their shapes and places. What the programs
-need on top is what the compiler reserved for them (`memory_analysis`), read from the run's optimizer
-steps, imitation's and RL's. A plan beyond the limit is refused there and then; the steps of one that
+need on top is what the compiler reserved for them (`memory_analysis`), read from those of sampling
+(`plan_sampling`) and from the run's optimizer steps, imitation's and RL's. A plan beyond the limit is refused there and then; the steps of one that
 fits are executed, before anything else: a run that fits now does not run out of memory in its third
 hour.
 """
@@ -19,15 +19,13 @@ import numpy as np
 import optax
 import psutil
 
-from jaxagentrl import batching, dispatch, imitate, learner, reinforce, sampling, trees
-from jaxagentrl.models import decoder, decoding_layout, sharding
+from jaxagentrl import batching, imitate, learner, reinforce, trees
+from jaxagentrl.models import decoder, sharding
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
 # The policy among what is trained, of which a KL term keeps a copy: the model or its adapters.
 POLICY = ("policy", "adapters")
 
-# Below this share of the memory the decode program is not compiled twice only to be measured.
-_SMALL_SHARE = 0.05
 _CGROUP_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 ADVICE = {
@@ -39,7 +37,8 @@ ADVICE = {
     "cache": "fewer sampling.num_slots, a smaller sampling.max_length, or "
     "sampling.cache_dtype='bfloat16'",
     "decoding copy": "a larger mesh.tensor",
-    "sampling": "fewer sampling.num_slots or more sampling.num_waves",
+    "sampling": "fewer sampling.num_slots, more sampling.num_waves, narrower sampling.width_buckets, or "
+    "sampling.row_divisors without 1",
     "batch": "fewer rl.tasks_per_iteration, in imitation a smaller sft.batch_size",
 }
 
@@ -198,7 +197,7 @@ def make(
         at_hand: bytes per device of those that are there already; they are not changed.
         num_rows, width: shape of the stage's batches.
         works: of which one is the largest, see `largest_works`.
-        at_sampling: what `for_sampling` found.
+        at_sampling: what `plan_sampling.measured` found.
         limit: bytes that a device has, see `device_limit`.
         needs_reference: whether a copy of the policy (of its adapters) is kept for a KL term.
 
@@ -222,55 +221,6 @@ def make(
         work = works[int(np.argmax(sizes))]
         jax.block_until_ready(update(zeros, *sharding.place_rows(rows, mesh), work, frozen))
     return made
-
-
-def for_sampling(
-    model: decoder.DecoderConfig,
-    trainable: learner.Params,
-    frozen: learner.Params | None,
-    mesh: jax.sharding.Mesh | None,
-    *,
-    options: Mapping[str, Any],
-    compute_dtype: str,
-    limit: int,
-) -> Sampling:
-    """What sampling takes; where that may be much, its decode program is compiled to be measured.
-
-    Args:
-        options: `config.sampling`.
-        compute_dtype: `config.learner.compute_dtype`, which sampling shares.
-        limit: bytes that a device has.
-    """
-    local = None if mesh is None else sharding.decoding_mesh(mesh)
-    slots = options["num_slots"] // options["num_waves"]
-    held = jax.eval_shape(
-        lambda: sampling.init(model, slots, options["max_length"], options["cache_dtype"])
-    )
-    given = sharding.abstract(
-        jax.eval_shape(learner.policy_of, (frozen or {}) | trainable), mesh
-    )
-    with sharding.use(mesh):
-        policy = jax.eval_shape(lambda x: decoding_layout.for_decoding(x, compute_dtype), given)
-    if local is not None:
-        held = sampling.Held(
-            sharding.abstract_cache(held.cache, local), sharding.abstract_rows(held.hidden, local)
-        )
-        policy = sharding.abstract(policy, local)
-    cache_bytes = per_device(held) * options["num_waves"]
-    needed = {"decoding copy": _copy_bytes(given, policy, mesh)}
-    if cache_bytes + per_device(policy) > _SMALL_SHARE * limit:
-        with sharding.use(local):
-            decode = sampling.make_decode(model, max_turn_tokens=options["max_turn_tokens"])
-            compiled = decode.lower(
-                policy,
-                held,
-                *_decode_inputs(slots),
-                filled=options["max_length"],
-                restricted=False,
-            ).compile()
-            at_once = dispatch.side_by_side(options["num_waves"])
-        needed["sampling"] = at_once * program_bytes(compiled)
-    return Sampling(cache_bytes, needed)
 
 
 def largest_works(
@@ -408,39 +358,6 @@ def _always(
         "batch": 0,
         "cache": cache,
     }
-
-
-def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
-    """Of the decoder's parameters as sampling takes them, without those that are at hand so."""
-    if mesh is None:
-        return per_device({name: x for name, x in policy.items() if x != given.get(name)})
-    places = sharding.decoding_shardings(given, mesh)
-    is_copied = jax.tree.map(
-        lambda x, y, where: x.dtype != y.dtype or not sharding.lies_at(x, where),
-        given, policy, places,
-    )
-    kept = jax.tree.map(lambda x, copied: x if copied else None, policy, is_copied)
-    return per_device(kept)
-
-
-def _decode_inputs(slots: int) -> tuple[Any, ...]:
-    """Shapes of the decode program's slots, pending, lengths, is_ready, controls and until."""
-
-    def shape(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype)
-
-    whole, real = shape(jnp.int32, slots), shape(jnp.float32, slots)
-    controls = sampling.Controls(
-        budgets=whole,
-        temperatures=real,
-        top_k=whole,
-        top_p=real,
-        min_p=real,
-        stop_ids=shape(jnp.int32, slots, 1),
-        streams=shape(jnp.uint32, slots, 2),
-    )
-    told = whole if sampling.decodes_some_rows() else None
-    return told, whole, whole, shape(jnp.bool_, slots), controls, shape(jnp.int32)
 
 
 def _abstract_rows(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:

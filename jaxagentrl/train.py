@@ -27,6 +27,7 @@ from jaxagentrl import (
     optimizer,
     pages,
     plan,
+    plan_sampling,
     precision,
     prepare,
     progress,
@@ -221,13 +222,15 @@ def _plan(
     limit = config["memory_limit_gb"]
     # The same for all processes, so that all of them refuse or none does.
     limit = min(hosts.gather(plan.device_limit())) if limit is None else int(limit * 1e9)
-    at_sampling = plan.for_sampling(
+    at_sampling = plan_sampling.measured(
         setup.model,
         setup.trainable,
         setup.frozen,
         setup.mesh,
         options=config["sampling"],
         compute_dtype=config["learner"]["compute_dtype"],
+        stop_ids=setup.stop_ids,
+        restricted=rules.is_restricted(config["rollout"]),
         limit=limit,
     )
     shared = {"mesh": setup.mesh, "frozen": setup.frozen, "at_sampling": at_sampling, "limit": limit}
