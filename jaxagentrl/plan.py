@@ -1,8 +1,9 @@
 """Before a run: how many bytes each device will hold, and a refusal when that is too many.
 
-Parameters, optimizer state and cache are counted from their shapes and places. What the programs
-need on top is what the compiler reserved for them (`memory_analysis`), read from those of sampling
-(`plan_sampling`) and from the run's optimizer steps, imitation's and RL's. A plan beyond the limit is refused there and then; the steps of one that
+Parameters, optimizer state and cache are counted from their shapes and places: first alone, before any
+of them is on a device (`of_shapes`). What the programs need on top is what the compiler reserved for
+them (`memory_analysis`), read from those of sampling (`plan_sampling`) and from the run's optimizer
+steps, imitation's and RL's. A plan beyond the limit is refused there and then; the steps of one that
 fits are executed, before anything else: a run that fits now does not run out of memory in its third
 hour.
 """
@@ -10,7 +11,7 @@ hour.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +20,9 @@ import numpy as np
 import optax
 import psutil
 
-from jaxagentrl import batching, imitate, learner, reinforce, trees
+from jaxagentrl import batching, hosts, imitate, learner, reinforce, trees
 from jaxagentrl.models import decoder, sharding
+from jaxagentrl.optimizer import make as make_optimizer
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
 # The policy among what is trained, of which a KL term keeps a copy: the model or its adapters.
@@ -104,6 +106,38 @@ class Plan:
         raise PlanError(
             f"the run does not fit the memory of a device.\n{self.text()}\nWhat would help: {advice}."
         )
+
+
+def of_shapes(
+    config: Mapping[str, Any],
+    model: decoder.DecoderConfig,
+    trainable: learner.Params,
+    frozen: learner.Params | None,
+    *,
+    mesh: jax.sharding.Mesh | None,
+    with_imitation: bool,
+    at_sampling: Sampling,
+    limit: int,
+) -> Iterator[Plan]:
+    """What the stages' plans will say at least: without batches, and without what programs take.
+
+    Args:
+        trainable, frozen: shapes and places of the parameters, without the critic.
+        with_imitation: whether there will be that stage.
+        at_sampling: of `plan_sampling.counted`.
+        limit: bytes that a device has, see `device_limit`.
+    """
+
+    def plan(stage: str, params: learner.Params, optimizer: Any, needs_reference: bool) -> Plan:
+        state = _state(params, optimizer, mesh)
+        always = _always(state, frozen, at_sampling.cache, needs_reference=needs_reference)
+        return Plan(f"{stage}, batch and programs aside", always, {}, at_sampling.needed, limit)
+
+    if with_imitation:
+        yield plan("imitation", trainable, make_optimizer(**config["sft"]["optimizer"]), False)
+    rl = config["rl"]
+    params = _with_critic(trainable, model, mesh, critic=rl["critic"])
+    yield plan("RL", params, reinforce.make_optimizer(rl), reinforce.needs_reference(rl))
 
 
 def of_imitation(
@@ -295,7 +329,17 @@ def per_device(tree: Any) -> int:
     return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def device_limit() -> int:
+def device_limit(memory_limit_gb: float | None) -> int:
+    """Bytes that one device may use: what the config says, else the least that a process has.
+
+    A collective when there are several processes: all of them refuse a run, or none does.
+    """
+    if memory_limit_gb is not None:
+        return int(memory_limit_gb * 1e9)
+    return min(hosts.gather(_device_limit()))
+
+
+def _device_limit() -> int:
     """Bytes that one device of this process may use.
 
     Accelerators say so themselves. CPU devices share what is free on the host, cgroup included, and

@@ -90,7 +90,7 @@ def run(config: Mapping[str, Any], directory: str) -> None:
         _name_idle_devices(setup.mesh)
         programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
         imitation = None
-        if checkpoints.latest_step(folder.checkpoints / "rl") is None:
+        if prepare.has_imitation_ahead(config, folder):
             imitation = imitate.make(config, setup.model, setup.chat_format, setup.replays)
         _plan(config, setup, imitation, programs, chain)
         state, host = states.restore(folder, config, setup)
@@ -219,9 +219,7 @@ def _plan(
     chain: Any,
 ) -> None:
     """Says what memory each stage will take, and refuses a run that takes more than there is."""
-    limit = config["memory_limit_gb"]
-    # The same for all processes, so that all of them refuse or none does.
-    limit = min(hosts.gather(plan.device_limit())) if limit is None else int(limit * 1e9)
+    limit = plan.device_limit(config["memory_limit_gb"])
     at_sampling = plan_sampling.measured(
         setup.model,
         setup.trainable,

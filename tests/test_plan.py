@@ -328,5 +328,6 @@ def test_a_run_that_does_not_fit_is_refused_with_advice():
     assert "learner.tokens_per_part" in str(refusal.value)
 
 
-def test_this_machine_says_what_it_has():
-    assert 10**8 < plan.device_limit() * jax.local_device_count() < 10**14
+def test_this_machine_says_what_it_has_and_the_config_what_it_may():
+    assert plan.device_limit(1.5) == 1_500_000_000
+    assert 10**8 < plan.device_limit(None) * jax.local_device_count() < 10**14
