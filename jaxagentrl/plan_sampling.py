@@ -67,8 +67,11 @@ def measured(
     shapes = _shapes(model, trainable, frozen, mesh, options, compute_dtype)
     found = _count(shapes, options["num_waves"], mesh)
     rows, width, filled = _largest_extend(shapes.held, options)
-    scores = 4 * rows * model.num_heads * width * filled  # of attention, float32
-    if found.cache + plan.per_device(shapes.policy) + scores <= _SMALL_SHARE * limit:
+    # On a mesh of all rows on every device: an extend's scores of attention, float32, and a fork's copies.
+    scores = 4 * rows * model.num_heads * width * filled
+    copies = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes.held))
+    much = found.cache + plan.per_device(shapes.policy) + scores + copies
+    if much <= _SMALL_SHARE * limit:
         return found
     with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
         sizes = [

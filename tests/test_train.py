@@ -319,7 +319,7 @@ NO_SETUP = {field.name: None for field in dataclasses.fields(prepare.Setup)}
 
 def small_setup(mesh=None, **options) -> prepare.Setup:
     trainable = sharding.place({"policy": decoder.init(SMALL, jax.random.key(0))}, mesh)
-    given = {"model": SMALL, "trainable": trainable, "mesh": mesh}
+    given = {"model": SMALL, "trainable": trainable, "mesh": mesh, "stop_ids": (3,)}
     return prepare.Setup(**NO_SETUP | given | options)
 
 
