@@ -6,7 +6,6 @@ that are new since its last turn; `launch` sends the wave's work to the device a
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -86,8 +85,8 @@ class Engine:
         self._compiled = compiles.Account()
         self._queues = dispatch.for_waves(num_waves)
         self._filled_buckets = sorted(filled_buckets)
-        self._width_buckets = sorted(min(width, max_length) for width in width_buckets)
-        self._row_buckets = sorted({math.ceil(self.slots_per_wave / d) for d in row_divisors})
+        self._width_buckets = tiling.width_buckets(width_buckets, max_length)
+        self._row_buckets = tiling.row_buckets(self.slots_per_wave, row_divisors)
         self._stop_ids = np.array(sorted(self.stop_ids), np.int32)
         self._linger_share = linger_share
         self._extend_costs = tiling.extend_costs(config)

@@ -54,11 +54,9 @@ def make(
     model: decoder.DecoderConfig,
     chat_format: chat.ChatFormat,
     replays: Sequence[demos.Replay],
-) -> Imitation | None:
-    """What the config asks for; None if it asks for no imitation."""
+) -> Imitation:
+    """What the config asks for."""
     sft, shapes = config["sft"], config["learner"]
-    if sft["num_steps"] == 0:
-        return None
     trajectories = demos.encode(
         replays,
         chat_format,

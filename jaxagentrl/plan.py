@@ -1,15 +1,17 @@
 """Before a run: how many bytes each device will hold, and a refusal when that is too many.
 
-Parameters, optimizer state and cache are counted from their shapes and places. What the programs
-need on top is what the compiler reserved for them (`memory_analysis`), read from the run's optimizer
-steps, imitation's and RL's. They are executed here, before anything else: a run that fits now does not
-run out of memory in its third hour.
+Parameters, optimizer state and cache are counted from their shapes and places: first alone, before any
+of them is on a device (`of_shapes`). What the programs need on top is what the compiler reserved for
+them (`memory_analysis`), read from those of sampling (`plan_sampling`) and from the run's optimizer
+steps, imitation's and RL's. A plan beyond the limit is refused there and then; the steps of one that
+fits are executed, before anything else: a run that fits now does not run out of memory in its third
+hour.
 """
 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,15 +20,14 @@ import numpy as np
 import optax
 import psutil
 
-from jaxagentrl import batching, dispatch, imitate, learner, reinforce, sampling, trees
-from jaxagentrl.models import decoder, decoding_layout, sharding
+from jaxagentrl import batching, hosts, imitate, learner, reinforce, trees
+from jaxagentrl.models import decoder, sharding
+from jaxagentrl.optimizer import make as make_optimizer
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
 # The policy among what is trained, of which a KL term keeps a copy: the model or its adapters.
 POLICY = ("policy", "adapters")
 
-# Below this share of the memory the decode program is not compiled twice only to be measured.
-_SMALL_SHARE = 0.05
 _CGROUP_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 ADVICE = {
@@ -38,7 +39,8 @@ ADVICE = {
     "cache": "fewer sampling.num_slots, a smaller sampling.max_length, or "
     "sampling.cache_dtype='bfloat16'",
     "decoding copy": "a larger mesh.tensor",
-    "sampling": "fewer sampling.num_slots or more sampling.num_waves",
+    "sampling": "fewer sampling.num_slots, more sampling.num_waves, narrower sampling.width_buckets, or "
+    "sampling.row_divisors without 1",
     "batch": "fewer rl.tasks_per_iteration, in imitation a smaller sft.batch_size",
 }
 
@@ -66,9 +68,13 @@ class Plan:
     limit: int  # what a device has
 
     @property
+    def while_updating(self) -> int:
+        return sum(self.always.values()) + sum(self.updating.values())
+
+    @property
     def peak(self) -> int:
-        return sum(self.always.values()) + max(
-            sum(self.updating.values()), sum(self.sampling.values())
+        return max(
+            self.while_updating, sum(self.always.values()) + sum(self.sampling.values())
         )
 
     def text(self) -> str:
@@ -102,6 +108,38 @@ class Plan:
         )
 
 
+def of_shapes(
+    config: Mapping[str, Any],
+    model: decoder.DecoderConfig,
+    trainable: learner.Params,
+    frozen: learner.Params | None,
+    *,
+    mesh: jax.sharding.Mesh | None,
+    with_imitation: bool,
+    at_sampling: Sampling,
+    limit: int,
+) -> Iterator[Plan]:
+    """What the stages' plans will say at least: without batches, and without what programs take.
+
+    Args:
+        trainable, frozen: shapes and places of the parameters, without the critic.
+        with_imitation: whether there will be that stage.
+        at_sampling: of `plan_sampling.counted`.
+        limit: bytes that a device has, see `device_limit`.
+    """
+
+    def plan(stage: str, params: learner.Params, optimizer: Any, needs_reference: bool) -> Plan:
+        state = _state(params, optimizer, mesh)
+        always = _always(state, frozen, at_sampling.cache, needs_reference=needs_reference)
+        return Plan(f"{stage}, batch and programs aside", always, {}, at_sampling.needed, limit)
+
+    if with_imitation:
+        yield plan("imitation", trainable, make_optimizer(**config["sft"]["optimizer"]), False)
+    rl = config["rl"]
+    params = _with_critic(trainable, model, mesh, critic=rl["critic"])
+    yield plan("RL", params, reinforce.make_optimizer(rl), reinforce.needs_reference(rl))
+
+
 def of_imitation(
     config: Mapping[str, Any],
     imitation: imitate.Imitation,
@@ -124,6 +162,7 @@ def of_imitation(
         imitation.update,
         optimizer=imitation.optimizer,
         trainable=trainable,
+        at_hand=per_device(trainable),
         mesh=mesh,
         num_rows=num_rows,
         width=demonstrations.width,
@@ -142,7 +181,7 @@ def of_rl(
     mesh: jax.sharding.Mesh | None,
     **shared: Any,
 ) -> Plan:
-    """The plan of RL, to whose `trainable` parameters its critic is added."""
+    """The plan of RL, whose critic is not there yet: it is known by its shapes."""
     num_rows = reinforce.num_rows(config["rl"], mesh)
     shapes = reinforce.part_shapes(config["learner"], mesh)
     several = config["rollout"]["context"] != "end"
@@ -152,12 +191,12 @@ def of_rl(
         tree_length=reinforce.tree_length(config),
         **shapes,
     )
-    with_critic = learner.with_critic(trainable, model, critic=config["rl"]["critic"])
     return make(
         "RL",
         programs.update,
         optimizer=optimizer,
-        trainable=sharding.place(with_critic, mesh),
+        trainable=_with_critic(trainable, model, mesh, critic=config["rl"]["critic"]),
+        at_hand=per_device(trainable),
         mesh=mesh,
         num_rows=num_rows,
         width=max(shapes["length_buckets"]),
@@ -174,6 +213,7 @@ def make(
     optimizer: optax.GradientTransformation,
     trainable: learner.Params,
     frozen: learner.Params | None,
+    at_hand: int,
     mesh: jax.sharding.Mesh | None,
     num_rows: int,
     width: int,
@@ -182,85 +222,39 @@ def make(
     limit: int,
     needs_reference: bool = False,
 ) -> Plan:
-    """Compiles a stage's updates that may be the largest, executes the one that is, adds everything up.
+    """Compiles a stage's updates that may be the largest and adds everything up; of a plan within the
+    limit the largest is then executed.
 
     Args:
         update: the program of the stage's optimizer steps, of `learner.make_step`.
-        trainable: parameters to be trained, critic included; they are not changed.
+        trainable: parameters to be trained, critic included, or their shapes and places.
+        at_hand: bytes per device of those that are there already; they are not changed.
         num_rows, width: shape of the stage's batches.
         works: of which one is the largest, see `largest_works`.
-        at_sampling: what `for_sampling` found.
+        at_sampling: what `plan_sampling.measured` found.
         limit: bytes that a device has, see `device_limit`.
         needs_reference: whether a copy of the policy (of its adapters) is kept for a KL term.
+
+    Raises:
+        PlanError: the plan is beyond the limit. Nothing was executed.
     """
-    state = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        jax.eval_shape(lambda: trainable),
-        jax.eval_shape(optimizer.init, trainable),
-    )
-    state = sharding.abstract(state, mesh)
-    batch, targets = sharding.place_rows(_nothing(num_rows, width), mesh)
-    reference = [trainable[key] for key in POLICY if key in trainable and needs_reference]
-    always = {
-        "parameters": per_device(trainable) + per_device(frozen),
-        "reference": per_device(reference),
-        "optimizer": per_device(state.opt_state),
-        "batch": per_device((batch, targets)) + max(map(per_device, works)),
-        "cache": at_sampling.cache,
-    }
-    inputs = (trainable, batch, targets, works, frozen)
-    updating = {"update": _update_bytes(update, state, *inputs, limit=limit)}
-    return Plan(stage, always, updating, at_sampling.needed, limit)
-
-
-def for_sampling(
-    model: decoder.DecoderConfig,
-    trainable: learner.Params,
-    frozen: learner.Params | None,
-    mesh: jax.sharding.Mesh | None,
-    *,
-    options: Mapping[str, Any],
-    compute_dtype: str,
-    limit: int,
-) -> Sampling:
-    """What sampling takes; where that may be much, its decode program is compiled to be measured.
-
-    Args:
-        options: `config.sampling`.
-        compute_dtype: `config.learner.compute_dtype`, which sampling shares.
-        limit: bytes that a device has.
-    """
-    local = None if mesh is None else sharding.decoding_mesh(mesh)
-    slots = options["num_slots"] // options["num_waves"]
-    held = jax.eval_shape(
-        lambda: sampling.init(model, slots, options["max_length"], options["cache_dtype"])
-    )
-    given = sharding.abstract(
-        jax.eval_shape(learner.policy_of, (frozen or {}) | trainable), mesh
-    )
-    with sharding.use(mesh):
-        policy = jax.eval_shape(lambda x: decoding_layout.for_decoding(x, compute_dtype), given)
-    if local is not None:
-        held = sampling.Held(
-            sharding.abstract_cache(held.cache, local), sharding.abstract_rows(held.hidden, local)
-        )
-        policy = sharding.abstract(policy, local)
-    cache_bytes = per_device(held) * options["num_waves"]
-    needed = {"decoding copy": _copy_bytes(given, policy, mesh)}
-    if cache_bytes + per_device(policy) > _SMALL_SHARE * limit:
-        with sharding.use(local):
-            decode = sampling.make_decode(model, max_turn_tokens=options["max_turn_tokens"])
-            compiled = decode.lower(
-                policy,
-                held,
-                *_decode_inputs(slots),
-                filled=options["max_length"],
-                restricted=False,
-            ).compile()
-            at_once = dispatch.side_by_side(options["num_waves"])
-        needed["sampling"] = at_once * program_bytes(compiled)
-    return Sampling(cache_bytes, needed)
+    state = _state(trainable, optimizer, mesh)
+    rows = _nothing(num_rows, width)
+    arguments = _abstract_rows(rows, mesh)
+    sizes = [
+        program_bytes(update.lower(state, *arguments, work, frozen).compile()) for work in works
+    ]
+    always = _always(state, frozen, at_sampling.cache, needs_reference=needs_reference)
+    always["batch"] = per_device(arguments) + max(map(per_device, works))
+    made = Plan(stage, always, {"update": max(sizes)}, at_sampling.needed, limit)
+    made.check()
+    # A step changes the state it is given: it is executed on one of zeros, beside the parameters. There
+    # is no reference yet.
+    if made.while_updating - always["reference"] + at_hand <= limit:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), state)
+        work = works[int(np.argmax(sizes))]
+        jax.block_until_ready(update(zeros, *sharding.place_rows(rows, mesh), work, frozen))
+    return made
 
 
 def largest_works(
@@ -335,7 +329,17 @@ def per_device(tree: Any) -> int:
     return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def device_limit() -> int:
+def device_limit(memory_limit_gb: float | None) -> int:
+    """Bytes that one device may use: what the config says, else the least that a process has.
+
+    A collective when there are several processes: all of them refuse a run, or none does.
+    """
+    if memory_limit_gb is not None:
+        return int(memory_limit_gb * 1e9)
+    return min(hosts.gather(_device_limit()))
+
+
+def _device_limit() -> int:
     """Bytes that one device of this process may use.
 
     Accelerators say so themselves. CPU devices share what is free on the host, cgroup included, and
@@ -359,65 +363,50 @@ def program_bytes(compiled: Any) -> int:
     )
 
 
-def _update_bytes(
-    update: Callable[..., Any],
-    state: TrainState,
+def _with_critic(
     trainable: learner.Params,
-    batch: TrajectoryBatch,
-    targets: learner.Targets,
-    works: Sequence[learner.Work],
-    frozen: learner.Params | None,
+    model: decoder.DecoderConfig,
+    mesh: jax.sharding.Mesh | None,
     *,
-    limit: int,
-) -> int:
-    """Of a whole step, gradients included.
-
-    A step changes the state it is given, so that it is executed on one of zeros, beside the
-    parameters. Where only one of the two fits, the step is compiled and not executed.
-    """
-    sizes = [
-        program_bytes(update.lower(state, batch, targets, work, frozen).compile())
-        for work in works
-    ]
-    largest = int(np.argmax(sizes))
-    held = per_device((trainable, frozen, batch, targets, state, works[largest]))
-    if held + sizes[largest] <= limit:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), state)
-        jax.block_until_ready(update(zeros, batch, targets, works[largest], frozen))
-    return sizes[largest]
+    critic: str,
+) -> learner.Params:
+    """Shapes and places of the parameters that RL trains."""
+    made = jax.eval_shape(lambda x: learner.with_critic(x, model, critic=critic), trainable)
+    return sharding.abstract(made, mesh)
 
 
-def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
-    """Of the decoder's parameters as sampling takes them, without those that are at hand so."""
-    if mesh is None:
-        return per_device({name: x for name, x in policy.items() if x != given.get(name)})
-    places = sharding.decoding_shardings(given, mesh)
-    is_copied = jax.tree.map(
-        lambda x, y, where: x.dtype != y.dtype or not sharding.lies_at(x, where),
-        given, policy, places,
+def _state(
+    trainable: learner.Params,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | None,
+) -> TrainState:
+    """Shapes and places of a stage's state."""
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.eval_shape(lambda x: x, trainable),
+        jax.eval_shape(optimizer.init, trainable),
     )
-    kept = jax.tree.map(lambda x, copied: x if copied else None, policy, is_copied)
-    return per_device(kept)
+    return sharding.abstract(state, mesh)
 
 
-def _decode_inputs(slots: int) -> tuple[Any, ...]:
-    """Shapes of the decode program's slots, pending, lengths, is_ready, controls and until."""
+def _always(
+    state: TrainState, frozen: learner.Params | None, cache: int, *, needs_reference: bool
+) -> dict[str, int]:
+    """What a stage holds as long as it lasts, but for its batch."""
+    reference = [state.params[key] for key in POLICY if key in state.params and needs_reference]
+    return {
+        "parameters": per_device((state.params, frozen)),
+        "reference": per_device(reference),
+        "optimizer": per_device(state.opt_state),
+        "batch": 0,
+        "cache": cache,
+    }
 
-    def shape(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype)
 
-    whole, real = shape(jnp.int32, slots), shape(jnp.float32, slots)
-    controls = sampling.Controls(
-        budgets=whole,
-        temperatures=real,
-        top_k=whole,
-        top_p=real,
-        min_p=real,
-        stop_ids=shape(jnp.int32, slots, 1),
-        streams=shape(jnp.uint32, slots, 2),
-    )
-    told = whole if sampling.decodes_some_rows() else None
-    return told, whole, whole, shape(jnp.bool_, slots), controls, shape(jnp.int32)
+def _abstract_rows(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Shapes and types of host arrays [B, ...] as `sharding.place_rows` puts them."""
+    return sharding.abstract(tree, None) if mesh is None else sharding.abstract_rows(tree, mesh)
 
 
 def _nothing(rows: int, width: int) -> tuple[TrajectoryBatch, learner.Targets]:

@@ -16,8 +16,19 @@ import jax.numpy as jnp
 from envs_host import collect, naming
 from envs_host.pool import EnvPool
 from envs_host.types import Task
-from jaxagentrl import chat, demos, engine, hosts, progress, tasks, tokenizer
-from jaxagentrl.models import decoder, lora, pretrained, sharding
+from jaxagentrl import (
+    chat,
+    checkpoints,
+    demos,
+    engine,
+    hosts,
+    plan,
+    plan_sampling,
+    progress,
+    tasks,
+    tokenizer,
+)
+from jaxagentrl.models import decoder, lora, pretrained, pretrained_config, sharding
 from jaxagentrl.workdir import Workdir
 
 
@@ -110,7 +121,9 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             )
         loaded = _tokenizer(config, replays, workdir)
         chat_format = make_chat(loaded, config["prompt"])
-        model, policy = _model(config["model"], chat_format, jax.random.key(config["seed"]), mesh)
+        model = _model(config["model"], chat_format)
+        _check_memory(config, model, mesh, with_imitation=has_imitation_ahead(config, workdir))
+        policy = _policy(config["model"]["directory"], model, jax.random.key(config["seed"]), mesh)
         stop_ids = _stop_ids(config["model"]["directory"], chat_format)
         _note_long_texts(config["sampling"]["max_length"], model)
         trainable, frozen = sharding.place(_with_lora(policy, config), mesh)
@@ -134,6 +147,12 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             engine=decoding,
             mesh=mesh,
         )
+
+
+def has_imitation_ahead(config: Mapping[str, Any], workdir: Workdir) -> bool:
+    """Whether a run will imitate: one that is in RL has it behind it."""
+    is_in_rl = checkpoints.latest_step(workdir.checkpoints / "rl") is not None
+    return config["sft"]["num_steps"] > 0 and not is_in_rl
 
 
 def make_chat(loaded: Any, prompt: Mapping[str, Any]) -> chat.ChatFormat:
@@ -172,20 +191,62 @@ def _tokenizer(config: Mapping[str, Any], replays: Sequence[demos.Replay], workd
     return tokenizer.load(workdir.tokenizer)
 
 
-def _model(
-    options: Mapping[str, Any],
-    chat_format: chat.ChatFormat,
-    key: jax.Array,
-    mesh: jax.sharding.Mesh | None,
-) -> tuple[decoder.DecoderConfig, decoder.Params]:
+def _model(options: Mapping[str, Any], chat_format: chat.ChatFormat) -> decoder.DecoderConfig:
+    """The model's shape, of its folder's config.json or of the config."""
     options = dict(options)
     directory = options.pop("directory")
-    if directory is not None:
-        config, params = pretrained.load(directory, mesh=mesh)
-        chat.check_vocabulary(chat_format, config.vocab_size)
-        return config, params
-    config = decoder.DecoderConfig(vocab_size=len(chat_format.tokenizer), **options)
-    return config, decoder.init(config, key)
+    if directory is None:
+        return decoder.DecoderConfig(vocab_size=len(chat_format.tokenizer), **options)
+    model = pretrained_config.read_config(directory)
+    chat.check_vocabulary(chat_format, model.vocab_size)
+    return model
+
+
+def _check_memory(
+    config: Mapping[str, Any],
+    model: decoder.DecoderConfig,
+    mesh: jax.sharding.Mesh | None,
+    *,
+    with_imitation: bool,
+) -> None:
+    """Refuses, before anything of the model is on a device, what fits none whatever its programs take.
+
+    Raises:
+        plan.PlanError: with what it would hold, and advice.
+    """
+    drawn = jax.eval_shape(lambda key: _with_lora(decoder.init(model, key), config), jax.random.key(0))
+    trainable, frozen = sharding.abstract(drawn, mesh)
+    at_sampling = plan_sampling.counted(
+        model,
+        trainable,
+        frozen,
+        mesh,
+        options=config["sampling"],
+        compute_dtype=config["learner"]["compute_dtype"],
+    )
+    for stage in plan.of_shapes(
+        config,
+        model,
+        trainable,
+        frozen,
+        mesh=mesh,
+        with_imitation=with_imitation,
+        at_sampling=at_sampling,
+        limit=plan.device_limit(config["memory_limit_gb"]),
+    ):
+        stage.check()
+
+
+def _policy(
+    directory: str | None,
+    model: decoder.DecoderConfig,
+    key: jax.Array,
+    mesh: jax.sharding.Mesh | None,
+) -> decoder.Params:
+    if directory is None:
+        return decoder.init(model, key)
+    _, params = pretrained.load(directory, mesh=mesh)
+    return params
 
 
 def _stop_ids(directory: str | None, chat_format: chat.ChatFormat) -> tuple[int, ...]:

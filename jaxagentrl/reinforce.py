@@ -147,6 +147,11 @@ def skips_rows(rl: Mapping[str, Any]) -> bool:
     )
 
 
+def needs_reference(rl: Mapping[str, Any]) -> bool:
+    """Whether a KL term compares with the policy that RL starts from."""
+    return rl["kl"]["placement"] != "none"
+
+
 def make_programs(
     config: Mapping[str, Any],
     model: decoder.DecoderConfig,
@@ -182,7 +187,7 @@ def make_programs(
             skip_zero_signal=skips_rows(rl),
         ),
         update=learner.make_step(loss, chain),
-        needs_reference=kl["placement"] != "none",
+        needs_reference=needs_reference(rl),
         needs_scores=rl["critic"] != "none" or bool(in_reward) or not once,
         mesh=mesh,
     )

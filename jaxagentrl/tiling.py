@@ -5,6 +5,7 @@ GB/s) and of an H100; that they are rough only makes some splits less than the b
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -105,6 +106,16 @@ def tile(
         calls.append((size, shapes[first][0], reach, order[first:end]))
         first = end
     return calls
+
+
+def row_buckets(num_slots: int, divisors: Sequence[int]) -> list[int]:
+    """Row counts of calls on a wave of so many slots, ascending."""
+    return sorted({math.ceil(num_slots / divisor) for divisor in divisors})
+
+
+def width_buckets(widths: Sequence[int], max_length: int) -> list[int]:
+    """Widths of extends of slots of `max_length` positions, ascending."""
+    return sorted(min(width, max_length) for width in widths)
 
 
 def bucket(size: int, buckets: Sequence[int]) -> int:

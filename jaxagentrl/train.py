@@ -27,6 +27,7 @@ from jaxagentrl import (
     optimizer,
     pages,
     plan,
+    plan_sampling,
     precision,
     prepare,
     progress,
@@ -89,7 +90,7 @@ def run(config: Mapping[str, Any], directory: str) -> None:
         _name_idle_devices(setup.mesh)
         programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
         imitation = None
-        if checkpoints.latest_step(folder.checkpoints / "rl") is None:
+        if prepare.has_imitation_ahead(config, folder):
             imitation = imitate.make(config, setup.model, setup.chat_format, setup.replays)
         _plan(config, setup, imitation, programs, chain)
         state, host = states.restore(folder, config, setup)
@@ -218,16 +219,16 @@ def _plan(
     chain: Any,
 ) -> None:
     """Says what memory each stage will take, and refuses a run that takes more than there is."""
-    limit = config["memory_limit_gb"]
-    # The same for all processes, so that all of them refuse or none does.
-    limit = min(hosts.gather(plan.device_limit())) if limit is None else int(limit * 1e9)
-    at_sampling = plan.for_sampling(
+    limit = plan.device_limit(config["memory_limit_gb"])
+    at_sampling = plan_sampling.measured(
         setup.model,
         setup.trainable,
         setup.frozen,
         setup.mesh,
         options=config["sampling"],
         compute_dtype=config["learner"]["compute_dtype"],
+        stop_ids=setup.stop_ids,
+        restricted=rules.is_restricted(config["rollout"]),
         limit=limit,
     )
     shared = {"mesh": setup.mesh, "frozen": setup.frozen, "at_sampling": at_sampling, "limit": limit}
@@ -238,9 +239,8 @@ def _plan(
         yield plan.of_rl(config, programs, chain, setup.model, setup.trainable, **shared)
 
     peak = 0
-    for made in plans():  # one after the other: a refusal need not wait for RL's program
+    for made in plans():  # one after the other: a refusal does not wait for RL's program
         progress.notice(made.text())
-        made.check()
         peak = max(peak, made.peak)
     if jax.default_backend() == "cpu" and _ROOM_TO_KEEP * peak <= limit:
         pages.keep()

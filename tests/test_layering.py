@@ -103,6 +103,7 @@ jaxagentrl.tasks
 jaxagentrl.imitate
 jaxagentrl.reinforce
 jaxagentrl.plan
+jaxagentrl.plan_sampling
 jaxagentrl.progress
 jaxagentrl.checkpoints
 jaxagentrl.metrics

@@ -11,13 +11,32 @@ import numpy as np
 import pytest
 from test_sharding import OPTIMIZER, UNTIED, params
 
-from jaxagentrl import compiles, imitate, learner, optimizer, plan, reinforce, sampling, states, trees
+from jaxagentrl import (
+    compiles,
+    engine,
+    imitate,
+    learner,
+    optimizer,
+    plan,
+    plan_sampling,
+    reinforce,
+    sampling,
+    states,
+    trees,
+)
 from jaxagentrl.models import sharding
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 SAMPLING = dict(
-    num_slots=8, num_waves=2, max_length=24, max_turn_tokens=4, cache_dtype="float32"
+    num_slots=8,
+    num_waves=2,
+    max_length=24,
+    max_turn_tokens=4,
+    filled_buckets=(24,),
+    width_buckets=(4, 8),
+    row_divisors=(1, 2),
+    cache_dtype="float32",
 )
 SHAPES = dict(length_buckets=(16, 24), tokens_per_part=96, row_multiple=4, packing=False)
 
@@ -27,14 +46,13 @@ def make_plan(mesh=None, *, shapes=SHAPES, limit=10**9, needs_reference=False, *
     update = learner.make_step(learner.make_sft_loss(UNTIED), chain)
     trainable = sharding.place(jax.tree.map(jnp.asarray, params(UNTIED)), mesh)
     with sharding.use(mesh):
-        at_sampling = plan.for_sampling(
-            UNTIED, trainable, None, mesh, options=SAMPLING, compute_dtype="float32", limit=limit
-        )
+        at_sampling = measure(trainable, mesh, limit=limit)
         made = plan.make(
             "RL",
             update,
             optimizer=chain,
             trainable=trainable,
+            at_hand=plan.per_device(trainable),
             frozen=None,
             mesh=mesh,
             num_rows=16,
@@ -45,6 +63,21 @@ def make_plan(mesh=None, *, shapes=SHAPES, limit=10**9, needs_reference=False, *
             limit=limit,
         )
     return made, update, trainable
+
+
+def measure(trainable, mesh=None, *, limit=10**9, restricted=False, **options):
+    """What the plan says of sampling."""
+    return plan_sampling.measured(
+        UNTIED,
+        trainable,
+        None,
+        mesh,
+        options=SAMPLING | options,
+        compute_dtype="float32",
+        stop_ids=(3, 5),
+        restricted=restricted,
+        limit=limit,
+    )
 
 
 @functools.cache
@@ -98,13 +131,55 @@ def test_on_a_mesh_bytes_are_those_of_one_device():
 
 
 def test_waves_that_run_side_by_side_need_room_side_by_side(monkeypatch):
+    monkeypatch.setattr(plan_sampling, "_SMALL_SHARE", 0)  # so that programs are measured
     needed = []
     for cores in (1, 2):
         monkeypatch.setattr(compiles, "cores", lambda cores=cores: cores)
-        made, *_ = make_plan(limit=10**5)  # so little that the decode program is measured
-        needed.append(made.sampling["sampling"])
+        needed.append(measure(plain()[2]).needed["sampling"])
     assert needed[1] == 2 * needed[0] > 0
 
+
+def sizes_of_programs(trainable, mesh, *, restricted, **options):
+    """Bytes beside its arguments of every program that the engine compiles, by name."""
+    with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
+        made = engine.Engine(UNTIED, stop_ids=(3, 5), **SAMPLING | options)
+        policy = sharding.for_decoding(trainable["policy"], mesh)
+        return {
+            call.name: plan.program_bytes(
+                call.program.lower(held=made._held[0], **call.arguments).compile()
+            )
+            for call in made._every_call(policy, restricted)
+        }
+
+
+@pytest.mark.parametrize(
+    "sizes, options, largest",
+    [
+        # The width is cut to the slot's 24 positions.
+        (None, dict(restricted=False, width_buckets=(4, 99)), ("extend", 4, 24, 24)),
+        (None, dict(restricted=True), ("decode", 4, 24, "restricted")),
+        ((1, 2, 2), dict(restricted=False, row_divisors=(2, 4)), ("extend", 2, 8, 24)),
+    ],
+)
+def test_no_program_of_sampling_needs_more_than_the_plan_says(monkeypatch, sizes, options, largest):
+    monkeypatch.setattr(plan_sampling, "_SMALL_SHARE", 0)  # so that programs are measured
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    mesh = sizes and sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    trainable = sharding.place(plain()[2], mesh)
+    found = sizes_of_programs(trainable, mesh, **options)
+    assert measure(trainable, mesh, **options).needed["sampling"] == found[largest]
+    assert found[largest] == max(found.values())
+
+
+def test_programs_are_measured_where_caches_are_small_and_scores_or_copies_are_not():
+    trainable = plain()[2]
+    small = measure(trainable, limit=10**12)
+    assert "sampling" not in small.needed
+    held = small.cache + plan.per_device(trainable["policy"])
+    scores, copies = 4 * 4 * UNTIED.num_heads * 8 * 24, small.cache  # twice one of two waves
+    assert "sampling" in measure(trainable, limit=20 * (held + copies)).needed
+    assert "sampling" in measure(trainable, limit=20 * (held + scores)).needed
+    assert "sampling" not in measure(trainable, limit=20 * (held + scores + copies) + 20).needed
 
 
 def test_the_reference_of_a_kl_term_is_counted():
@@ -115,6 +190,12 @@ def test_the_reference_of_a_kl_term_is_counted():
     small = dataclasses.replace(made, always={"reference": 10**6}, limit=10)
     with pytest.raises(plan.PlanError, match="reference: .*rl.kl.placement='none'"):
         small.check()
+
+
+def test_advice_for_sampling_names_what_makes_an_extend_large():
+    made = plan.Plan("RL", {"cache": 1}, {}, {"sampling": 10}, limit=10)
+    with pytest.raises(plan.PlanError, match="sampling: .*width_buckets.*row_divisors"):
+        made.check()
 
 
 def shapes_of(work):
@@ -195,9 +276,39 @@ def test_a_step_is_measured_and_executed_on_a_state_of_zeros(packing):
     assert made.updating["update"] > made.always["parameters"]  # the gradients are in it
     assert update._cache_size() == 1
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable))
-    # Beside the parameters there is no room for a second set of them.
-    tight, update, _ = make_plan(shapes=shapes, limit=made.peak - made.always["cache"])
-    assert tight.updating == made.updating and update._cache_size() == 0
+
+
+def test_a_step_is_not_executed_where_the_cache_leaves_no_room_for_a_second_set_of_parameters():
+    made, _, trainable = make_plan(needs_reference=True)
+    assert made.always["cache"] > 1 and made.peak == made.while_updating
+    # The reference is made later: meanwhile there is room for parameters in its place.
+    room = made.peak - made.always["reference"] + plan.per_device(trainable)
+    for limit, is_executed in ((room, True), (room - 1, False)):
+        tight, update, _ = make_plan(needs_reference=True, limit=limit)
+        assert tight.updating == made.updating and update._cache_size() == is_executed
+
+
+def test_a_plan_beyond_the_limit_is_refused_and_nothing_executed(monkeypatch):
+    chain, executed = optimizer.make(**OPTIMIZER), []
+
+    class Step:
+        """The program of a step that says when it is executed."""
+
+        program = staticmethod(learner.make_step(learner.make_sft_loss(UNTIED), chain))
+
+        def lower(self, *arguments):
+            return self.program.lower(*arguments)
+
+        def __call__(self, *arguments):
+            executed.append(True)
+            return self.program(*arguments)
+
+    monkeypatch.setattr(learner, "make_step", lambda *_: Step())
+    made, *_ = make_plan()
+    assert executed == [True]
+    with pytest.raises(plan.PlanError, match="learner.tokens_per_part"):
+        make_plan(limit=made.peak - 1)
+    assert executed == [True]
 
 
 def test_the_index_of_what_a_step_works_off_is_counted():
@@ -218,5 +329,6 @@ def test_a_run_that_does_not_fit_is_refused_with_advice():
     assert "learner.tokens_per_part" in str(refusal.value)
 
 
-def test_this_machine_says_what_it_has():
-    assert 10**8 < plan.device_limit() * jax.local_device_count() < 10**14
+def test_this_machine_says_what_it_has_and_the_config_what_it_may():
+    assert plan.device_limit(1.5) == 1_500_000_000
+    assert 10**8 < plan.device_limit(None) * jax.local_device_count() < 10**14

@@ -1,10 +1,17 @@
-"""What a run stands on: the chat format that the config asks for, a tokenizer that fits the model."""
+"""What a run stands on: the chat format that the config asks for, a tokenizer that fits the model, memory for
+what it holds."""
+
+import contextlib
+import pathlib
+import re
+import runpy
+import types
 
 import jax
 import pytest
 
-from jaxagentrl import prepare, progress, tokenizer
-from jaxagentrl.models import decoder, pretrained
+from jaxagentrl import checkpoints, engine, plan, prepare, progress, states, tokenizer
+from jaxagentrl.models import decoder, pretrained, sharding
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,7 @@ def test_a_models_folder_gives_its_vocabulary_its_stop_ids_and_its_longest_text(
     config = decoder.DecoderConfig(vocab_size=size, max_position_embeddings=64, **shape)
     folder = tmp_path / "model"
     pretrained.save(folder, config, decoder.init(config, key), tokenizer=trained, stop_ids=(other,))
-    loaded, _ = prepare._model({"directory": str(folder)}, made, key, None)
+    loaded = prepare._model({"directory": str(folder)}, made)
     assert loaded.vocab_size == size
     assert prepare._stop_ids(str(folder), made) == (made.end_of_turn_id, other)
     assert prepare._stop_ids(None, made) == (made.end_of_turn_id,)
@@ -49,4 +56,84 @@ def test_a_models_folder_gives_its_vocabulary_its_stop_ids_and_its_longest_text(
     small = decoder.DecoderConfig(vocab_size=size - 1, **shape)
     pretrained.save(tmp_path / "small", small, decoder.init(small, key))
     with pytest.raises(ValueError, match=f"knows the ids below {size - 1}"):
-        prepare._model({"directory": str(tmp_path / "small")}, made, key, None)
+        prepare._model({"directory": str(tmp_path / "small")}, made)
+
+
+SHAPE = dict(
+    hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48
+)
+
+
+def smoke_config(**changed):
+    path = pathlib.Path(__file__).parents[1] / "configs" / "textworld_smoke.py"
+    return runpy.run_path(str(path))["get_config"]().to_dict() | changed
+
+
+class Reached(Exception):
+    """The weights are about to be read."""
+
+
+@pytest.mark.parametrize(
+    "limit_gb, num_slots, words",
+    [
+        (1e-4, 16, "optimizer: .*optimizer.moment_dtype"),
+        (0.1, 16_000, "cache: .*sampling.num_slots"),
+        (0.1, 16, None),
+    ],
+)
+def test_what_fits_no_device_is_refused_before_weights_are_read(
+    trained, tmp_path, monkeypatch, limit_gb, num_slots, words
+):
+    folder, config = tmp_path / "model", smoke_config(memory_limit_gb=limit_gb)
+    shape = decoder.DecoderConfig(vocab_size=len(trained), **SHAPE)
+    pretrained.save(folder, shape, decoder.init(shape, jax.random.key(0)), tokenizer=trained)
+    config["model"]["directory"] = str(folder)
+    config["sampling"]["num_slots"] = num_slots
+
+    def load(*_, **__):
+        raise Reached
+
+    monkeypatch.setattr(prepare, "games", lambda *_: {"demo": []})
+    monkeypatch.setattr(prepare, "make_pool", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(prepare, "_tokenizer", lambda *_: trained)
+    monkeypatch.setattr(pretrained, "load", load)
+    workdir = types.SimpleNamespace(record=lambda *_: None, checkpoints=tmp_path / "checkpoints")
+    with contextlib.ExitStack() as stack, pytest.raises(plan.PlanError if words else Reached) as told:
+        stack.enter_context(prepare.everything(config, workdir))
+    assert words is None or re.search(words, str(told.value))
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 2, 2)], ids=["one device", "mesh"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_a_run_holds_is_known_before_it_is_there(monkeypatch, sizes, rank):
+    mesh = sizes and sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    model, config, looked_at = decoder.DecoderConfig(vocab_size=61, **SHAPE), smoke_config(), {}
+    config["lora"]["rank"] = rank
+    config["rl"]["critic"] = "head" if rank else "separate"
+    config["rl"]["kl"]["placement"] = "loss"
+    monkeypatch.setattr(plan.Plan, "check", lambda self: looked_at.update({self.stage: self}))
+    prepare._check_memory(config, model, mesh, with_imitation=True)
+    imitation, rl = looked_at.values()
+
+    policy = decoder.init(model, jax.random.key(0))
+    trainable, frozen = sharding.place(prepare._with_lora(policy, config), mesh)
+    setup = types.SimpleNamespace(model=model, mesh=mesh)
+    for look, start in ((imitation, states.for_sft), (rl, states.for_rl)):
+        with sharding.use(mesh):
+            state = start(trainable, config, setup)
+        assert look.always["parameters"] == plan.per_device((state.params, frozen))
+        assert look.always["optimizer"] == plan.per_device(state.opt_state)
+    assert imitation.always["reference"] == 0
+    assert rl.always["reference"] == plan.per_device(trainable)
+    with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
+        made = engine.Engine(model, stop_ids=(3,), **config["sampling"])
+    assert rl.always["cache"] == plan.per_device(made._held)
+
+
+def test_a_run_in_rl_has_no_imitation_ahead(tmp_path):
+    workdir = types.SimpleNamespace(checkpoints=tmp_path)
+    config = smoke_config()
+    assert prepare.has_imitation_ahead(config, workdir)
+    assert not prepare.has_imitation_ahead(config | {"sft": {"num_steps": 0}}, workdir)
+    checkpoints.save(tmp_path / "rl", step=0, state={"x": jax.numpy.zeros(1)}, host={"step": 0})
+    assert not prepare.has_imitation_ahead(config, workdir)

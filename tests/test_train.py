@@ -319,7 +319,7 @@ NO_SETUP = {field.name: None for field in dataclasses.fields(prepare.Setup)}
 
 def small_setup(mesh=None, **options) -> prepare.Setup:
     trainable = sharding.place({"policy": decoder.init(SMALL, jax.random.key(0))}, mesh)
-    given = {"model": SMALL, "trainable": trainable, "mesh": mesh}
+    given = {"model": SMALL, "trainable": trainable, "mesh": mesh, "stop_ids": (3,)}
     return prepare.Setup(**NO_SETUP | given | options)
 
 
@@ -405,6 +405,24 @@ def test_memory_is_kept_where_there_is_room_for_four_times_the_plan(monkeypatch,
     setup = small_setup()
     train._plan(config, setup, None, *reinforce.make_programs(config, setup.model))
     assert bool(kept) == is_kept
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 2, 1)], ids=["one device", "mesh"])
+def test_the_plan_of_rl_makes_no_critic(monkeypatch, sizes):
+    mesh = sizes and sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    config, setup = smoke_config() | {"memory_limit_gb": 1.0}, small_setup(mesh)
+    config["rl"] |= {"critic": "separate", "advantage": config["rl"]["advantage"] | {"name": "gae"}}
+    before, seen = held(), []
+
+    def spy(stage, update, *, trainable, at_hand, **_):
+        seen.append((held() - before, plan.per_device(trainable), at_hand))
+        return plan.Plan(stage, {}, {}, {}, 0)
+
+    monkeypatch.setattr(train.plan, "make", spy)
+    with sharding.use(mesh):
+        train._plan(config, setup, None, *reinforce.make_programs(config, setup.model, mesh=mesh))
+    policy, head = plan.per_device(setup.trainable), 4 * (SMALL.hidden_size + 1)
+    assert seen == [(0, 2 * policy + head, policy)]
 
 
 def test_an_export_brings_nothing_to_the_host_that_it_does_not_write(tmp_path, monkeypatch):

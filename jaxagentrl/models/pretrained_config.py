@@ -47,7 +47,7 @@ def read_config(directory: str | os.PathLike) -> decoder_config.DecoderConfig:
     Raises:
         PretrainedError: see `pretrained.load`.
     """
-    path = pathlib.Path(directory) / FILE
+    path = pathlib.Path(directory).expanduser() / FILE
     settings = _text_settings(read_object(path))
     family = BY_MODEL_TYPE.get(settings.get("model_type"))
     if family is None:

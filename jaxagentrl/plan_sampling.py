@@ -1,0 +1,161 @@
+"""How many bytes each device will hold for sampling: caches, the decoder's copy, the programs' own.
+
+Caches and copy are counted from their shapes and places. The programs are compiled at their largest calls,
+where they may need much, and not executed: the engine's warm-up does that.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxagentrl import calls, dispatch, learner, plan, sampling, tiling
+from jaxagentrl.models import decoder, decoding_layout, sharding
+
+# Below this share of the memory the programs are not compiled twice only to be measured.
+_SMALL_SHARE = 0.05
+
+
+class _Shapes(NamedTuple):
+    """Shapes, types and places."""
+
+    given: decoder.Params  # the decoder's parameters as they lie for training, adapters included
+    policy: decoder.Params  # the same as the programs take them
+    held: sampling.Held  # of one wave
+
+
+def counted(
+    model: decoder.DecoderConfig,
+    trainable: learner.Params,
+    frozen: learner.Params | None,
+    mesh: jax.sharding.Mesh | None,
+    *,
+    options: Mapping[str, Any],
+    compute_dtype: str,
+) -> plan.Sampling:
+    """What sampling takes but for its programs. Nothing is compiled, nothing put on a device.
+
+    Args:
+        trainable, frozen: parameters, or their shapes and places.
+        options: `config.sampling`.
+        compute_dtype: `config.learner.compute_dtype`, which sampling shares.
+    """
+    shapes = _shapes(model, trainable, frozen, mesh, options, compute_dtype)
+    return _count(shapes, options["num_waves"], mesh)
+
+
+def measured(
+    model: decoder.DecoderConfig,
+    trainable: learner.Params,
+    frozen: learner.Params | None,
+    mesh: jax.sharding.Mesh | None,
+    *,
+    options: Mapping[str, Any],
+    compute_dtype: str,
+    stop_ids: Sequence[int],
+    restricted: bool,
+    limit: int,
+) -> plan.Sampling:
+    """What sampling takes; where that may be much, its programs are compiled to be measured.
+
+    Args:
+        trainable, frozen, options, compute_dtype: as of `counted`.
+        stop_ids, restricted: as the engine is told.
+        limit: bytes that a device has.
+    """
+    shapes = _shapes(model, trainable, frozen, mesh, options, compute_dtype)
+    found = _count(shapes, options["num_waves"], mesh)
+    rows, width, filled = _largest_extend(shapes.held, options)
+    # On a mesh of all rows on every device: an extend's scores of attention, float32, and a fork's copies.
+    scores = 4 * rows * model.num_heads * width * filled
+    copies = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes.held))
+    much = found.cache + plan.per_device(shapes.policy) + scores + copies
+    if much <= _SMALL_SHARE * limit:
+        return found
+    with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
+        sizes = [
+            plan.program_bytes(call.program.lower(held=shapes.held, **call.arguments).compile())
+            for call in _largest_calls(model, shapes, options, stop_ids, restricted=restricted)
+        ]
+        at_once = dispatch.side_by_side(options["num_waves"])
+    return plan.Sampling(found.cache, {**found.needed, "sampling": at_once * max(sizes)})
+
+
+def _shapes(
+    model: decoder.DecoderConfig,
+    trainable: learner.Params,
+    frozen: learner.Params | None,
+    mesh: jax.sharding.Mesh | None,
+    options: Mapping[str, Any],
+    compute_dtype: str,
+) -> _Shapes:
+    slots = options["num_slots"] // options["num_waves"]
+    held = jax.eval_shape(
+        lambda: sampling.init(model, slots, options["max_length"], options["cache_dtype"])
+    )
+    given = sharding.abstract(
+        jax.eval_shape(learner.policy_of, (frozen or {}) | trainable), mesh
+    )
+    with sharding.use(mesh):
+        policy = jax.eval_shape(lambda x: decoding_layout.for_decoding(x, compute_dtype), given)
+    if mesh is not None:
+        local = sharding.decoding_mesh(mesh)
+        held = sampling.Held(
+            sharding.abstract_cache(held.cache, local), sharding.abstract_rows(held.hidden, local)
+        )
+        policy = sharding.abstract(policy, local)
+    return _Shapes(given, policy, held)
+
+
+def _count(shapes: _Shapes, num_waves: int, mesh: jax.sharding.Mesh | None) -> plan.Sampling:
+    copy = _copy_bytes(shapes.given, shapes.policy, mesh)
+    return plan.Sampling(plan.per_device(shapes.held) * num_waves, {"decoding copy": copy})
+
+
+def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
+    """Of the decoder's parameters as sampling takes them, without those that are at hand so."""
+    if mesh is None:
+        return plan.per_device({name: x for name, x in policy.items() if x != given.get(name)})
+    places = sharding.decoding_shardings(given, mesh)
+    is_copied = jax.tree.map(
+        lambda x, y, where: x.dtype != y.dtype or not sharding.lies_at(x, where),
+        given, policy, places,
+    )
+    kept = jax.tree.map(lambda x, copied: x if copied else None, policy, is_copied)
+    return plan.per_device(kept)
+
+
+def _largest_extend(held: sampling.Held, options: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(rows, width, filled) of the largest call of `extend`."""
+    rows = tiling.row_buckets(held.hidden.shape[0], options["row_divisors"])
+    widths = tiling.width_buckets(options["width_buckets"], options["max_length"])
+    return rows[-1], widths[-1], options["max_length"]
+
+
+def _largest_calls(
+    model: decoder.DecoderConfig,
+    shapes: _Shapes,
+    options: Mapping[str, Any],
+    stop_ids: Sequence[int],
+    *,
+    restricted: bool,
+) -> list[calls.Call]:
+    """Of each program the engine's largest call, without rows."""
+    slots, largest = shapes.held.hidden.shape[0], _largest_extend(shapes.held, options)
+    rows, _, filled = largest
+    decode = sampling.make_decode(model, max_turn_tokens=options["max_turn_tokens"])
+    return [
+        calls.extend(sampling.make_extend(model), shapes.policy, {}, largest, num_slots=slots),
+        calls.fork(sampling.make_fork(), [], rows, filled, num_slots=slots),
+        calls.decode(
+            decode,
+            shapes.policy,
+            {},
+            rows if sampling.decodes_some_rows() else slots,
+            filled,
+            num_slots=slots,
+            stop_ids=np.array(sorted(set(stop_ids)), np.int32),
+            restricted=restricted,
+        ),
+    ]
