@@ -163,7 +163,7 @@ def sizes_of_programs(trainable, mesh, *, restricted, **options):
 )
 def test_no_program_of_sampling_needs_more_than_the_plan_says(monkeypatch, sizes, options, largest):
     monkeypatch.setattr(plan_sampling, "_SMALL_SHARE", 0)  # so that programs are measured
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(compiles, "cores", lambda: 1)
     mesh = sizes and sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
     trainable = sharding.place(plain()[2], mesh)
     found = sizes_of_programs(trainable, mesh, **options)
