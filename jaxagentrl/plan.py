@@ -30,7 +30,8 @@ _SMALL_SHARE = 0.05
 _CGROUP_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 ADVICE = {
-    "parameters": "a larger mesh.fsdp or mesh.tensor",
+    "parameters": "a larger mesh.fsdp or mesh.tensor, or adapters (lora.rank) over a model in "
+    "learner.compute_dtype='bfloat16'",
     "reference": "a larger mesh.fsdp, adapters (lora.rank), or rl.kl.placement='none'",
     "optimizer": "a larger mesh.fsdp, optimizer.moment_dtype='bfloat16', or adapters (lora.rank)",
     "update": "a smaller learner.tokens_per_part, learner.remat='full', "
@@ -390,7 +391,9 @@ def _update_bytes(
 def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
     """Of the decoder's parameters as sampling takes them, without those that are at hand so."""
     if mesh is None:
-        return per_device({name: x for name, x in policy.items() if x != given.get(name)})
+        at_hand = dict(jax.tree_util.tree_flatten_with_path(given)[0])
+        leaves = jax.tree_util.tree_flatten_with_path(policy)[0]
+        return per_device([x for path, x in leaves if x != at_hand.get(path)])
     places = sharding.decoding_shardings(given, mesh)
     is_copied = jax.tree.map(
         lambda x, y, where: x.dtype != y.dtype or not sharding.lies_at(x, where),

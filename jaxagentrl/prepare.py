@@ -110,7 +110,8 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             )
         loaded = _tokenizer(config, replays, workdir)
         chat_format = make_chat(loaded, config["prompt"])
-        model, policy = _model(config["model"], chat_format, jax.random.key(config["seed"]), mesh)
+        key, dtype = jax.random.key(config["seed"]), _dtype_in_memory(config)
+        model, policy = _model(config["model"], chat_format, key, mesh, dtype=dtype)
         stop_ids = _stop_ids(config["model"]["directory"], chat_format)
         _note_long_texts(config["sampling"]["max_length"], model)
         trainable, frozen = sharding.place(_with_lora(policy, config), mesh)
@@ -177,15 +178,24 @@ def _model(
     chat_format: chat.ChatFormat,
     key: jax.Array,
     mesh: jax.sharding.Mesh | None,
+    *,
+    dtype: str,
 ) -> tuple[decoder.DecoderConfig, decoder.Params]:
+    """The model of a folder, in `dtype`, or one that is drawn, in float32."""
     options = dict(options)
     directory = options.pop("directory")
     if directory is not None:
-        config, params = pretrained.load(directory, mesh=mesh)
+        config, params = pretrained.load(directory, dtype=dtype, mesh=mesh)
         chat.check_vocabulary(chat_format, config.vocab_size)
         return config, params
     config = decoder.DecoderConfig(vocab_size=len(chat_format.tokenizer), **options)
     return config, decoder.init(config, key)
+
+
+def _dtype_in_memory(config: Mapping[str, Any]) -> str:
+    """Of a folder's weights: what is trained is float32, and what lies frozen under adapters is never
+    read but in the dtype of the computation."""
+    return config["learner"]["compute_dtype"] if config["lora"]["rank"] else "float32"
 
 
 def _stop_ids(directory: str | None, chat_format: chat.ChatFormat) -> tuple[int, ...]:

@@ -92,7 +92,9 @@ def export(
         lora.save(folder.adapters, params["adapters"], alpha=options["alpha"], base=base)
     elif options["rank"]:
         scale = options["alpha"] / options["rank"]
-        params["policy"] = lora.merge(params["policy"], params["adapters"], scale)
+        params["policy"] = lora.merge(
+            params["policy"], params["adapters"], scale, dtype=config["export_dtype"]
+        )
     if "policy" in params:
         pretrained.save(
             folder.model,

@@ -63,8 +63,46 @@ def test_merged_kernels_are_on_the_host(policy):
         expected = policy["layers"][block][name]["kernel"] + 4 * product
         np.testing.assert_allclose(kernel, expected, atol=1e-6)
     assert merged["layers"]["attention"]["k"] is policy["layers"]["attention"]["k"]
-    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)
-    assert lora.merge(small, adapters, 4.0)["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
+
+
+def in_sixteen_bits(params):
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+
+def test_adapters_are_added_to_a_small_base_in_float32_and_rounded_once(policy, tmp_path):
+    small, adapters = in_sixteen_bits(policy), trained(policy)
+    whole = lora.merge(jax.tree.map(lambda x: x.astype(jnp.float32), small), adapters, 4.0)
+    for dtype in ("float32", "bfloat16"):
+        merged = lora.merge(small, adapters, 4.0, dtype=dtype)
+        for name in ("gate", "up", "down"):
+            kernel = merged["layers"]["mlp"][name]["kernel"]
+            assert kernel.dtype == dtype
+            expected = whole["layers"]["mlp"][name]["kernel"].astype(dtype)
+            np.testing.assert_array_equal(kernel, expected)
+        assert merged["layers"]["attention"]["k"] is small["layers"]["attention"]["k"]
+        # Leaves of two dtypes become files of one, and no other weight changes.
+        pretrained.save(tmp_path / dtype, UNTIED, merged, dtype=dtype)
+        _, read = pretrained.load(tmp_path / dtype, dtype=dtype)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_array_equal(np.asarray(x, np.float32), y), merged, read
+        )
+    with pytest.raises(pretrained.PretrainedError, match="several dtypes"):
+        pretrained.save(tmp_path / "two", UNTIED, lora.merge(small, adapters, 4.0))
+
+
+def test_a_base_in_the_dtype_of_the_computation_trains_the_same_adapters(policy):
+    """The loss and the gradient are those over the float32 base, which is rounded before it is read."""
+    adapters = jax.tree.map(jnp.asarray, trained(policy))
+    loss_fn = learner.make_sft_loss(UNTIED, compute_dtype="bfloat16")
+
+    @jax.jit
+    def gradient(adapters, base):
+        params = {"policy": base, "lora_scale": jnp.float32(4.0)}
+        return jax.value_and_grad(lambda x: loss_fn(params | {"adapters": x}, *data())[0])(adapters)
+
+    found, expected = (gradient(adapters, base) for base in (in_sixteen_bits(policy), policy))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
 
 
 def test_the_cached_pass_has_the_adapters_too(policy):

@@ -90,11 +90,18 @@ def attach(policy: Params, adapters: Params, scale: float | jax.Array) -> Params
     return policy | {"layers": layers}
 
 
-def merge(policy: Params, adapters: Params, scale: float) -> Params:
+def merge(
+    policy: Params, adapters: Params, scale: float, *, dtype: str = "float32"
+) -> Params:
     """The model with W + (α / r) A B for its kernels: a plain decoder tree.
 
     The merged kernels are numpy arrays: they are computed on the host, one layer at a time, so that
     no second model lies on a device.
+
+    Args:
+        dtype: of the merged kernels. They are summed in float32 and rounded to it once, whatever the
+            model is in: what adapters add may be less than half of a bfloat16 weight's last bit. The
+            other leaves stay as they are.
     """
     layers = dict(policy["layers"])
     for block, projections in adapters["layers"].items():
@@ -102,7 +109,7 @@ def merge(policy: Params, adapters: Params, scale: float) -> Params:
         for name, leaves in projections.items():
             kernel = layers[block][name]["kernel"]
             a, b = (np.asarray(leaves[leaf], np.float32) for leaf in ("lora_a", "lora_b"))
-            merged = np.empty(kernel.shape, kernel.dtype)
+            merged = np.empty(kernel.shape, jnp.dtype(dtype))
             for layer in range(len(merged)):
                 added = np.float32(scale) * (a[layer] @ b[layer])
                 merged[layer] = np.asarray(kernel[layer], np.float32) + added

@@ -128,14 +128,15 @@ def save(
             beginning-of-sequence ids go into generation_config.json.
         stop_ids: ids that end a turn, in the order in which they are written; the tokenizer's end of
             sequence follows if it is not among them. Generation stops at all of them.
-        dtype: "float32", "bfloat16" or "float16" of the files; None keeps that of the parameters.
+        dtype: "float32", "bfloat16" or "float16" of the files; None keeps that of the parameters, which
+            is then to be one.
         max_shard_bytes: files are split before they grow larger.
 
     Raises:
         PretrainedError: `params` is not of this config, or `directory` holds other files.
     """
     directory = pathlib.Path(directory).absolute()
-    _check_params(config, params)
+    _check_params(config, params, needs_one_dtype=dtype is None)
     _refuse_foreign_files(directory)
     special = _special_ids(tokenizer, stop_ids)
     stored = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
@@ -363,7 +364,9 @@ def _convert(tensor: jax.Array, *, dtype: np.dtype, transposed: bool, where: Any
     return leaf if where is None else jax.lax.with_sharding_constraint(leaf, where)
 
 
-def _check_params(config: decoder.DecoderConfig, params: Params) -> None:
+def _check_params(
+    config: decoder.DecoderConfig, params: Params, *, needs_one_dtype: bool
+) -> None:
     """All leaves that are missing, surplus, misshapen or of differing dtypes at once."""
     expected = {"/".join(entry.path): entry.leaf_shape(config) for entry in _table(config)}
     leaves = {
@@ -377,8 +380,8 @@ def _check_params(config: decoder.DecoderConfig, params: Params) -> None:
         for name, shape in expected.items() if name in leaves and leaves[name].shape != shape
     ]
     dtypes = sorted({str(leaf.dtype) for leaf in leaves.values()})
-    if len(dtypes) > 1:
-        problems.append(f"leaves have several dtypes {dtypes}, expected one")
+    if needs_one_dtype and len(dtypes) > 1:
+        problems.append(f"leaves have several dtypes {dtypes}, expected one, or a dtype to write")
     if problems:
         raise PretrainedError(f"the parameters do not fit the config: {_lines(problems)}")
 
