@@ -1,5 +1,6 @@
 """Adapters: equal merged and apart, trained alone, exported so that others load them."""
 
+import json
 import warnings
 
 import jax
@@ -138,7 +139,7 @@ def test_only_adapters_are_trained_and_kept(policy, sizes):
     assert losses[-1] < losses[0]
     assert set(state.params) == {"adapters"}
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
-    assert moments == 2 * lora.num_params(state.params["adapters"])
+    assert moments == 2 * decoder.num_params(state.params["adapters"])
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(frozen["policy"]))
     if mesh is not None:
         assert_placed(state, mesh)
@@ -164,7 +165,8 @@ def test_the_gradient_is_that_of_the_merged_model_projected(policy):
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_separate_export_over_a_model_with_images(prefix, tmp_path):
+@pytest.mark.parametrize("spelled", ["whole", "from home"])
+def test_separate_export_over_a_model_with_images(prefix, spelled, tmp_path, monkeypatch):
     """Gemma 3 from 4B up: its layers lie deeper, beside an image part with projections of like names."""
     import peft
     import their_models
@@ -182,9 +184,13 @@ def test_separate_export_over_a_model_with_images(prefix, tmp_path):
             parameter.mul_(4.0)
     whole.save_pretrained(tmp_path / "base")
     rename_tensors(tmp_path / "base", prefix)
-    config, base = pretrained.load(tmp_path / "base")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = "~" if spelled == "from home" else tmp_path
+    config, base = pretrained.load(f"{folder}/base")
     adapters = trained(base)
-    lora.save(tmp_path / "adapters", adapters, alpha=ALPHA, base=str(tmp_path / "base"))
+    lora.save(f"{folder}/adapters", adapters, alpha=ALPHA, base=f"{folder}/base")
+    said = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(tmp_path / "base")
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     with warnings.catch_warnings():
@@ -216,6 +222,14 @@ def test_settings_that_fit_nothing_are_refused(policy):
     with pytest.raises(lora.LoraError, match="empty"):
         lora.targeted([])
     assert lora.targeted(["q", "mlp/up"]) == ["attention/q", "mlp/up"]
+    # A pattern is one whatever is in it: either name, and not "mlp" anywhere in the path.
+    assert lora.targeted(["mlp|q"]) == ["attention/q"]
+    assert lora.targeted(["o|v"]) == ["attention/v", "attention/o"]
+    for broken in ("(", "q)|(o"):
+        with pytest.raises(lora.LoraError, match="is no regular expression"):
+            lora.targeted(["q", broken])
+    with pytest.raises(lora.LoraError, match=r"the text 'q', expected a list of them: write \('q',\)"):
+        lora.targeted("q")
     with pytest.raises(lora.LoraError, match="lora.rank is 32"):
         lora.init(policy, jax.random.key(0), rank=32, targets=["v"])
 

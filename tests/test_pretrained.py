@@ -315,6 +315,15 @@ def test_save_refuses_other_trees_and_other_peoples_files(folders, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_folder_may_be_spelled_from_home(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config, params = pretrained.load(folders / "llama_tied")
+    pretrained.save("~/model", config, params)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert pretrained.load("~/model")[0] == config
+
+
 def test_save_replaces_an_earlier_export(folders, tmp_path):
     config, params = pretrained.load(folders / "llama_tied")
     pretrained.save(tmp_path / "model", config, params, max_shard_bytes=1)

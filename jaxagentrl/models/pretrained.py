@@ -135,7 +135,7 @@ def save(
     Raises:
         PretrainedError: `params` is not of this config, or `directory` holds other files.
     """
-    directory = pathlib.Path(directory).absolute()
+    directory = pathlib.Path(directory).expanduser().absolute()
     _check_params(config, params, needs_one_dtype=dtype is None)
     _refuse_foreign_files(directory)
     special = _special_ids(tokenizer, stop_ids)
