@@ -36,6 +36,9 @@ _INDEX = "model.safetensors.index.json"
 
 _MAX_STRANGERS = 8
 
+# Rows of a vocabulary that are compared at a time.
+_COMPARED_ROWS = 1024
+
 # Files that `save` may find in its target and replace; anything else is someone else's.
 _OUR_FILES = {
     pretrained_config.FILE, _GENERATION, _SINGLE, _INDEX, "tokenizer.json", "tokenizer_config.json",
@@ -304,7 +307,16 @@ def _is_redundant(
     source = "model.embed_tokens.weight"
     if name != "lm_head.weight" or not config.tie_embeddings or source not in stored:
         return False
-    return np.array_equal(stored[name].read(), stored[source].read())
+    return _holds_the_same(stored[name], stored[source])
+
+
+def _holds_the_same(one: tensor_files.StoredTensor, other: tensor_files.StoredTensor) -> bool:
+    """Compared in stretches of rows: whole, two of the largest tensors would be in memory."""
+    if one.shape != other.shape:
+        return False
+    starts = range(0, one.shape[0], _COMPARED_ROWS)
+    stretches = (slice(start, start + _COMPARED_ROWS) for start in starts)
+    return all(np.array_equal(one.read(rows), other.read(rows)) for rows in stretches)
 
 
 def _read_leaf(
