@@ -31,7 +31,8 @@ POLICY = ("policy", "adapters")
 _CGROUP_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 ADVICE = {
-    "parameters": "a larger mesh.fsdp or mesh.tensor",
+    "parameters": "a larger mesh.fsdp or mesh.tensor, or adapters (lora.rank) over a model in "
+    "learner.compute_dtype='bfloat16'",
     "reference": "a larger mesh.fsdp, adapters (lora.rank), or rl.kl.placement='none'",
     "optimizer": "a larger mesh.fsdp, optimizer.moment_dtype='bfloat16', or adapters (lora.rank)",
     "update": "a smaller learner.tokens_per_part, learner.remat='full', "

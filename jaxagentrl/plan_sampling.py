@@ -116,7 +116,9 @@ def _count(shapes: _Shapes, num_waves: int, mesh: jax.sharding.Mesh | None) -> p
 def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
     """Of the decoder's parameters as sampling takes them, without those that are at hand so."""
     if mesh is None:
-        return plan.per_device({name: x for name, x in policy.items() if x != given.get(name)})
+        at_hand = dict(jax.tree_util.tree_flatten_with_path(given)[0])
+        leaves = jax.tree_util.tree_flatten_with_path(policy)[0]
+        return plan.per_device([x for path, x in leaves if x != at_hand.get(path)])
     places = sharding.decoding_shardings(given, mesh)
     is_copied = jax.tree.map(
         lambda x, y, where: x.dtype != y.dtype or not sharding.lies_at(x, where),

@@ -123,7 +123,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
         chat_format = make_chat(loaded, config["prompt"])
         model = _model(config["model"], chat_format)
         _check_memory(config, model, mesh, with_imitation=has_imitation_ahead(config, workdir))
-        policy = _policy(config["model"]["directory"], model, jax.random.key(config["seed"]), mesh)
+        policy = _policy(config, model, jax.random.key(config["seed"]), mesh)
         stop_ids = _stop_ids(config["model"]["directory"], chat_format)
         _note_long_texts(config["sampling"]["max_length"], model)
         trainable, frozen = sharding.place(_with_lora(policy, config), mesh)
@@ -214,7 +214,12 @@ def _check_memory(
     Raises:
         plan.PlanError: with what it would hold, and advice.
     """
-    drawn = jax.eval_shape(lambda key: _with_lora(decoder.init(model, key), config), jax.random.key(0))
+
+    def shapes(key: jax.Array) -> tuple[decoder.Params, decoder.Params | None]:
+        policy = jax.tree.map(lambda x: x.astype(_dtype_in_memory(config)), decoder.init(model, key))
+        return _with_lora(policy, config)
+
+    drawn = jax.eval_shape(shapes, jax.random.key(0))
     trainable, frozen = sharding.abstract(drawn, mesh)
     at_sampling = plan_sampling.counted(
         model,
@@ -238,15 +243,24 @@ def _check_memory(
 
 
 def _policy(
-    directory: str | None,
+    config: Mapping[str, Any],
     model: decoder.DecoderConfig,
     key: jax.Array,
     mesh: jax.sharding.Mesh | None,
 ) -> decoder.Params:
+    """The model of a folder, or one that is drawn."""
+    directory = config["model"]["directory"]
     if directory is None:
         return decoder.init(model, key)
-    _, params = pretrained.load(directory, mesh=mesh)
+    _, params = pretrained.load(directory, dtype=_dtype_in_memory(config), mesh=mesh)
     return params
+
+
+def _dtype_in_memory(config: Mapping[str, Any]) -> str:
+    """Of the weights: what is trained is float32, and what lies frozen under adapters, if it is a folder's,
+    is never read but in the dtype of the computation."""
+    is_frozen = config["lora"]["rank"] > 0 and config["model"]["directory"] is not None
+    return config["learner"]["compute_dtype"] if is_frozen else "float32"
 
 
 def _stop_ids(directory: str | None, chat_format: chat.ChatFormat) -> tuple[int, ...]:

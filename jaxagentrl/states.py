@@ -87,12 +87,11 @@ def export(
     params = sharding.to_first({name: params[name] for name in names if name in params}, setup.mesh)
     if not hosts.is_first():
         return
-    if is_apart:
-        base = base or str(folder.model)
-        lora.save(folder.adapters, params["adapters"], alpha=options["alpha"], base=base)
-    elif options["rank"]:
+    if options["rank"] and not is_apart:
         scale = options["alpha"] / options["rank"]
-        params["policy"] = lora.merge(params["policy"], params["adapters"], scale)
+        params["policy"] = lora.merge(
+            params["policy"], params["adapters"], scale, dtype=config["export_dtype"]
+        )
     if "policy" in params:
         pretrained.save(
             folder.model,
@@ -102,6 +101,9 @@ def export(
             stop_ids=setup.stop_ids,
             dtype=config["export_dtype"],
         )
+    if is_apart:
+        base = base or str(folder.model)
+        lora.save(folder.adapters, params["adapters"], alpha=options["alpha"], base=base)
 
 
 def fresh(params: learner.Params, chain: Any, mesh: Any = None) -> TrainState:

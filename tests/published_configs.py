@@ -159,3 +159,28 @@ _WHOLE = {
 }
 
 PUBLISHED = _SHORT | _WHOLE
+
+# Every key that `to_dict` of transformers 4's LlamaConfig has, as trainers write it; the keys from
+# _flash_attn_2_enabled on are theirs. Settings of generation are not at their defaults.
+DUMPED = dict(
+    return_dict=True, output_hidden_states=False, output_attentions=False, torchscript=False,
+    torch_dtype="bfloat16", use_bfloat16=False, tf_legacy_loss=False, pruned_heads={},
+    tie_word_embeddings=False, chunk_size_feed_forward=0, is_encoder_decoder=False, is_decoder=False,
+    cross_attention_hidden_size=None, add_cross_attention=False, tie_encoder_decoder=False,
+    max_length=20, min_length=1, do_sample=True, early_stopping=True, num_beams=4, num_beam_groups=2,
+    diversity_penalty=0.5, temperature=0.6, top_k=50, top_p=0.9, typical_p=0.8,
+    repetition_penalty=1.1, length_penalty=1.0, no_repeat_ngram_size=3, encoder_no_repeat_ngram_size=3,
+    bad_words_ids=[[7]], num_return_sequences=1, output_scores=True, return_dict_in_generate=True,
+    forced_bos_token_id=5, forced_eos_token_id=2, remove_invalid_values=True,
+    exponential_decay_length_penalty=[5, 1.1], suppress_tokens=[3], begin_suppress_tokens=[4],
+    architectures=["LlamaForCausalLM"], finetuning_task="sft", id2label={"0": "LABEL_0", "1": "LABEL_1"},
+    label2id={"LABEL_0": 0, "LABEL_1": 1}, tokenizer_class="LlamaTokenizer", prefix="Hello.",
+    bos_token_id=1, pad_token_id=0, eos_token_id=2, sep_token_id=6, decoder_start_token_id=1,
+    task_specific_params=None, problem_type=None, _name_or_path="meta-llama/Llama-2-7b-hf",
+    _attn_implementation_autoset=True, transformers_version="4.49.0", model_type="llama",
+    vocab_size=32000, max_position_embeddings=4096, hidden_size=4096, intermediate_size=11008,
+    num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, hidden_act="silu",
+    initializer_range=0.02, rms_norm_eps=1e-05, pretraining_tp=1, use_cache=True, rope_theta=10000.0,
+    rope_scaling=None, attention_bias=False, attention_dropout=0.0, mlp_bias=False, head_dim=128,
+    _flash_attn_2_enabled=True, neftune_noise_alpha=5.0, max_sequence_length=4096,
+)

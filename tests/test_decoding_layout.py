@@ -69,6 +69,26 @@ def test_few_rows_are_the_right_side_of_every_product_with_weights(name, transpo
     assert all(4 in side for side in many)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_of_a_frozen_base_in_sixteen_bits_only_what_changes_is_copied(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config, params = variant("biases")  # with an unembedding of its own
+    base = jax.tree.map(lambda x: x.astype("bfloat16"), params)
+    adapters = lora.init(base, jax.random.key(2), rank=2, targets=("attention/q", "mlp/down"))
+    given = lora.attach(base, adapters, 0.5)
+    laid_out = decoding_layout.for_decoding(given, "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(laid_out)} == {jnp.dtype("bfloat16")}
+    for name in ("embed", "lm_head", "final_norm"):
+        assert jax.tree.leaves(laid_out[name])[0] is jax.tree.leaves(base[name])[0]
+    copied = sum(x.nbytes for x in jax.tree.leaves(laid_out["layers"]))
+    if backend == "cpu":
+        kernel = base["layers"]["mlp"]["down"]["kernel"]
+        assert laid_out["layers"]["mlp"]["down"]["kernel"] is kernel
+        copied = sum(x.nbytes for x in jax.tree.leaves(adapters)) // 2
+    shapes = (jax.eval_shape(lambda x=x: x) for x in (given, laid_out))
+    assert plan._copy_bytes(*shapes, None) == copied
+
+
 def test_only_weights_that_no_cache_holds_are_kept_transposed(monkeypatch):
     params = decoder.init(CONFIG, jax.random.key(0))
     assert decoding_layout.for_decoding(params, "float32") is params

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 import their_models  # noqa: E402  (after the check that torch is there)
 import their_tokenizers  # noqa: E402
-from published_configs import PUBLISHED  # noqa: E402
+from published_configs import DUMPED, PUBLISHED  # noqa: E402
 
 # As deep models do it.
 pytestmark = pytest.mark.usefixtures("looped_layers")
@@ -251,6 +251,22 @@ def test_published_configs_are_read(name, tmp_path):
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     kind = settings["model_type"]
     assert theirs.model_type == {"gemma3": "gemma3_text"}.get(kind, kind) == again.model_type
+
+
+def test_a_config_with_every_key_of_transformers_4_is_read(tmp_path):
+    """How answers are drawn says nothing of the logits; heads that were taken out do."""
+    numbers = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
+               "intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings",
+               "tie_word_embeddings", "model_type", "rope_theta")
+    found = []
+    for settings in (DUMPED, {key: DUMPED[key] for key in numbers}):
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        found.append(pretrained_config.read_config(tmp_path))
+    assert found[0] == found[1]
+    assert found[0].max_position_embeddings == found[1].max_position_embeddings == 4096
+    (tmp_path / "config.json").write_text(json.dumps(DUMPED | {"pruned_heads": {"0": [1]}}))
+    with pytest.raises(pretrained.PretrainedError, match="pruned_heads is {'0': .1.}, expected {}"):
+        pretrained_config.read_config(tmp_path)
 
 
 def test_what_says_nothing_of_the_numbers_is_kept_beside_them(tmp_path):

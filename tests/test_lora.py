@@ -1,5 +1,6 @@
 """Adapters: equal merged and apart, trained alone, exported so that others load them."""
 
+import json
 import warnings
 
 import jax
@@ -63,8 +64,46 @@ def test_merged_kernels_are_on_the_host(policy):
         expected = policy["layers"][block][name]["kernel"] + 4 * product
         np.testing.assert_allclose(kernel, expected, atol=1e-6)
     assert merged["layers"]["attention"]["k"] is policy["layers"]["attention"]["k"]
-    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)
-    assert lora.merge(small, adapters, 4.0)["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
+
+
+def in_sixteen_bits(params):
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+
+def test_adapters_are_added_to_a_small_base_in_float32_and_rounded_once(policy, tmp_path):
+    small, adapters = in_sixteen_bits(policy), trained(policy)
+    whole = lora.merge(jax.tree.map(lambda x: x.astype(jnp.float32), small), adapters, 4.0)
+    for dtype in ("float32", "bfloat16"):
+        merged = lora.merge(small, adapters, 4.0, dtype=dtype)
+        for name in ("gate", "up", "down"):
+            kernel = merged["layers"]["mlp"][name]["kernel"]
+            assert kernel.dtype == dtype
+            expected = whole["layers"]["mlp"][name]["kernel"].astype(dtype)
+            np.testing.assert_array_equal(kernel, expected)
+        assert merged["layers"]["attention"]["k"] is small["layers"]["attention"]["k"]
+        # Leaves of two dtypes become files of one, and no other weight changes.
+        pretrained.save(tmp_path / dtype, UNTIED, merged, dtype=dtype)
+        _, read = pretrained.load(tmp_path / dtype, dtype=dtype)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_array_equal(np.asarray(x, np.float32), y), merged, read
+        )
+    with pytest.raises(pretrained.PretrainedError, match="several dtypes"):
+        pretrained.save(tmp_path / "two", UNTIED, lora.merge(small, adapters, 4.0))
+
+
+def test_a_base_in_the_dtype_of_the_computation_trains_the_same_adapters(policy):
+    """The loss and the gradient are those over the float32 base, which is rounded before it is read."""
+    adapters = jax.tree.map(jnp.asarray, trained(policy))
+    loss_fn = learner.make_sft_loss(UNTIED, compute_dtype="bfloat16")
+
+    @jax.jit
+    def gradient(adapters, base):
+        params = {"policy": base, "lora_scale": jnp.float32(4.0)}
+        return jax.value_and_grad(lambda x: loss_fn(params | {"adapters": x}, *data())[0])(adapters)
+
+    found, expected = (gradient(adapters, base) for base in (in_sixteen_bits(policy), policy))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
 
 
 def test_the_cached_pass_has_the_adapters_too(policy):
@@ -100,7 +139,7 @@ def test_only_adapters_are_trained_and_kept(policy, sizes):
     assert losses[-1] < losses[0]
     assert set(state.params) == {"adapters"}
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
-    assert moments == 2 * lora.num_params(state.params["adapters"])
+    assert moments == 2 * decoder.num_params(state.params["adapters"])
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(frozen["policy"]))
     if mesh is not None:
         assert_placed(state, mesh)
@@ -126,7 +165,8 @@ def test_the_gradient_is_that_of_the_merged_model_projected(policy):
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_separate_export_over_a_model_with_images(prefix, tmp_path):
+@pytest.mark.parametrize("spelled", ["whole", "from home"])
+def test_separate_export_over_a_model_with_images(prefix, spelled, tmp_path, monkeypatch):
     """Gemma 3 from 4B up: its layers lie deeper, beside an image part with projections of like names."""
     import peft
     import their_models
@@ -144,9 +184,13 @@ def test_separate_export_over_a_model_with_images(prefix, tmp_path):
             parameter.mul_(4.0)
     whole.save_pretrained(tmp_path / "base")
     rename_tensors(tmp_path / "base", prefix)
-    config, base = pretrained.load(tmp_path / "base")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = "~" if spelled == "from home" else tmp_path
+    config, base = pretrained.load(f"{folder}/base")
     adapters = trained(base)
-    lora.save(tmp_path / "adapters", adapters, alpha=ALPHA, base=str(tmp_path / "base"))
+    lora.save(f"{folder}/adapters", adapters, alpha=ALPHA, base=f"{folder}/base")
+    said = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(tmp_path / "base")
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     with warnings.catch_warnings():
@@ -178,6 +222,14 @@ def test_settings_that_fit_nothing_are_refused(policy):
     with pytest.raises(lora.LoraError, match="empty"):
         lora.targeted([])
     assert lora.targeted(["q", "mlp/up"]) == ["attention/q", "mlp/up"]
+    # A pattern is one whatever is in it: either name, and not "mlp" anywhere in the path.
+    assert lora.targeted(["mlp|q"]) == ["attention/q"]
+    assert lora.targeted(["o|v"]) == ["attention/v", "attention/o"]
+    for broken in ("(", "q)|(o"):
+        with pytest.raises(lora.LoraError, match="is no regular expression"):
+            lora.targeted(["q", broken])
+    with pytest.raises(lora.LoraError, match=r"the text 'q', expected a list of them: write \('q',\)"):
+        lora.targeted("q")
     with pytest.raises(lora.LoraError, match="lora.rank is 32"):
         lora.init(policy, jax.random.key(0), rank=32, targets=["v"])
 

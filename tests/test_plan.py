@@ -24,7 +24,7 @@ from jaxagentrl import (
     states,
     trees,
 )
-from jaxagentrl.models import sharding
+from jaxagentrl.models import lora, sharding
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -112,6 +112,35 @@ def test_the_plan_counts_what_arrays_take_and_runs_the_largest_micro_batch():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainable))
     assert made.peak < 10**9
     made.check()
+
+
+def test_a_frozen_base_is_counted_in_its_own_dtype():
+    policy = jax.tree.map(jnp.asarray, params(UNTIED)["policy"])
+    adapters = {"adapters": lora.init(policy, jax.random.key(0), rank=2, targets=["mlp/.*"])}
+    chain = optimizer.make(**OPTIMIZER)
+    size = sum(x.size for x in jax.tree.leaves(policy))
+    counted = {}
+    for dtype in ("float32", "bfloat16"):
+        base = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), policy)
+        frozen = {"policy": base, "lora_scale": jnp.float32(1.0)}
+        loss_fn = learner.make_sft_loss(UNTIED, compute_dtype="bfloat16")
+        counted[dtype] = plan.make(
+            "RL",
+            learner.make_step(loss_fn, chain),
+            optimizer=chain,
+            trainable=adapters,
+            at_hand=plan.per_device(adapters),
+            frozen=frozen,
+            mesh=None,
+            num_rows=16,
+            works=plan.largest_works(16, **SHAPES),
+            width=24,
+            at_sampling=plan.Sampling(0, {}),
+            limit=10**9,
+        )
+    parameters = {dtype: made.always["parameters"] for dtype, made in counted.items()}
+    assert parameters["bfloat16"] == 2 * size + plan.per_device(adapters) + 4
+    assert parameters["float32"] - parameters["bfloat16"] == 2 * size
 
 
 def test_on_a_mesh_bytes_are_those_of_one_device():

@@ -8,6 +8,7 @@ import runpy
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxagentrl import checkpoints, engine, plan, prepare, progress, states, tokenizer
@@ -104,18 +105,20 @@ def test_what_fits_no_device_is_refused_before_weights_are_read(
 
 
 @pytest.mark.parametrize("sizes", [None, (1, 2, 2)], ids=["one device", "mesh"])
-@pytest.mark.parametrize("rank", [0, 2])
-def test_what_a_run_holds_is_known_before_it_is_there(monkeypatch, sizes, rank):
+@pytest.mark.parametrize("rank, base", [(0, "float32"), (2, "float32"), (2, "bfloat16")])
+def test_what_a_run_holds_is_known_before_it_is_there(monkeypatch, sizes, rank, base):
     mesh = sizes and sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
     model, config, looked_at = decoder.DecoderConfig(vocab_size=61, **SHAPE), smoke_config(), {}
     config["lora"]["rank"] = rank
+    if base == "bfloat16":  # as a folder's model under adapters
+        config["model"]["directory"], config["learner"]["compute_dtype"] = "a folder", base
     config["rl"]["critic"] = "head" if rank else "separate"
     config["rl"]["kl"]["placement"] = "loss"
     monkeypatch.setattr(plan.Plan, "check", lambda self: looked_at.update({self.stage: self}))
     prepare._check_memory(config, model, mesh, with_imitation=True)
     imitation, rl = looked_at.values()
 
-    policy = decoder.init(model, jax.random.key(0))
+    policy = jax.tree.map(lambda x: x.astype(base), decoder.init(model, jax.random.key(0)))
     trainable, frozen = sharding.place(prepare._with_lora(policy, config), mesh)
     setup = types.SimpleNamespace(model=model, mesh=mesh)
     for look, start in ((imitation, states.for_sft), (rl, states.for_rl)):
@@ -137,3 +140,31 @@ def test_a_run_in_rl_has_no_imitation_ahead(tmp_path):
     assert not prepare.has_imitation_ahead(config | {"sft": {"num_steps": 0}}, workdir)
     checkpoints.save(tmp_path / "rl", step=0, state={"x": jax.numpy.zeros(1)}, host={"step": 0})
     assert not prepare.has_imitation_ahead(config, workdir)
+
+
+@pytest.mark.parametrize("rank, dtype", [(2, "bfloat16"), (0, "bfloat16"), (2, "float32")])
+def test_a_frozen_base_lies_in_the_dtype_of_the_computation(trained, tmp_path, rank, dtype):
+    """What is trained, adapters or the model, is float32; and so the plan counts them."""
+    shape = dict(num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
+    config = decoder.DecoderConfig(
+        vocab_size=len(trained), hidden_size=16, intermediate_size=24, **shape
+    )
+    key = jax.random.key(0)
+    pretrained.save(tmp_path / "model", config, decoder.init(config, key), dtype="bfloat16")
+    settings = {
+        "seed": 0,
+        "learner": {"compute_dtype": dtype},
+        "lora": {"rank": rank, "alpha": 4.0, "targets": ("attention/(q|v)", "mlp/.*")},
+        "model": {"directory": str(tmp_path / "model")},
+    }
+    policy = prepare._policy(settings, config, key, None)
+    trainable, frozen = prepare._with_lora(policy, settings)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
+    size = decoder.num_params(policy)
+    held = plan.per_device(trainable) + plan.per_device(frozen)
+    if rank == 0:
+        assert frozen is None and held == 4 * size
+        return
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen["policy"])} == {jnp.dtype(dtype)}
+    adapters = 4 * sum(leaf.size for leaf in jax.tree.leaves(trainable["adapters"]))
+    assert held == jnp.dtype(dtype).itemsize * size + adapters + 4  # the scale

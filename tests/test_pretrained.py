@@ -282,10 +282,36 @@ def test_redundant_tensors_are_accepted_only_when_they_are(folders, tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     pretrained.load(folder)
-    tensors["lm_head.weight"][0, 0] += 1
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(pretrained.PretrainedError, match="lm_head.weight is surplus"):
-        pretrained.load(folder)
+    for row in (0, -1):
+        changed = tensors["lm_head.weight"].copy()
+        changed[row, 0] += 1
+        safetensors.numpy.save_file(tensors | {"lm_head.weight": changed}, folder / "model.safetensors")
+        with pytest.raises(pretrained.PretrainedError, match="lm_head.weight is surplus"):
+            pretrained.load(folder)
+
+
+def test_a_redundant_matrix_is_compared_in_stretches_of_rows(folders, tmp_path, monkeypatch):
+    """97 rows of which the last stretch is shorter; whole, two of the largest tensors were held."""
+    monkeypatch.setattr(pretrained, "_COMPARED_ROWS", 10)
+    folder = copy_of(folders / "llama_tied", tmp_path)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    sizes, fromfile = [], np.fromfile
+    monkeypatch.setattr(
+        np, "fromfile", lambda *x, **y: sizes.append(y["count"]) or fromfile(*x, **y))
+    for row, is_same in ((None, True), (95, False), (3, False)):
+        head = embedding.copy()
+        if row is not None:
+            head[row, 0] += 1
+        safetensors.numpy.save_file(
+            tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+        stored = pretrained._locate_tensors(folder)
+        sizes.clear()
+        pair = (stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+        assert pretrained._holds_the_same(*pair) == is_same
+        assert max(sizes) == 10 * embedding[0].nbytes
+        # The first difference ends it.
+        assert sum(sizes) == 2 * (10 * embedding[0].nbytes if row == 3 else embedding.nbytes)
 
 
 def test_missing_and_damaged_files(folders, tmp_path):
@@ -313,6 +339,15 @@ def test_save_refuses_other_trees_and_other_peoples_files(folders, tmp_path):
         pretrained.save(tmp_path / "home", config, params)
     assert (tmp_path / "home" / "thesis.tex").read_text() == "precious"
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_may_be_spelled_from_home(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config, params = pretrained.load(folders / "llama_tied")
+    pretrained.save("~/model", config, params)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert pretrained.load("~/model")[0] == config
 
 
 def test_save_replaces_an_earlier_export(folders, tmp_path):

@@ -450,6 +450,24 @@ def test_an_export_brings_nothing_to_the_host_that_it_does_not_write(tmp_path, m
     assert len(written) == 1 and (tmp_path / "adapters" / "adapter_model.safetensors").exists()
 
 
+def test_adapters_name_the_folder_of_their_model_from_the_root(tmp_path, monkeypatch):
+    """Over a model that was drawn here, which is exported beside them; the workdir is given relative."""
+    monkeypatch.chdir(tmp_path)
+    config = smoke_config()
+    config["lora"].update(rank=2, export="separate")
+    config["model"]["directory"] = None
+    setup = small_setup(chat_format=types.SimpleNamespace(tokenizer=None), stop_ids=())
+    policy = setup.trainable["policy"]
+    adapters = lora.init(policy, jax.random.key(1), rank=2, targets=["q"])
+    folder = types.SimpleNamespace(model=pathlib.Path("model"), adapters=pathlib.Path("adapters"))
+    setup = dataclasses.replace(setup, frozen={"policy": policy, "lora_scale": jnp.float32(1)})
+    state = types.SimpleNamespace(params={"adapters": adapters})
+    states.export(folder, config, setup, state)
+    said = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(tmp_path / "model")
+    assert pretrained.load(tmp_path / "model")[0] == SMALL
+
+
 def test_idle_devices_are_named(monkeypatch):
     told = []
     monkeypatch.setattr(progress, "notice", told.append)

@@ -25,15 +25,15 @@ _UNCACHED = 4 << 20
 def for_decoding(params: Params, dtype: str) -> Params:
     """The weights as decode steps are fastest with, to be made once for many steps.
 
-    In the dtype of the computation; the weights themselves where they are so already. On one GPU joined and
-    layer by layer. On CPU in float32, unless they are few, with a transposed copy in `few_rows` that
+    In the dtype of the computation; a weight itself where it is so already. On one GPU layers are joined and
+    apart, which copies them. On CPU in float32, unless they are few, with a transposed copy in `few_rows` that
     `for_rows` takes: extends and calls of more rows read the others. On a mesh, as they are.
     """
     backend = "mesh" if sharding.active() else jax.default_backend()
     if backend == "gpu":
-        return _for_gpu(params, dtype)
-    if any(x.dtype != dtype for x in jax.tree.leaves(params)):
-        params = _cast(params, dtype)
+        others = {name: part for name, part in params.items() if name != "layers"}
+        return _in_dtype(others, dtype) | _for_gpu({"layers": params["layers"]}, dtype)
+    params = _in_dtype(params, dtype)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["layers"]))
     if backend == "cpu" and dtype == "float32" and size >= _UNCACHED:
         return params | {"few_rows": _transposed(params)}
@@ -80,9 +80,21 @@ def unstacked(params: Params) -> Params:
     return params | {"layers": apart}
 
 
+def _in_dtype(params: Params, dtype: str) -> Params:
+    """The tree, if all of it is so; else a new one. A program copies what it gives back unchanged, so
+    that only those leaves go through one that are not: of a model under adapters, the adapters."""
+    leaves, treedef = jax.tree.flatten(params)
+    others = [index for index, x in enumerate(leaves) if x.dtype != dtype]
+    if not others:
+        return params
+    for index, cast in zip(others, _cast([leaves[i] for i in others], dtype), strict=True):
+        leaves[index] = cast
+    return treedef.unflatten(leaves)
+
+
 @functools.partial(jax.jit, static_argnames="dtype")
-def _cast(params: Params, dtype: str) -> Params:
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+def _cast(leaves: list[jax.Array], dtype: str) -> list[jax.Array]:
+    return [x.astype(dtype) for x in leaves]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -7,7 +7,6 @@ so an untrained adapter changes nothing, and the frozen model is the reference a
 """
 
 import json
-import math
 import os
 import pathlib
 import re
@@ -42,14 +41,19 @@ def targeted(targets: Sequence[str]) -> list[str]:
         targets: regular expressions for the end of a path, such as "q", "attention/.*", "mlp/up".
 
     Raises:
-        LoraError: a target that names nothing.
+        LoraError: a target that names nothing or is no regular expression, or a text instead of a list.
     """
-    for target in targets:
-        if not any(_names(target, path) for path in MODULES):
+    if isinstance(targets, str):
+        raise LoraError(
+            f"lora.targets is the text {targets!r}, expected a list of them: write ({targets!r},)."
+        )
+    endings = {target: _ending(target) for target in targets}
+    for target, ending in endings.items():
+        if not any(map(ending.search, MODULES)):
             raise LoraError(
                 f"lora.targets has {target!r}, which names none of {', '.join(MODULES)}."
             )
-    found = [path for path in MODULES if any(_names(target, path) for target in targets)]
+    found = [path for path in MODULES if any(ending.search(path) for ending in endings.values())]
     if not found:
         raise LoraError(f"lora.targets is empty; name some of {', '.join(MODULES)}.")
     return found
@@ -90,11 +94,18 @@ def attach(policy: Params, adapters: Params, scale: float | jax.Array) -> Params
     return policy | {"layers": layers}
 
 
-def merge(policy: Params, adapters: Params, scale: float) -> Params:
+def merge(
+    policy: Params, adapters: Params, scale: float, *, dtype: str = "float32"
+) -> Params:
     """The model with W + (α / r) A B for its kernels: a plain decoder tree.
 
     The merged kernels are numpy arrays: they are computed on the host, one layer at a time, so that
     no second model lies on a device.
+
+    Args:
+        dtype: of the merged kernels. They are summed in float32 and rounded to it once, whatever the
+            model is in: what adapters add may be less than half of a bfloat16 weight's last bit. The
+            other leaves stay as they are.
     """
     layers = dict(policy["layers"])
     for block, projections in adapters["layers"].items():
@@ -102,7 +113,7 @@ def merge(policy: Params, adapters: Params, scale: float) -> Params:
         for name, leaves in projections.items():
             kernel = layers[block][name]["kernel"]
             a, b = (np.asarray(leaves[leaf], np.float32) for leaf in ("lora_a", "lora_b"))
-            merged = np.empty(kernel.shape, kernel.dtype)
+            merged = np.empty(kernel.shape, jnp.dtype(dtype))
             for layer in range(len(merged)):
                 added = np.float32(scale) * (a[layer] @ b[layer])
                 merged[layer] = np.asarray(kernel[layer], np.float32) + added
@@ -118,9 +129,11 @@ def save(
     Args:
         directory: replaced if it exists and holds adapters, created otherwise.
         alpha: α; PEFT scales by alpha / rank.
-        base: name or folder of the base model, for adapter_config.json. Of a folder it is read where
+        base: name or folder of the base model, for adapter_config.json, where a folder is absolute: it
+            is looked for from wherever the adapters are loaded. Of a folder it is read where
             transformers has the layers: those of a Gemma 3 with images lie deeper.
     """
+    base = _absolute_if_folder(base)
     layers = "model.layers" if base is None else pretrained_config.layers_module(base)
     tensors: dict[str, np.ndarray] = {}
     modules, rank = [], 0
@@ -145,11 +158,18 @@ def save(
         "fan_in_fan_out": False,
         "target_modules": _target_modules(layers, sorted(set(modules))),
     }
-    with workdir.replacing_folder(pathlib.Path(directory).absolute()) as folder:
+    with workdir.replacing_folder(pathlib.Path(directory).expanduser().absolute()) as folder:
         safetensors.numpy.save_file(
             tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
         )
         workdir.write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _absolute_if_folder(base: str | None) -> str | None:
+    if base is None:
+        return None
+    folder = pathlib.Path(base).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else base
 
 
 def _target_modules(layers: str, modules: Sequence[str]) -> list[str] | str:
@@ -160,9 +180,13 @@ def _target_modules(layers: str, modules: Sequence[str]) -> list[str] | str:
     return rf".*{re.escape(layers)}\.\d+\.({ends})"
 
 
-def num_params(adapters: Params) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(adapters))
-
-
-def _names(target: str, path: str) -> bool:
-    return re.search(rf"(^|/){target}$", path) is not None
+def _ending(target: str) -> re.Pattern[str]:
+    """What finds the paths with an end that is the target, whole names of it."""
+    try:
+        re.compile(target)  # By itself: "q)|(o" would make sense within our brackets alone.
+        return re.compile(rf"(^|/)(?:{target})$")
+    except re.error as error:
+        raise LoraError(
+            f"lora.targets has {target!r}, which is no regular expression ({error}). Write names such as "
+            "'q' or 'mlp/up', or patterns of them such as 'attention/(q|v)'."
+        ) from error

@@ -36,6 +36,9 @@ _INDEX = "model.safetensors.index.json"
 
 _MAX_STRANGERS = 8
 
+# Rows of a vocabulary that are compared at a time.
+_COMPARED_ROWS = 1024
+
 # Files that `save` may find in its target and replace; anything else is someone else's.
 _OUR_FILES = {
     pretrained_config.FILE, _GENERATION, _SINGLE, _INDEX, "tokenizer.json", "tokenizer_config.json",
@@ -128,14 +131,15 @@ def save(
             beginning-of-sequence ids go into generation_config.json.
         stop_ids: ids that end a turn, in the order in which they are written; the tokenizer's end of
             sequence follows if it is not among them. Generation stops at all of them.
-        dtype: "float32", "bfloat16" or "float16" of the files; None keeps that of the parameters.
+        dtype: "float32", "bfloat16" or "float16" of the files; None keeps that of the parameters, which
+            is then to be one.
         max_shard_bytes: files are split before they grow larger.
 
     Raises:
         PretrainedError: `params` is not of this config, or `directory` holds other files.
     """
-    directory = pathlib.Path(directory).absolute()
-    _check_params(config, params)
+    directory = pathlib.Path(directory).expanduser().absolute()
+    _check_params(config, params, needs_one_dtype=dtype is None)
     _refuse_foreign_files(directory)
     special = _special_ids(tokenizer, stop_ids)
     stored = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
@@ -303,7 +307,16 @@ def _is_redundant(
     source = "model.embed_tokens.weight"
     if name != "lm_head.weight" or not config.tie_embeddings or source not in stored:
         return False
-    return np.array_equal(stored[name].read(), stored[source].read())
+    return _holds_the_same(stored[name], stored[source])
+
+
+def _holds_the_same(one: tensor_files.StoredTensor, other: tensor_files.StoredTensor) -> bool:
+    """Compared in stretches of rows: whole, two of the largest tensors would be in memory."""
+    if one.shape != other.shape:
+        return False
+    starts = range(0, one.shape[0], _COMPARED_ROWS)
+    stretches = (slice(start, start + _COMPARED_ROWS) for start in starts)
+    return all(np.array_equal(one.read(rows), other.read(rows)) for rows in stretches)
 
 
 def _read_leaf(
@@ -363,7 +376,9 @@ def _convert(tensor: jax.Array, *, dtype: np.dtype, transposed: bool, where: Any
     return leaf if where is None else jax.lax.with_sharding_constraint(leaf, where)
 
 
-def _check_params(config: decoder.DecoderConfig, params: Params) -> None:
+def _check_params(
+    config: decoder.DecoderConfig, params: Params, *, needs_one_dtype: bool
+) -> None:
     """All leaves that are missing, surplus, misshapen or of differing dtypes at once."""
     expected = {"/".join(entry.path): entry.leaf_shape(config) for entry in _table(config)}
     leaves = {
@@ -377,8 +392,8 @@ def _check_params(config: decoder.DecoderConfig, params: Params) -> None:
         for name, shape in expected.items() if name in leaves and leaves[name].shape != shape
     ]
     dtypes = sorted({str(leaf.dtype) for leaf in leaves.values()})
-    if len(dtypes) > 1:
-        problems.append(f"leaves have several dtypes {dtypes}, expected one")
+    if needs_one_dtype and len(dtypes) > 1:
+        problems.append(f"leaves have several dtypes {dtypes}, expected one, or a dtype to write")
     if problems:
         raise PretrainedError(f"the parameters do not fit the config: {_lines(problems)}")
 

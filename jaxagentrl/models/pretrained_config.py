@@ -124,7 +124,7 @@ def layers_module(directory: str | os.PathLike) -> str:
 
     A folder without config.json, or a name that is no folder, is taken for a model of text alone.
     """
-    path = pathlib.Path(directory) / FILE
+    path = pathlib.Path(directory).expanduser() / FILE
     if path.exists() and _sees_images(read_object(path)):
         return "model.language_model.layers"
     return "model.layers"

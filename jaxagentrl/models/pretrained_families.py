@@ -33,11 +33,23 @@ OFF = {
     "final_logit_softcapping": (None,),
     "use_bidirectional_attention": (False, None),
     "use_mrope": (False, None),
+    "pruned_heads": ({}, None),
+}
+
+# How answers are drawn, which transformers 4 keeps in config.json, too: with every other key where a
+# config's `to_dict` was written. Of these a run has its own settings.
+_GENERATION = {
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
+    "suppress_tokens", "begin_suppress_tokens", "max_new_tokens", "min_new_tokens", "min_p",
 }
 
 # Settings that do not change the logits of a forward pass: about training, storage or generation.
-# pretraining_tp splits the same products.
-NEUTRAL = {
+# pretraining_tp splits the same products; NEFTune's noise is of training alone.
+NEUTRAL = _GENERATION | {
     "architectures", "auto_map", "attention_dropout", "bos_token_id", "cache_implementation",
     "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "id2label",
     "initializer_range", "is_decoder", "is_llama_config", "label2id", "output_attentions",
@@ -45,7 +57,9 @@ NEUTRAL = {
     "return_dict", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
     "use_cache", "_name_or_path", "_model_name_or_path", "_attn_implementation_autoset",
-    "_commit_hash",
+    "_commit_hash", "_flash_attn_2_enabled", "_attn_implementation", "attn_implementation",
+    "decoder_start_token_id", "finetuning_task", "max_sequence_length", "neftune_noise_alpha", "prefix",
+    "sep_token_id", "use_bfloat16",
 }
 
 _GEMMA = {

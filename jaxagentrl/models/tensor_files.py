@@ -42,8 +42,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int  # bytes from the beginning of the file
 
-    def read(self) -> np.ndarray:
-        """The tensor in the dtype it is stored in.
+    def read(self, rows: slice = slice(None)) -> np.ndarray:
+        """The tensor in the dtype it is stored in, or some of its rows (of its first dimension).
 
         Raises:
             PretrainedError: a dtype that weights do not have, such as that of a quantized model.
@@ -54,9 +54,16 @@ class StoredTensor:
                 f"{sorted(_DTYPES)}. Quantized models are not read; use the original weights."
             )
         dtype = _DTYPES[self.dtype]
-        size = dtype.itemsize * math.prod(self.shape)
-        data = np.fromfile(self.path, np.uint8, count=size, offset=self.start)
-        return data.view(dtype).reshape(self.shape)
+        first, last, _ = rows.indices(self.shape[0]) if self.shape else (0, 1, 1)
+        shape = (last - first, *self.shape[1:]) if self.shape else ()
+        row_bytes = dtype.itemsize * math.prod(self.shape[1:])
+        data = np.fromfile(
+            self.path,
+            np.uint8,
+            count=(last - first) * row_bytes,
+            offset=self.start + first * row_bytes,
+        )
+        return data.view(dtype).reshape(shape)
 
 
 def contents(path: pathlib.Path) -> dict[str, StoredTensor]:
