@@ -49,6 +49,9 @@ _OPTIONS = {"date_string": "26 Jul 2024"}
 
 PROMPT_STYLES = ("paper", "brief")
 
+# Around what a reasoning model thinks before it answers.
+_THOUGHT_TAGS = ("<think>", "</think>")
+
 
 class TemplateError(ValueError):
     """The tokenizer's chat template cannot be used append-only."""
@@ -64,6 +67,7 @@ class ChatFormat:
     between: str  # after an action's end-of-turn token, up to the next user text
     header: str  # after a user text, up to where the assistant starts
     action_prefix: str  # what every action starts with; the model writes it, `decode_action` drops it
+    opened_thought: str  # the end of a header that opens a thought: the answer goes on from there
     strips_user_text: bool  # the template trims user messages
     control_tokens: tuple[str, ...]  # texts that would be read as special tokens, shortest first
     end_of_turn: str
@@ -89,18 +93,25 @@ class ChatFormat:
         return np.concatenate([np.asarray([self.end_of_turn_id], np.int32), ids])
 
     def encode_action(self, text: str) -> np.ndarray:
-        """The canonical ids of an action, end-of-turn token included: int32 [m]."""
-        ids = self._encode_answer(self.action_prefix + self._without_control_tokens(text))
+        """The canonical ids of an action, end-of-turn token included: int32 [m].
+
+        Where the header opens a thought, a text without one closes it first, empty.
+        """
+        text = self._behind_header(self._without_control_tokens(text))
+        ids = self._encode_answer(self.action_prefix + text)
         return np.concatenate([ids, np.asarray([self.end_of_turn_id], np.int32)])
 
     def decode_action(self, ids) -> str:
-        """The text of sampled ids, without the end-of-turn token or any other special token."""
+        """The text of sampled ids, without the end-of-turn token or any other special token.
+
+        A thought that the header opens is part of it, from its beginning.
+        """
         text = self.tokenizer.decode(
             [id for id in np.asarray(ids).tolist() if id != self.end_of_turn_id],
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
-        return text.removeprefix(self.action_prefix)
+        return self.opened_thought + text.removeprefix(self.action_prefix)
 
     def decode(self, ids) -> str:
         """The text of ids with every special token shown; for people, never for training."""
@@ -109,6 +120,15 @@ class ChatFormat:
             skip_special_tokens=False,
             clean_up_tokenization_spaces=False,
         )
+
+    def _behind_header(self, text: str) -> str:
+        """What is left to say of an answer once the header stands there."""
+        if not self.opened_thought:
+            return text
+        if text.startswith(_THOUGHT_TAGS[0]):
+            opened = self.opened_thought if text.startswith(self.opened_thought) else _THOUGHT_TAGS[0]
+            return text.removeprefix(opened)
+        return text if _THOUGHT_TAGS[1] in text else f"\n{_THOUGHT_TAGS[1]}\n\n{text}"
 
     def _user(self, text: str) -> str:
         text = self._without_control_tokens(text)
@@ -195,7 +215,8 @@ def make(
         before_first=before_first,
         between=glue.between,
         header=header,
-        action_prefix=glue.history_header.removeprefix(header),
+        action_prefix=_rest_behind(header, glue.history_header),
+        opened_thought=_opened_thought(header),
         strips_user_text=strips,
         control_tokens=tuple(sorted(control, key=lambda content: (len(content), content))),
         end_of_turn=end_of_turn,
@@ -203,6 +224,32 @@ def make(
         template_options=template.options,
         differences=(*glue.differences, *thinking),
     )
+
+
+def _rest_behind(header: str, history_header: str) -> str:
+    # A header that is longer than the history's (Qwen3's, with an empty thought) leaves nothing.
+    return history_header[len(header) :] if history_header.startswith(header) else ""
+
+
+def _opened_thought(header: str) -> str:
+    """`<think>` and what follows it, where a header ends in a thought that it does not close."""
+    before, tag, after = header.rpartition(_THOUGHT_TAGS[0])
+    return tag + after if tag and _THOUGHT_TAGS[1] not in after else ""
+
+
+def command(answer: str) -> str:
+    """What an answer tells the environment: what follows its last thought.
+
+    An answer that ends in a thought tells nothing, "", which environments refuse as they do any
+    empty command. One without thoughts is a command as it stands.
+
+    Args:
+        answer: as `ChatFormat.decode_action` gives it.
+    """
+    if not any(tag in answer for tag in _THOUGHT_TAGS):
+        return answer
+    after = answer.rpartition(_THOUGHT_TAGS[1])[2]
+    return "" if _THOUGHT_TAGS[0] in after else after.strip()
 
 
 _MAX_LISTED = 8
@@ -245,7 +292,7 @@ def check_vocabulary(made: ChatFormat, vocab_size: int) -> None:
 _USER = ("first user probe", "second user probe", "third user probe")
 _ACTION = ("first action probe", "second action probe")
 # What templates of reasoning models look for and remove from earlier turns.
-_THOUGHT = "<think>\nreason probe\n</think>\n\n"
+_THOUGHT = f"{_THOUGHT_TAGS[0]}\nreason probe\n{_THOUGHT_TAGS[1]}\n\n"
 _THINKING_ACTION = _THOUGHT + "action probe"
 
 

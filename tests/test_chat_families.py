@@ -119,6 +119,43 @@ def test_what_the_template_would_do_later_is_said(folders):
     assert made.decode(made.next_prompt("x", ended=True)).endswith("<think>\n\n</think>\n\n")
 
 
+def test_a_demonstration_stands_behind_the_header_and_nothing_else(folders):
+    """Also where the header is longer than the history's."""
+    qwen3 = tokenizer.load(folders["qwen3"])
+    made = chat.make(qwen3, template_options={"enable_thinking": False})
+    ids = np.concatenate([made.first_prompt(USERS[0]), made.encode_action(ACTIONS[0])])
+    assert made.decode(ids).endswith(f"assistant\n<think>\n\n</think>\n\n{ACTIONS[0]}<|im_end|>")
+    assert made.decode_action(made.encode_action(ACTIONS[0])) == ACTIONS[0]
+
+
+@pytest.fixture
+def thinking_only(folders):
+    """Qwen3 of 2507 that always thinks, and QwQ: the header opens the thought."""
+    loaded = tokenizer.load(folders["qwen3"])
+    always = "{{- '<|im_start|>assistant\\n<think>\\n' }}\n{%- endif %}"
+    start = loaded.chat_template.index("{{- '<|im_start|>assistant\\n' }}")
+    loaded.chat_template = loaded.chat_template[:start] + always
+    return chat.make(loaded)
+
+
+def test_a_demonstration_is_not_told_within_a_thought(thinking_only):
+    made = thinking_only
+    assert made.header.endswith("<think>\n")
+    for text, said in (
+        ("open Z-box", "<think>\n\n</think>\n\nopen Z-box"),
+        (THOUGHT, THOUGHT),
+        ("<think></think><action>look</action>", "<think>\n</think><action>look</action>"),
+        ("So.\n</think>\n\nlook", "<think>\nSo.\n</think>\n\nlook"),
+    ):
+        ids = made.encode_action(text)
+        whole = made.decode(np.concatenate([made.first_prompt(USERS[0]), ids]))
+        assert whole.endswith(f"<|im_start|>assistant\n{said}<|im_end|>")
+        assert made.decode_action(ids) == said
+        assert made.encode_action(said).tolist() == ids.tolist()
+    cut = made.tokenizer.encode("The box is", add_special_tokens=False)
+    assert chat.command(made.decode_action(cut)) == ""
+
+
 @pytest.mark.parametrize("name", their_tokenizers.WITHOUT_SYSTEM, indirect=True)
 def test_a_system_message_that_the_template_refuses(loaded):
     with pytest.raises(chat.TemplateError, match="system message.*first user message"):
