@@ -20,6 +20,8 @@ that departs from the template. Any other rewriting of the history is refused.
 """
 
 import dataclasses
+import datetime
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,9 +45,11 @@ _FAMILIES = {
     "mistral": _Family("</s>", ("<s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
 }
 
-# Llama 3 writes a date into its system message: that of Llama 3.1 where nothing else is said, else
-# (3.2) the day on which the program runs. A run must see one prompt whenever it is resumed.
-_OPTIONS = {"date_string": "26 Jul 2024"}
+# Templates that ask for today's date (Llama 3.2, Mistral Small, SmolLM3) get this day, which Llama 3.1
+# writes: a run must see one prompt whenever it is resumed.
+_DAY = "26 Jul 2024"
+_DAY_FORMAT = "%d %b %Y"  # of `date_string`, as Llama's templates write it
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 PROMPT_STYLES = ("paper", "brief")
 
@@ -72,7 +76,8 @@ class ChatFormat:
     control_tokens: tuple[str, ...]  # texts that would be read as special tokens, shortest first
     end_of_turn: str
     end_of_turn_id: int
-    template_options: Mapping[str, Any]  # variables the template was rendered with
+    chat_template: str  # what was rendered: the tokenizer's, with a fixed day in the place of today
+    template_options: Mapping[str, Any]  # variables it was rendered with
     differences: tuple[str, ...]  # from what the template makes of the history later
 
     def first_prompt(self, user_text: str) -> np.ndarray:
@@ -181,10 +186,11 @@ def make(
         system: text of a system message, or None for none of our own (a template may still add
             its default).
         template_options: variables of the template, such as {"enable_thinking": False} of Qwen3.
-            `date_string` (Llama 3) is a fixed day unless it is given.
+            Today, where the template asks for it, is a fixed day: that of `date_string`, written
+            as "26 Jul 2024", which it is unless that is given.
 
     Raises:
-        ValueError: an unknown family.
+        ValueError: an unknown family, or a `date_string` that the template cannot take its day from.
         TemplateError: the template is missing, is of another family, has no system message,
             rewrites earlier turns or changes the text of messages.
     """
@@ -195,7 +201,9 @@ def make(
             "chat.make: the tokenizer has no chat template; set tokenizer.chat_template, for "
             "instance to jaxagentrl.tokenizer.CHATML_TEMPLATE"
         )
-    template = _Template(tokenizer, system, _OPTIONS | dict(template_options or {}))
+    options = dict(template_options or {})
+    dated = _with_fixed_day(tokenizer.get_chat_template(), options.get("date_string", _DAY))
+    template = _Template(tokenizer, dated, system, options)
     before_first, header, strips = _probe_first(template)
     glue = _probe_history(template, before_first, header, family)
     _probe_append_only(glue)
@@ -221,9 +229,34 @@ def make(
         control_tokens=tuple(sorted(control, key=lambda content: (len(content), content))),
         end_of_turn=end_of_turn,
         end_of_turn_id=int(end_of_turn_ids[0]),
+        chat_template=template.text,
         template_options=template.options,
         differences=(*glue.differences, *thinking),
     )
+
+
+def _with_fixed_day(template: str, date: str) -> str:
+    """The template with the day's date, a string, for each call of `strftime_now`.
+
+    A variable of that name would not do: transformers 5 gives templates nothing that can be called.
+    """
+    if not _TODAY.search(template):
+        day = None
+    else:
+        try:
+            day = datetime.datetime.strptime(date, _DAY_FORMAT)
+        except ValueError as error:
+            raise ValueError(
+                f"chat.make: date_string is {date!r}, but the chat template formats a day by itself: "
+                f"write it as {_DAY!r} (prompt.template_options)."
+            ) from error
+    dated = _TODAY.sub(lambda call: call[1] + day.strftime(call[2]) + call[1], template)
+    if re.search(r"\bstrftime_now\s*\(", dated):
+        raise TemplateError(
+            "chat.make: the chat template calls strftime_now with something else than a text, so that "
+            "prompts would change from day to day: write a format, or a date, in its place."
+        )
+    return dated
 
 
 def _rest_behind(header: str, history_header: str) -> str:
@@ -299,6 +332,7 @@ _THINKING_ACTION = _THOUGHT + "action probe"
 @dataclasses.dataclass(frozen=True)
 class _Template:
     tokenizer: Any
+    text: str
     system: str | None
     options: Mapping[str, Any]
 
@@ -308,7 +342,11 @@ class _Template:
         for index, text in enumerate(turns):
             messages.append({"role": ("user", "assistant")[index % 2], "content": text})
         return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.options
+            messages,
+            chat_template=self.text,
+            tokenize=False,
+            add_generation_prompt=True,
+            **self.options,
         )
 
 

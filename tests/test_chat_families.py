@@ -188,6 +188,28 @@ def test_the_date_does_not_depend_on_the_day(folders):
     assert "1 Jan 2026" in other.before_first
 
 
+def test_templates_that_ask_for_today_get_the_same_day(folders):
+    """As Mistral Small does in its default system message, and SmolLM3."""
+    loaded = tokenizer.load(folders["qwen2.5"])
+    plain = loaded.chat_template
+
+    def asking(call):
+        loaded.chat_template = plain.replace("You are Qwen, created by Alibaba Cloud.", f"It is ' + {call} + '.")
+        return loaded
+
+    made = chat.make(asking('strftime_now("%A, %d %B %Y")'))
+    assert "It is Friday, 26 July 2024." in made.before_first
+    ids = np.concatenate(conversation(made, USERS, ACTIONS))
+    assert made.decode(ids).count("26 July 2024") == 1
+    other = chat.make(asking("strftime_now( '%Y-%m-%d' )"), template_options={"date_string": "1 Jan 2026"})
+    assert "It is 2026-01-01." in other.before_first
+    with pytest.raises(ValueError, match="date_string is '2026-01-01'.* write it as '26 Jul 2024'"):
+        chat.make(loaded, template_options={"date_string": "2026-01-01"})
+    chat.make(tokenizer.load(folders["qwen3"]), template_options={"date_string": "2026-01-01"})
+    with pytest.raises(chat.TemplateError, match="from day to day"):
+        chat.make(asking("strftime_now(form)"))
+
+
 def with_token(loaded, text, **options):
     """The tokenizer with one more token; its id is the last."""
     more = copy.deepcopy(loaded)

@@ -67,8 +67,8 @@ def check_first_prompts(made: chat.ChatFormat, system: str | None) -> Finding:
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": text})
         theirs = made.tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=True, return_dict=True,
-            **made.template_options,
+            messages, chat_template=made.chat_template, tokenize=True, add_generation_prompt=True,
+            return_dict=True, **made.template_options,
         )["input_ids"]
         if made.first_prompt(text).tolist() != list(theirs):
             wrong.append(text)
