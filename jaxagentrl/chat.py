@@ -14,9 +14,10 @@ whole conversation as long as the actions are canonical encodings, and the decod
 Nothing of a template is written down here: `make` reads the glue out of the tokenizer's template by
 rendering probe conversations. A system prompt that the template adds by itself (Qwen2.5) is found
 that way. The first prompt always equals the template's. Some templates render the same history in
-another way later on: Qwen3 drops `<think>` blocks of earlier turns, Mistral moves the system message
-to the last user message. Here what was sampled stays as it was; `ChatFormat.differences` says where
-that departs from the template. Any other rewriting of the history is refused.
+another way later on: Qwen3 drops `<think>` blocks of earlier turns, Llama 3 and Gemma trim what the
+assistant said, Mistral moves the system message to the last user message. Here what was sampled stays
+as it was; `ChatFormat.differences` says where that departs from the template. Any other rewriting of
+the history is refused.
 """
 
 import dataclasses
@@ -49,6 +50,7 @@ _FAMILIES = {
 # writes: a run must see one prompt whenever it is resumed.
 _DAY = "26 Jul 2024"
 _DAY_FORMAT = "%d %b %Y"  # of `date_string`, as Llama's templates write it
+_ASKS_FOR_TODAY = re.compile(r"\bstrftime_now\s*\(")
 _TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 PROMPT_STYLES = ("paper", "brief")
@@ -79,6 +81,7 @@ class ChatFormat:
     chat_template: str  # what was rendered: the tokenizer's, with a fixed day in the place of today
     template_options: Mapping[str, Any]  # variables it was rendered with
     differences: tuple[str, ...]  # from what the template makes of the history later
+    keeps_plain_history: bool  # none of them concerns answers without thoughts and outer spaces
 
     def first_prompt(self, user_text: str) -> np.ndarray:
         """The ids that open an episode: int32 [n], up to and with the assistant header."""
@@ -207,7 +210,7 @@ def make(
     before_first, header, strips = _probe_first(template)
     glue = _probe_history(template, before_first, header, family)
     _probe_append_only(glue)
-    thinking = _probe_thinking(glue)
+    changed = (*_probe_thinking(glue), *_probe_spaces(glue))
     end_of_turn = _FAMILIES[glue.family].end_of_turn
     end_of_turn_ids = tokenizer.encode(end_of_turn, add_special_tokens=False)
     if len(end_of_turn_ids) != 1:
@@ -231,7 +234,8 @@ def make(
         end_of_turn_id=int(end_of_turn_ids[0]),
         chat_template=template.text,
         template_options=template.options,
-        differences=(*glue.differences, *thinking),
+        differences=(*glue.differences, *changed),
+        keeps_plain_history=not glue.differences,
     )
 
 
@@ -240,18 +244,17 @@ def _with_fixed_day(template: str, date: str) -> str:
 
     A variable of that name would not do: transformers 5 gives templates nothing that can be called.
     """
-    if not _TODAY.search(template):
-        day = None
-    else:
-        try:
-            day = datetime.datetime.strptime(date, _DAY_FORMAT)
-        except ValueError as error:
-            raise ValueError(
-                f"chat.make: date_string is {date!r}, but the chat template formats a day by itself: "
-                f"write it as {_DAY!r} (prompt.template_options)."
-            ) from error
+    if not _ASKS_FOR_TODAY.search(template):
+        return template
+    try:
+        day = datetime.datetime.strptime(date, _DAY_FORMAT)
+    except ValueError as error:
+        raise ValueError(
+            f"chat.make: date_string is {date!r}, but the chat template formats a day by itself: "
+            f"write it as {_DAY!r} (prompt.template_options)."
+        ) from error
     dated = _TODAY.sub(lambda call: call[1] + day.strftime(call[2]) + call[1], template)
-    if re.search(r"\bstrftime_now\s*\(", dated):
+    if _ASKS_FOR_TODAY.search(dated):
         raise TemplateError(
             "chat.make: the chat template calls strftime_now with something else than a text, so that "
             "prompts would change from day to day: write a format, or a date, in its place."
@@ -471,6 +474,17 @@ def _probe_thinking(glue: _Glue) -> tuple[str, ...]:
     if rendered == glue.history(turns(_THINKING_ACTION.removeprefix(_THOUGHT))):
         return ("the template drops the thinking of earlier turns; here it stays",)
     raise _not_append_only(glue.history(turns(_THINKING_ACTION)), rendered)
+
+
+def _probe_spaces(glue: _Glue) -> tuple[str, ...]:
+    """Whether the template keeps the spaces around what was said; here they are always kept."""
+    padded = f" \n{_ACTION[0]}\n "
+    rendered = glue.template.render((_USER[0], padded, _USER[1]))
+    if rendered == glue.history((_USER[0], padded, _USER[1])):
+        return ()
+    if rendered.split() == glue.history((_USER[0], _ACTION[0], _USER[1])).split():
+        return ("the template trims what the assistant said; here the spaces around it stay",)
+    raise _not_append_only(glue.history((_USER[0], padded, _USER[1])), rendered)
 
 
 def _not_append_only(expected: str, rendered: str) -> TemplateError:

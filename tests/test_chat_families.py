@@ -100,13 +100,27 @@ def test_thinking_stays_in_the_history(loaded, name):
     turns = [USERS[0], THOUGHT, USERS[1], ACTIONS[0], USERS[2], ACTIONS[2], USERS[3]]
     same = ids.tolist() == template_ids(loaded, None, turns)
     assert same == (name != "qwen3")
-    assert [("thinking" in text) for text in made.differences] == [True] * (name == "qwen3")
+    assert any("thinking" in text for text in made.differences) == (name == "qwen3")
+
+
+def test_spaces_around_an_answer_stay_in_the_history(loaded, name):
+    made = chat.make(loaded)
+    padded = f"\n {ACTIONS[0]} "
+    ids = np.concatenate(conversation(made, USERS[:2], [padded]))
+    assert made.decode(ids).count(padded) == 1
+    trims = name in ("llama3", "gemma2", "gemma3", "mistral_v3")
+    theirs = loaded.apply_chat_template(
+        messages_of(None, [USERS[0], padded, USERS[1]]), tokenize=False, **OPTIONS)
+    assert (padded not in theirs) == trims
+    assert any("trims what the assistant said" in text for text in made.differences) == trims
+    assert made.keeps_plain_history
 
 
 def test_what_the_template_would_do_later_is_said(folders):
     moving = tokenizer.load(folders["mistral_v3"])
     made = chat.make(moving, system="Play well.")
-    assert ["system message" in text for text in made.differences] == [True]
+    assert ["system message" in text for text in made.differences] == [True, False]
+    assert not made.keeps_plain_history
     ids = np.concatenate(conversation(made, USERS, ACTIONS))
     assert made.decode(ids).count("Play well.") == 1
     assert made.decode(ids).index("Play well.") < made.decode(ids).index(USERS[0])
