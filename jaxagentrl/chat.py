@@ -201,8 +201,8 @@ def make(
         raise ValueError(f"chat.make: family must be one of {sorted(_FAMILIES)}, got {family!r}")
     if tokenizer.chat_template is None:
         raise TemplateError(
-            "chat.make: the tokenizer has no chat template; set tokenizer.chat_template, for "
-            "instance to jaxagentrl.tokenizer.CHATML_TEMPLATE"
+            "chat.make: the tokenizer has no chat template; copy `chat_template` from the "
+            "tokenizer_config.json of the family's instruct model into that of the tokenizer's folder"
         )
     options = dict(template_options or {})
     dated = _with_fixed_day(tokenizer.get_chat_template(), options.get("date_string", _DAY))
@@ -216,7 +216,8 @@ def make(
     if len(end_of_turn_ids) != 1:
         raise TemplateError(
             f"chat.make: {end_of_turn!r} is not a token of this tokenizer, it is split into "
-            f"{len(end_of_turn_ids)}; add it as a special token or choose another family"
+            f"{len(end_of_turn_ids)}, so that no sampler can end a turn with it; use the template of "
+            "the instruct model of the same family, whose tokens the model knows"
         )
     control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     control |= {end_of_turn, *_FAMILIES[glue.family].structure}
@@ -491,9 +492,10 @@ def _not_append_only(expected: str, rendered: str) -> TemplateError:
     return TemplateError(
         "chat.make: the chat template is not append-only: a later turn changes how earlier turns "
         "are rendered, so the model would "
-        f"not see what it sampled. Rendered {rendered!r}, expected {expected!r}. Set "
-        "tokenizer.chat_template to one that keeps every message as it was, for instance "
-        "jaxagentrl.tokenizer.CHATML_TEMPLATE."
+        f"not see what it sampled. Rendered {rendered!r}, expected {expected!r}. Edit "
+        "the template in the tokenizer's folder (chat_template.jinja, else `chat_template` in "
+        "tokenizer_config.json) so that it keeps every message as it was, as "
+        "jaxagentrl.tokenizer.CHATML_TEMPLATE does."
     )
 
 

@@ -1,6 +1,8 @@
 """Append-only conversations in the published families' templates and tokenizers."""
 
 import copy
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -222,6 +224,36 @@ def test_templates_that_ask_for_today_get_the_same_day(folders):
     chat.make(tokenizer.load(folders["qwen3"]), template_options={"date_string": "2026-01-01"})
     with pytest.raises(chat.TemplateError, match="from day to day"):
         chat.make(asking("strftime_now(form)"))
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "mistral_v3"], indirect=True)
+@pytest.mark.parametrize("as_file", [True, False], ids=["file", "key"])
+def test_a_base_model_takes_the_template_of_its_familys_instruct_model(name, as_file, tmp_path):
+    """What the error says is what works."""
+    instruct, base = (their_tokenizers.make(name, tmp_path / kind) for kind in ("instruct", "base"))
+    template = base / "chat_template.jinja"
+    template.unlink()
+    with pytest.raises(ValueError, match="no chat template.*instruct.*chat_template.jinja.*base/tokenizer_config"):
+        tokenizer.load(base)
+    if as_file:
+        shutil.copy(instruct / template.name, template)
+    else:
+        config = json.loads((base / "tokenizer_config.json").read_text())
+        config["chat_template"] = (instruct / template.name).read_text()
+        (base / "tokenizer_config.json").write_text(json.dumps(config))
+    made, theirs = chat.make(tokenizer.load(base)), chat.make(tokenizer.load(instruct))
+    assert made.end_of_turn_id == theirs.end_of_turn_id
+    for ours, expected in zip(
+        conversation(made, USERS, ACTIONS), conversation(theirs, USERS, ACTIONS), strict=True
+    ):
+        assert ours.tolist() == expected.tolist()
+
+
+def test_a_template_whose_end_of_turn_the_tokenizer_lacks_is_refused(folders):
+    loaded = tokenizer.load(folders["mistral_v1"])
+    loaded.chat_template = tokenizer.CHATML_TEMPLATE
+    with pytest.raises(chat.TemplateError, match="no sampler can end a turn with it; use the template of"):
+        chat.make(loaded)
 
 
 def with_token(loaded, text, **options):
