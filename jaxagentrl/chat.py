@@ -14,12 +14,15 @@ whole conversation as long as the actions are canonical encodings, and the decod
 Nothing of a template is written down here: `make` reads the glue out of the tokenizer's template by
 rendering probe conversations. A system prompt that the template adds by itself (Qwen2.5) is found
 that way. The first prompt always equals the template's. Some templates render the same history in
-another way later on: Qwen3 drops `<think>` blocks of earlier turns, Mistral moves the system message
-to the last user message. Here what was sampled stays as it was; `ChatFormat.differences` says where
-that departs from the template. Any other rewriting of the history is refused.
+another way later on: Qwen3 drops `<think>` blocks of earlier turns, Llama 3 and Gemma trim what the
+assistant said, Mistral moves the system message to the last user message. Here what was sampled stays
+as it was; `ChatFormat.differences` says where that departs from the template. Any other rewriting of
+the history is refused.
 """
 
 import dataclasses
+import datetime
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,11 +46,17 @@ _FAMILIES = {
     "mistral": _Family("</s>", ("<s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
 }
 
-# Llama 3 writes a date into its system message: that of Llama 3.1 where nothing else is said, else
-# (3.2) the day on which the program runs. A run must see one prompt whenever it is resumed.
-_OPTIONS = {"date_string": "26 Jul 2024"}
+# Templates that ask for today's date (Llama 3.2, Mistral Small, SmolLM3) get this day, which Llama 3.1
+# writes: a run must see one prompt whenever it is resumed.
+_DAY = "26 Jul 2024"
+_DAY_FORMAT = "%d %b %Y"  # of `date_string`, as Llama's templates write it
+_ASKS_FOR_TODAY = re.compile(r"\bstrftime_now\s*\(")
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 PROMPT_STYLES = ("paper", "brief")
+
+# Around what a reasoning model thinks before it answers.
+_THOUGHT_TAGS = ("<think>", "</think>")
 
 
 class TemplateError(ValueError):
@@ -64,12 +73,15 @@ class ChatFormat:
     between: str  # after an action's end-of-turn token, up to the next user text
     header: str  # after a user text, up to where the assistant starts
     action_prefix: str  # what every action starts with; the model writes it, `decode_action` drops it
+    opened_thought: str  # the end of a header that opens a thought: the answer goes on from there
     strips_user_text: bool  # the template trims user messages
     control_tokens: tuple[str, ...]  # texts that would be read as special tokens, shortest first
     end_of_turn: str
     end_of_turn_id: int
-    template_options: Mapping[str, Any]  # variables the template was rendered with
+    chat_template: str  # what was rendered: the tokenizer's, with a fixed day in the place of today
+    template_options: Mapping[str, Any]  # variables it was rendered with
     differences: tuple[str, ...]  # from what the template makes of the history later
+    keeps_plain_history: bool  # none of them concerns answers without thoughts and outer spaces
 
     def first_prompt(self, user_text: str) -> np.ndarray:
         """The ids that open an episode: int32 [n], up to and with the assistant header."""
@@ -89,18 +101,25 @@ class ChatFormat:
         return np.concatenate([np.asarray([self.end_of_turn_id], np.int32), ids])
 
     def encode_action(self, text: str) -> np.ndarray:
-        """The canonical ids of an action, end-of-turn token included: int32 [m]."""
-        ids = self._encode_answer(self.action_prefix + self._without_control_tokens(text))
+        """The canonical ids of an action, end-of-turn token included: int32 [m].
+
+        Where the header opens a thought, a text without one closes it first, empty.
+        """
+        text = self._behind_header(self._without_control_tokens(text))
+        ids = self._encode_answer(self.action_prefix + text)
         return np.concatenate([ids, np.asarray([self.end_of_turn_id], np.int32)])
 
     def decode_action(self, ids) -> str:
-        """The text of sampled ids, without the end-of-turn token or any other special token."""
+        """The text of sampled ids, without the end-of-turn token or any other special token.
+
+        A thought that the header opens is part of it, from its beginning.
+        """
         text = self.tokenizer.decode(
             [id for id in np.asarray(ids).tolist() if id != self.end_of_turn_id],
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
-        return text.removeprefix(self.action_prefix)
+        return self.opened_thought + text.removeprefix(self.action_prefix)
 
     def decode(self, ids) -> str:
         """The text of ids with every special token shown; for people, never for training."""
@@ -109,6 +128,15 @@ class ChatFormat:
             skip_special_tokens=False,
             clean_up_tokenization_spaces=False,
         )
+
+    def _behind_header(self, text: str) -> str:
+        """What is left to say of an answer once the header stands there."""
+        if not self.opened_thought:
+            return text
+        if text.startswith(_THOUGHT_TAGS[0]):
+            opened = self.opened_thought if text.startswith(self.opened_thought) else _THOUGHT_TAGS[0]
+            return text.removeprefix(opened)
+        return text if _THOUGHT_TAGS[1] in text else f"\n{_THOUGHT_TAGS[1]}\n\n{text}"
 
     def _user(self, text: str) -> str:
         text = self._without_control_tokens(text)
@@ -161,10 +189,11 @@ def make(
         system: text of a system message, or None for none of our own (a template may still add
             its default).
         template_options: variables of the template, such as {"enable_thinking": False} of Qwen3.
-            `date_string` (Llama 3) is a fixed day unless it is given.
+            Today, where the template asks for it, is a fixed day: that of `date_string`, written
+            as "26 Jul 2024", which it is unless that is given.
 
     Raises:
-        ValueError: an unknown family.
+        ValueError: an unknown family, or a `date_string` that the template cannot take its day from.
         TemplateError: the template is missing, is of another family, has no system message,
             rewrites earlier turns or changes the text of messages.
     """
@@ -172,20 +201,23 @@ def make(
         raise ValueError(f"chat.make: family must be one of {sorted(_FAMILIES)}, got {family!r}")
     if tokenizer.chat_template is None:
         raise TemplateError(
-            "chat.make: the tokenizer has no chat template; set tokenizer.chat_template, for "
-            "instance to jaxagentrl.tokenizer.CHATML_TEMPLATE"
+            "chat.make: the tokenizer has no chat template; copy `chat_template` from the "
+            "tokenizer_config.json of the family's instruct model into that of the tokenizer's folder"
         )
-    template = _Template(tokenizer, system, _OPTIONS | dict(template_options or {}))
+    options = dict(template_options or {})
+    dated = _with_fixed_day(tokenizer.get_chat_template(), options.get("date_string", _DAY))
+    template = _Template(tokenizer, dated, system, options)
     before_first, header, strips = _probe_first(template)
     glue = _probe_history(template, before_first, header, family)
     _probe_append_only(glue)
-    thinking = _probe_thinking(glue)
+    changed = (*_probe_thinking(glue), *_probe_spaces(glue))
     end_of_turn = _FAMILIES[glue.family].end_of_turn
     end_of_turn_ids = tokenizer.encode(end_of_turn, add_special_tokens=False)
     if len(end_of_turn_ids) != 1:
         raise TemplateError(
             f"chat.make: {end_of_turn!r} is not a token of this tokenizer, it is split into "
-            f"{len(end_of_turn_ids)}; add it as a special token or choose another family"
+            f"{len(end_of_turn_ids)}, so that no sampler can end a turn with it; use the template of "
+            "the instruct model of the same family, whose tokens the model knows"
         )
     control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     control |= {end_of_turn, *_FAMILIES[glue.family].structure}
@@ -195,14 +227,66 @@ def make(
         before_first=before_first,
         between=glue.between,
         header=header,
-        action_prefix=glue.history_header.removeprefix(header),
+        action_prefix=_rest_behind(header, glue.history_header),
+        opened_thought=_opened_thought(header),
         strips_user_text=strips,
         control_tokens=tuple(sorted(control, key=lambda content: (len(content), content))),
         end_of_turn=end_of_turn,
         end_of_turn_id=int(end_of_turn_ids[0]),
+        chat_template=template.text,
         template_options=template.options,
-        differences=(*glue.differences, *thinking),
+        differences=(*glue.differences, *changed),
+        keeps_plain_history=not glue.differences,
     )
+
+
+def _with_fixed_day(template: str, date: str) -> str:
+    """The template with the day's date, a string, for each call of `strftime_now`.
+
+    A variable of that name would not do: transformers 5 gives templates nothing that can be called.
+    """
+    if not _ASKS_FOR_TODAY.search(template):
+        return template
+    try:
+        day = datetime.datetime.strptime(date, _DAY_FORMAT)
+    except ValueError as error:
+        raise ValueError(
+            f"chat.make: date_string is {date!r}, but the chat template formats a day by itself: "
+            f"write it as {_DAY!r} (prompt.template_options)."
+        ) from error
+    dated = _TODAY.sub(lambda call: call[1] + day.strftime(call[2]) + call[1], template)
+    if _ASKS_FOR_TODAY.search(dated):
+        raise TemplateError(
+            "chat.make: the chat template calls strftime_now with something else than a text, so that "
+            "prompts would change from day to day: write a format, or a date, in its place."
+        )
+    return dated
+
+
+def _rest_behind(header: str, history_header: str) -> str:
+    # A header that is longer than the history's (Qwen3's, with an empty thought) leaves nothing.
+    return history_header[len(header) :] if history_header.startswith(header) else ""
+
+
+def _opened_thought(header: str) -> str:
+    """`<think>` and what follows it, where a header ends in a thought that it does not close."""
+    before, tag, after = header.rpartition(_THOUGHT_TAGS[0])
+    return tag + after if tag and _THOUGHT_TAGS[1] not in after else ""
+
+
+def command(answer: str) -> str:
+    """What an answer tells the environment: what follows its last thought.
+
+    An answer that ends in a thought tells nothing, "", which environments refuse as they do any
+    empty command. One without thoughts is a command as it stands.
+
+    Args:
+        answer: as `ChatFormat.decode_action` gives it.
+    """
+    if not any(tag in answer for tag in _THOUGHT_TAGS):
+        return answer
+    after = answer.rpartition(_THOUGHT_TAGS[1])[2]
+    return "" if _THOUGHT_TAGS[0] in after else after.strip()
 
 
 _MAX_LISTED = 8
@@ -245,13 +329,14 @@ def check_vocabulary(made: ChatFormat, vocab_size: int) -> None:
 _USER = ("first user probe", "second user probe", "third user probe")
 _ACTION = ("first action probe", "second action probe")
 # What templates of reasoning models look for and remove from earlier turns.
-_THOUGHT = "<think>\nreason probe\n</think>\n\n"
+_THOUGHT = f"{_THOUGHT_TAGS[0]}\nreason probe\n{_THOUGHT_TAGS[1]}\n\n"
 _THINKING_ACTION = _THOUGHT + "action probe"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Template:
     tokenizer: Any
+    text: str
     system: str | None
     options: Mapping[str, Any]
 
@@ -261,7 +346,11 @@ class _Template:
         for index, text in enumerate(turns):
             messages.append({"role": ("user", "assistant")[index % 2], "content": text})
         return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.options
+            messages,
+            chat_template=self.text,
+            tokenize=False,
+            add_generation_prompt=True,
+            **self.options,
         )
 
 
@@ -388,13 +477,25 @@ def _probe_thinking(glue: _Glue) -> tuple[str, ...]:
     raise _not_append_only(glue.history(turns(_THINKING_ACTION)), rendered)
 
 
+def _probe_spaces(glue: _Glue) -> tuple[str, ...]:
+    """Whether the template keeps the spaces around what was said; here they are always kept."""
+    padded = f" \n{_ACTION[0]}\n "
+    rendered = glue.template.render((_USER[0], padded, _USER[1]))
+    if rendered == glue.history((_USER[0], padded, _USER[1])):
+        return ()
+    if rendered.split() == glue.history((_USER[0], _ACTION[0], _USER[1])).split():
+        return ("the template trims what the assistant said; here the spaces around it stay",)
+    raise _not_append_only(glue.history((_USER[0], padded, _USER[1])), rendered)
+
+
 def _not_append_only(expected: str, rendered: str) -> TemplateError:
     return TemplateError(
         "chat.make: the chat template is not append-only: a later turn changes how earlier turns "
         "are rendered, so the model would "
-        f"not see what it sampled. Rendered {rendered!r}, expected {expected!r}. Set "
-        "tokenizer.chat_template to one that keeps every message as it was, for instance "
-        "jaxagentrl.tokenizer.CHATML_TEMPLATE."
+        f"not see what it sampled. Rendered {rendered!r}, expected {expected!r}. Edit "
+        "the template in the tokenizer's folder (chat_template.jinja, else `chat_template` in "
+        "tokenizer_config.json) so that it keeps every message as it was, as "
+        "jaxagentrl.tokenizer.CHATML_TEMPLATE does."
     )
 
 

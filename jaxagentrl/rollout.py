@@ -366,7 +366,9 @@ class _Player:
 
     def _command(self, action: str) -> str:
         """What a turn gives the environment."""
-        return windowed.read(action).command if self.rules.prompt_style == windowed.STYLE else action
+        if self.rules.prompt_style == windowed.STYLE:
+            return windowed.read(action).command
+        return chat.command(action)
 
     def _opens_anew(self, item: _Live) -> bool:
         """Whether the next turn opens a new context in any case."""

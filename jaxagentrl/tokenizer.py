@@ -170,8 +170,10 @@ def load(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
     tokenizer = reader.from_pretrained(str(directory), local_files_only=True)
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"the tokenizer in {directory} has no chat template; add `chat_template` to its "
-            "tokenizer_config.json (jaxagentrl.tokenizer.CHATML_TEMPLATE is one)"
+            f"the tokenizer in {directory} has no chat template, as of a base model; copy that of the "
+            "family's instruct model: its file chat_template.jinja, or the key `chat_template` of its "
+            f"tokenizer_config.json into {directory / 'tokenizer_config.json'}. The tokens that the "
+            "template writes must be in tokenizer.json."
         )
     return tokenizer
 

@@ -178,6 +178,20 @@ def test_templates_that_cannot_be_used_are_refused(tmp_path):
         chat.make(trained, family="chatlm")
 
 
+@pytest.mark.parametrize("answer, command", [
+    ("open box", "open box"),
+    (" open box\n", " open box\n"),
+    ("<think>\nIt is closed.\n</think>\n\nopen box", "open box"),
+    ("It is closed.</think> open box", "open box"),
+    ("<think>a</think>look<think>b</think>\nopen box", "open box"),
+    ("<think>It is", ""),
+    ("<think>a</think>open box<think>or", ""),
+    ("<think>a</think>", ""),
+])  # fmt: skip
+def test_the_command_is_what_follows_the_last_thought(answer, command):
+    assert chat.command(answer) == command
+
+
 def test_prompt_texts_say_what_they_are_given():
     for style in chat.PROMPT_STYLES:
         first = chat.first_user_text("open the box", "You see a box.\n", style=style)

@@ -1,6 +1,8 @@
 """Append-only conversations in the published families' templates and tokenizers."""
 
 import copy
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -100,13 +102,27 @@ def test_thinking_stays_in_the_history(loaded, name):
     turns = [USERS[0], THOUGHT, USERS[1], ACTIONS[0], USERS[2], ACTIONS[2], USERS[3]]
     same = ids.tolist() == template_ids(loaded, None, turns)
     assert same == (name != "qwen3")
-    assert [("thinking" in text) for text in made.differences] == [True] * (name == "qwen3")
+    assert any("thinking" in text for text in made.differences) == (name == "qwen3")
+
+
+def test_spaces_around_an_answer_stay_in_the_history(loaded, name):
+    made = chat.make(loaded)
+    padded = f"\n {ACTIONS[0]} "
+    ids = np.concatenate(conversation(made, USERS[:2], [padded]))
+    assert made.decode(ids).count(padded) == 1
+    trims = name in ("llama3", "gemma2", "gemma3", "mistral_v3")
+    theirs = loaded.apply_chat_template(
+        messages_of(None, [USERS[0], padded, USERS[1]]), tokenize=False, **OPTIONS)
+    assert (padded not in theirs) == trims
+    assert any("trims what the assistant said" in text for text in made.differences) == trims
+    assert made.keeps_plain_history
 
 
 def test_what_the_template_would_do_later_is_said(folders):
     moving = tokenizer.load(folders["mistral_v3"])
     made = chat.make(moving, system="Play well.")
-    assert ["system message" in text for text in made.differences] == [True]
+    assert ["system message" in text for text in made.differences] == [True, False]
+    assert not made.keeps_plain_history
     ids = np.concatenate(conversation(made, USERS, ACTIONS))
     assert made.decode(ids).count("Play well.") == 1
     assert made.decode(ids).index("Play well.") < made.decode(ids).index(USERS[0])
@@ -117,6 +133,43 @@ def test_what_the_template_would_do_later_is_said(folders):
     assert made.first_prompt(USERS[0]).tolist() == template_ids(
         qwen3, None, [USERS[0]], enable_thinking=False)
     assert made.decode(made.next_prompt("x", ended=True)).endswith("<think>\n\n</think>\n\n")
+
+
+def test_a_demonstration_stands_behind_the_header_and_nothing_else(folders):
+    """Also where the header is longer than the history's."""
+    qwen3 = tokenizer.load(folders["qwen3"])
+    made = chat.make(qwen3, template_options={"enable_thinking": False})
+    ids = np.concatenate([made.first_prompt(USERS[0]), made.encode_action(ACTIONS[0])])
+    assert made.decode(ids).endswith(f"assistant\n<think>\n\n</think>\n\n{ACTIONS[0]}<|im_end|>")
+    assert made.decode_action(made.encode_action(ACTIONS[0])) == ACTIONS[0]
+
+
+@pytest.fixture
+def thinking_only(folders):
+    """Qwen3 of 2507 that always thinks, and QwQ: the header opens the thought."""
+    loaded = tokenizer.load(folders["qwen3"])
+    always = "{{- '<|im_start|>assistant\\n<think>\\n' }}\n{%- endif %}"
+    start = loaded.chat_template.index("{{- '<|im_start|>assistant\\n' }}")
+    loaded.chat_template = loaded.chat_template[:start] + always
+    return chat.make(loaded)
+
+
+def test_a_demonstration_is_not_told_within_a_thought(thinking_only):
+    made = thinking_only
+    assert made.header.endswith("<think>\n")
+    for text, said in (
+        ("open Z-box", "<think>\n\n</think>\n\nopen Z-box"),
+        (THOUGHT, THOUGHT),
+        ("<think></think><action>look</action>", "<think>\n</think><action>look</action>"),
+        ("So.\n</think>\n\nlook", "<think>\nSo.\n</think>\n\nlook"),
+    ):
+        ids = made.encode_action(text)
+        whole = made.decode(np.concatenate([made.first_prompt(USERS[0]), ids]))
+        assert whole.endswith(f"<|im_start|>assistant\n{said}<|im_end|>")
+        assert made.decode_action(ids) == said
+        assert made.encode_action(said).tolist() == ids.tolist()
+    cut = made.tokenizer.encode("The box is", add_special_tokens=False)
+    assert chat.command(made.decode_action(cut)) == ""
 
 
 @pytest.mark.parametrize("name", their_tokenizers.WITHOUT_SYSTEM, indirect=True)
@@ -149,6 +202,58 @@ def test_the_date_does_not_depend_on_the_day(folders):
     other = chat.make(tokenizer.load(folders["llama3"]),
                       template_options={"date_string": "1 Jan 2026"})
     assert "1 Jan 2026" in other.before_first
+
+
+def test_templates_that_ask_for_today_get_the_same_day(folders):
+    """As Mistral Small does in its default system message, and SmolLM3."""
+    loaded = tokenizer.load(folders["qwen2.5"])
+    plain = loaded.chat_template
+
+    def asking(call):
+        loaded.chat_template = plain.replace("You are Qwen, created by Alibaba Cloud.", f"It is ' + {call} + '.")
+        return loaded
+
+    made = chat.make(asking('strftime_now("%A, %d %B %Y")'))
+    assert "It is Friday, 26 July 2024." in made.before_first
+    ids = np.concatenate(conversation(made, USERS, ACTIONS))
+    assert made.decode(ids).count("26 July 2024") == 1
+    other = chat.make(asking("strftime_now( '%Y-%m-%d' )"), template_options={"date_string": "1 Jan 2026"})
+    assert "It is 2026-01-01." in other.before_first
+    with pytest.raises(ValueError, match="date_string is '2026-01-01'.* write it as '26 Jul 2024'"):
+        chat.make(loaded, template_options={"date_string": "2026-01-01"})
+    chat.make(tokenizer.load(folders["qwen3"]), template_options={"date_string": "2026-01-01"})
+    with pytest.raises(chat.TemplateError, match="from day to day"):
+        chat.make(asking("strftime_now(form)"))
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "mistral_v3"], indirect=True)
+@pytest.mark.parametrize("as_file", [True, False], ids=["file", "key"])
+def test_a_base_model_takes_the_template_of_its_familys_instruct_model(name, as_file, tmp_path):
+    """What the error says is what works."""
+    instruct, base = (their_tokenizers.make(name, tmp_path / kind) for kind in ("instruct", "base"))
+    template = base / "chat_template.jinja"
+    template.unlink()
+    with pytest.raises(ValueError, match="no chat template.*instruct.*chat_template.jinja.*base/tokenizer_config"):
+        tokenizer.load(base)
+    if as_file:
+        shutil.copy(instruct / template.name, template)
+    else:
+        config = json.loads((base / "tokenizer_config.json").read_text())
+        config["chat_template"] = (instruct / template.name).read_text()
+        (base / "tokenizer_config.json").write_text(json.dumps(config))
+    made, theirs = chat.make(tokenizer.load(base)), chat.make(tokenizer.load(instruct))
+    assert made.end_of_turn_id == theirs.end_of_turn_id
+    for ours, expected in zip(
+        conversation(made, USERS, ACTIONS), conversation(theirs, USERS, ACTIONS), strict=True
+    ):
+        assert ours.tolist() == expected.tolist()
+
+
+def test_a_template_whose_end_of_turn_the_tokenizer_lacks_is_refused(folders):
+    loaded = tokenizer.load(folders["mistral_v1"])
+    loaded.chat_template = tokenizer.CHATML_TEMPLATE
+    with pytest.raises(chat.TemplateError, match="no sampler can end a turn with it; use the template of"):
+        chat.make(loaded)
 
 
 def with_token(loaded, text, **options):

@@ -63,7 +63,7 @@ def test_a_good_model_passes(folder, capsys):
     assert lines[0].startswith("chat family chatml, end of turn '<|im_end|>'")
     assert lines[1] == "note: the template drops the thinking of earlier turns; here it stays"
     assert [line.split(":")[0] for line in lines[2:]] == [
-        "ok   first prompt", "ok   append-only", "ok   masks", "ok   log-probs, in rows",
+        "ok   first prompt", "ok   template", "ok   append-only", "ok   masks", "ok   log-probs, in rows",
         "ok   log-probs, packed"]
     assert "worst token" in lines[-1] and "sampler -" in lines[-1]
 
@@ -124,9 +124,106 @@ def test_masks_and_appends_that_are_off_are_caught(folder):
     talks = [make_trajectory([make_turn(first, action), make_turn(later, action)])]
     batch = batching.to_batch(talks, None, discount=1.0, length_buckets=[128], row_multiple=1)
     assert check_tokens.check_masks(made, talks, batch).passed
-    assert check_tokens.check_append_only(made, talks).passed
+    told = [["Hello.", "It is open."]]
+    assert check_tokens.check_append_only(made, talks, told).passed
     shifted = dataclasses.replace(batch, action_mask=np.roll(batch.action_mask, 1, axis=1))
     finding = check_tokens.check_masks(made, talks, shifted)
     assert not finding.passed and "other tokens than were sampled" in finding.text
-    talks = [make_trajectory([make_turn(first, action), make_turn(later[2:], action)])]
-    assert not check_tokens.check_append_only(made, talks).passed
+    for turns, problem in (
+        ([(first, action), (later[2:], action)], "turn 2: the glue"),
+        ([(first, action), (later, action), (later, action)], "3 turns for 2 texts"),
+        # The history is in the prompt again, as where each prompt is rendered anew.
+        ([(first, action), (np.concatenate([later, action, later]), action)], "is left after the last answer"),
+        ([(first, action), (made.next_prompt("Hello.", ended=True), action)], "turn 2: the user text"),
+        ([(first, action[:-1]), (later, action)], "turn 2: the glue"),
+    ):
+        talks = [make_trajectory([make_turn(*turn) for turn in turns])]
+        finding = check_tokens.check_append_only(made, talks, told)
+        assert not finding.passed and problem in finding.text
+
+
+@pytest.mark.parametrize("name", their_tokenizers.FAMILIES)
+def test_conversations_of_every_family_pass(name, tmp_path):
+    """Whatever is sampled, cut characters and special tokens in the middle of an answer among it."""
+    from records import make_trajectory, make_turn
+
+    loaded = tokenizer.load(their_tokenizers.make(name, tmp_path))
+    made = chat.make(loaded)
+    assert check_tokens.check_template(made, None).passed
+    random = np.random.default_rng(0)
+    talks, told = [], []
+    for number in range(6):
+        texts, turns = check_tokens.texts_told(number, 6), []
+        for text in texts:
+            ended = not turns or turns[-1].action_ids[-1] == made.end_of_turn_id
+            prompt = made.next_prompt(text, ended=ended) if turns else made.first_prompt(text)
+            said = random.integers(len(loaded), size=8)
+            said = said[said != made.end_of_turn_id]
+            said = [*said, made.end_of_turn_id][: len(said) + number % 2]
+            turns.append(dataclasses.replace(make_turn(prompt, said), action=made.decode_action(said)))
+        talks.append(make_trajectory(turns))
+        told.append(texts)
+    assert check_tokens.check_append_only(made, talks, told).passed
+
+
+def test_a_template_that_changes_its_glue_is_caught(folder):
+    made = chat.make(tokenizer.load(folder))
+    finding = check_tokens.check_template(dataclasses.replace(made, between="\n\n" + made.between), None)
+    assert not finding.passed and "0 of 4" in finding.text
+
+
+def test_the_prompts_are_the_runs_own(folder, capsys):
+    options = ["--system=Play well.", '--template_options={"enable_thinking": false}']
+    seen = []
+    make = chat.make
+
+    def recorded(*args, **options):
+        seen.append(make(*args, **options))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "make", recorded)
+        assert check_tokens.main([str(folder), *SMALL, *options]) == 0
+    assert all(made.header.endswith("<think>\n\n</think>\n\n") for made in seen)
+    assert all("Play well." in made.before_first for made in seen)
+    out = capsys.readouterr().out
+    assert "opens an answer with '<think>" in out and "ok   first prompt" in out
+    assert "ok   template" not in out   # earlier turns lose the empty thought
+    for wrong, said in (("[1]", "no JSON object"), ("{enable", "is not JSON")):
+        with pytest.raises(SystemExit):
+            check_tokens.main([str(folder), f"--template_options={wrong}"])
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mesh", [("--fsdp=2", "--tensor=2"), ("--data=4",)], ids=" ".join)
+def test_a_model_on_a_mesh_passes(folder, capsys, monkeypatch, mesh):
+    lying_on = []
+    make_score = learner.make_score
+
+    def recorded(config, **options):
+        score = make_score(config, **options)
+
+        def scored(params, *rest):
+            lying_on.append({len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)})
+            return score(params, *rest)
+
+        return scored
+
+    monkeypatch.setattr(learner, "make_score", recorded)
+    assert check_tokens.main([str(folder), *SMALL, *mesh]) == 0
+    assert lying_on == [{4}, {4}]
+    assert "ok   log-probs, packed" in capsys.readouterr().out
+
+
+def test_bfloat16_is_judged_by_its_mean(folder, capsys):
+    assert check_tokens.main([str(folder), *SMALL, "--dtype=bfloat16", "--tolerance=1e-9"]) == 1
+    assert "(limit of the mean 1e-09)" in capsys.readouterr().out
+    assert check_tokens.main([str(folder), *SMALL, "--dtype=bfloat16"]) == 0
+    said = capsys.readouterr().out
+    largest = float(said.split("largest gap ")[1].split(",")[0])
+    mean = float(said.split("mean ")[1].split(" ")[0])
+    assert mean < largest
+    between = (mean + largest) / 2
+    assert check_tokens.main([str(folder), *SMALL, "--dtype=bfloat16", f"--tolerance={between}"]) == 0
+    assert check_tokens.main([str(folder), *SMALL, "--tolerance=1e-9"]) == 1
+    assert "(limit of the largest 1e-09)" in capsys.readouterr().out

@@ -193,6 +193,13 @@ def test_every_stop_reason():
     assert [turn.observation for turn in winner.turns] == ["start", "after a"]
 
 
+def test_what_was_thought_is_no_part_of_the_command():
+    scripts = {"winner": ["<think>\nwinner?\n</think>\n\na", "<think>\na?", "<think></think>winner"]}
+    (winner,) = play(scripts).trajectories
+    assert [turn.command for turn in winner.turns] == ["a", "", "winner"] and winner.won
+    assert winner.turns[0].action == scripts["winner"][0]
+
+
 def test_an_episode_ends_after_so_many_refusals_in_a_row():
     scripts = {
         "stuck": ["a", "bad", "bad", "bad", "a"],
