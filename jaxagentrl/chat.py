@@ -11,8 +11,8 @@ and an episode is first_prompt ⊕ action ⊕ next_prompt ⊕ action ⊕ … Spe
 wherever two pieces meet, so the ids equal those of the tokenizer's own `apply_chat_template` on the
 whole conversation as long as the actions are canonical encodings, and the decoded text does always.
 
-Nothing of a template is written down here: `make` reads the glue out of the tokenizer's template by
-rendering probe conversations. A system prompt that the template adds by itself (Qwen2.5) is found
+Nothing of a template is written down here: `make` reads the glue out of the tokenizer's template
+(`chat_template`). A system prompt that the template adds by itself (Qwen2.5) is found
 that way. The first prompt always equals the template's. Some templates render the same history in
 another way later on: Qwen3 drops `<think>` blocks of earlier turns, Llama 3 and Gemma trim what the
 assistant said, Mistral moves the system message to the last user message. Here what was sampled stays
@@ -21,46 +21,15 @@ the history is refused.
 """
 
 import dataclasses
-import datetime
-import re
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 import numpy as np
 
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    end_of_turn: str  # the token that ends a turn
-    structure: tuple[str, ...]  # what else must not be written by a user, special token or not
-
-
-_FAMILIES = {
-    "chatml": _Family("<|im_end|>", ("<|im_start|>",)),
-    "llama3": _Family(
-        "<|eot_id|>", ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
-    ),
-    "gemma": _Family("<end_of_turn>", ("<start_of_turn>", "<bos>")),
-    # [INST] is ordinary text in the first versions.
-    "mistral": _Family("</s>", ("<s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
-}
-
-# Templates that ask for today's date (Llama 3.2, Mistral Small, SmolLM3) get this day, which Llama 3.1
-# writes: a run must see one prompt whenever it is resumed.
-_DAY = "26 Jul 2024"
-_DAY_FORMAT = "%d %b %Y"  # of `date_string`, as Llama's templates write it
-_ASKS_FOR_TODAY = re.compile(r"\bstrftime_now\s*\(")
-_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+from jaxagentrl import chat_template
+from jaxagentrl.chat_template import THOUGHT_TAGS, TemplateError
 
 PROMPT_STYLES = ("paper", "brief")
-
-# Around what a reasoning model thinks before it answers.
-_THOUGHT_TAGS = ("<think>", "</think>")
-
-
-class TemplateError(ValueError):
-    """The tokenizer's chat template cannot be used append-only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +102,10 @@ class ChatFormat:
         """What is left to say of an answer once the header stands there."""
         if not self.opened_thought:
             return text
-        if text.startswith(_THOUGHT_TAGS[0]):
-            opened = self.opened_thought if text.startswith(self.opened_thought) else _THOUGHT_TAGS[0]
+        if text.startswith(THOUGHT_TAGS[0]):
+            opened = self.opened_thought if text.startswith(self.opened_thought) else THOUGHT_TAGS[0]
             return text.removeprefix(opened)
-        return text if _THOUGHT_TAGS[1] in text else f"\n{_THOUGHT_TAGS[1]}\n\n{text}"
+        return text if THOUGHT_TAGS[1] in text else f"\n{THOUGHT_TAGS[1]}\n\n{text}"
 
     def _user(self, text: str) -> str:
         text = self._without_control_tokens(text)
@@ -197,21 +166,10 @@ def make(
         TemplateError: the template is missing, is of another family, has no system message,
             rewrites earlier turns or changes the text of messages.
     """
-    if family is not None and family not in _FAMILIES:
-        raise ValueError(f"chat.make: family must be one of {sorted(_FAMILIES)}, got {family!r}")
-    if tokenizer.chat_template is None:
-        raise TemplateError(
-            "chat.make: the tokenizer has no chat template; copy `chat_template` from the "
-            "tokenizer_config.json of the family's instruct model into that of the tokenizer's folder"
-        )
-    options = dict(template_options or {})
-    dated = _with_fixed_day(tokenizer.get_chat_template(), options.get("date_string", _DAY))
-    template = _Template(tokenizer, dated, system, options)
-    before_first, header, strips = _probe_first(template)
-    glue = _probe_history(template, before_first, header, family)
-    _probe_append_only(glue)
-    changed = (*_probe_thinking(glue), *_probe_spaces(glue))
-    end_of_turn = _FAMILIES[glue.family].end_of_turn
+    read = chat_template.read(
+        tokenizer, family, system=system, template_options=dict(template_options or {})
+    )
+    end_of_turn = chat_template.FAMILIES[read.family].end_of_turn
     end_of_turn_ids = tokenizer.encode(end_of_turn, add_special_tokens=False)
     if len(end_of_turn_ids) != 1:
         raise TemplateError(
@@ -220,58 +178,14 @@ def make(
             "the instruct model of the same family, whose tokens the model knows"
         )
     control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    control |= {end_of_turn, *_FAMILIES[glue.family].structure}
+    control |= {end_of_turn, *chat_template.FAMILIES[read.family].structure}
     return ChatFormat(
         tokenizer=tokenizer,
-        family=glue.family,
-        before_first=before_first,
-        between=glue.between,
-        header=header,
-        action_prefix=_rest_behind(header, glue.history_header),
-        opened_thought=_opened_thought(header),
-        strips_user_text=strips,
         control_tokens=tuple(sorted(control, key=lambda content: (len(content), content))),
         end_of_turn=end_of_turn,
         end_of_turn_id=int(end_of_turn_ids[0]),
-        chat_template=template.text,
-        template_options=template.options,
-        differences=(*glue.differences, *changed),
-        keeps_plain_history=not glue.differences,
+        **vars(read),
     )
-
-
-def _with_fixed_day(template: str, date: str) -> str:
-    """The template with the day's date, a string, for each call of `strftime_now`.
-
-    A variable of that name would not do: transformers 5 gives templates nothing that can be called.
-    """
-    if not _ASKS_FOR_TODAY.search(template):
-        return template
-    try:
-        day = datetime.datetime.strptime(date, _DAY_FORMAT)
-    except ValueError as error:
-        raise ValueError(
-            f"chat.make: date_string is {date!r}, but the chat template formats a day by itself: "
-            f"write it as {_DAY!r} (prompt.template_options)."
-        ) from error
-    dated = _TODAY.sub(lambda call: call[1] + day.strftime(call[2]) + call[1], template)
-    if _ASKS_FOR_TODAY.search(dated):
-        raise TemplateError(
-            "chat.make: the chat template calls strftime_now with something else than a text, so that "
-            "prompts would change from day to day: write a format, or a date, in its place."
-        )
-    return dated
-
-
-def _rest_behind(header: str, history_header: str) -> str:
-    # A header that is longer than the history's (Qwen3's, with an empty thought) leaves nothing.
-    return history_header[len(header) :] if history_header.startswith(header) else ""
-
-
-def _opened_thought(header: str) -> str:
-    """`<think>` and what follows it, where a header ends in a thought that it does not close."""
-    before, tag, after = header.rpartition(_THOUGHT_TAGS[0])
-    return tag + after if tag and _THOUGHT_TAGS[1] not in after else ""
 
 
 def command(answer: str) -> str:
@@ -283,10 +197,10 @@ def command(answer: str) -> str:
     Args:
         answer: as `ChatFormat.decode_action` gives it.
     """
-    if not any(tag in answer for tag in _THOUGHT_TAGS):
+    if not any(tag in answer for tag in THOUGHT_TAGS):
         return answer
-    after = answer.rpartition(_THOUGHT_TAGS[1])[2]
-    return "" if _THOUGHT_TAGS[0] in after else after.strip()
+    after = answer.rpartition(THOUGHT_TAGS[1])[2]
+    return "" if THOUGHT_TAGS[0] in after else after.strip()
 
 
 _MAX_LISTED = 8
@@ -323,179 +237,6 @@ def check_vocabulary(made: ChatFormat, vocab_size: int) -> None:
         f"the model knows the ids below {vocab_size}, but its tokenizer may also give {shown}"
         f"{f' and {rest} more' if rest > 0 else ''}: use the tokenizer that was published with the "
         "model (tokenizer.directory)."
-    )
-
-
-_USER = ("first user probe", "second user probe", "third user probe")
-_ACTION = ("first action probe", "second action probe")
-# What templates of reasoning models look for and remove from earlier turns.
-_THOUGHT = f"{_THOUGHT_TAGS[0]}\nreason probe\n{_THOUGHT_TAGS[1]}\n\n"
-_THINKING_ACTION = _THOUGHT + "action probe"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Template:
-    tokenizer: Any
-    text: str
-    system: str | None
-    options: Mapping[str, Any]
-
-    def render(self, turns: tuple[str, ...]) -> str:
-        """The template's own text of a conversation that alternates user and assistant."""
-        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        for index, text in enumerate(turns):
-            messages.append({"role": ("user", "assistant")[index % 2], "content": text})
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.text,
-            tokenize=False,
-            add_generation_prompt=True,
-            **self.options,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Glue:
-    """How the template writes a history."""
-
-    template: _Template  # without the system message where that moves
-    family: str
-    before_first: str
-    history_header: str  # between a user text and the action that answered it
-    between: str
-    header: str
-    differences: tuple[str, ...]
-
-    def history(self, turns: tuple[str, ...]) -> str:
-        """What `template.render(turns)` is, if earlier turns stay as they were."""
-        end = _FAMILIES[self.family].end_of_turn
-        text = self.before_first + turns[0]
-        for action, user in zip(turns[1::2], turns[2::2], strict=True):
-            text += self.history_header + action + end + self.between + user
-        return text + self.header
-
-
-def _probe_first(template: _Template) -> tuple[str, str, bool]:
-    try:
-        rendered = template.render((_USER[0],))
-    except jinja2.TemplateError as error:
-        raise TemplateError(
-            f"chat.make: the chat template refuses a conversation that starts with "
-            f"{'a system' if template.system is not None else 'a user'} message ({error}). Gemma 2 "
-            "knows no system message: leave it out, or put its text into the first user message."
-        ) from error
-    if rendered.count(_USER[0]) != 1:
-        raise TemplateError(
-            "chat.make: the chat template does not render the user message exactly once: "
-            f"{rendered!r}"
-        )
-    before_first, header = rendered.split(_USER[0])
-    padded = f" \n{_USER[0]}\n "
-    with_spaces = template.render((padded,))
-    if with_spaces == before_first + padded + header:
-        return before_first, header, False
-    if with_spaces == rendered:
-        return before_first, header, True
-    raise TemplateError(
-        f"chat.make: the chat template rewrites the user message: {padded!r} became {with_spaces!r}"
-    )
-
-
-def _probe_history(
-    template: _Template, before_first: str, header: str, family: str | None
-) -> _Glue:
-    """Reads the glue between turns; a system message that moves later on is left out for that."""
-    differences = []
-    rendered = template.render((_USER[0], _ACTION[0], _USER[1]))
-    if template.system is not None and not rendered.startswith(before_first + _USER[0]):
-        template = dataclasses.replace(template, system=None)
-        before_first = template.render((_USER[0],)).split(_USER[0])[0]
-        rendered = template.render((_USER[0], _ACTION[0], _USER[1]))
-        differences.append(
-            "the template moves the system message to the last user message; here it stays at the "
-            "first"
-        )
-    opening = before_first + _USER[0]
-    rest = rendered.removeprefix(opening)
-    if not rendered.startswith(opening) or rest.count(_ACTION[0]) != 1:
-        raise _not_append_only(opening + header + _ACTION[0], rendered)
-    history_header, rest = rest.split(_ACTION[0])
-    family = _family_of(rest) if family is None else family
-    end = _FAMILIES[family].end_of_turn
-    if not rest.startswith(end):
-        raise TemplateError(
-            f"chat.make: the chat template ends an assistant message with {rest[:20]!r}, expected "
-            f"{end!r}; the tokenizer belongs to another family"
-        )
-    if not rest.endswith(_USER[1] + header):
-        raise TemplateError(
-            f"chat.make: the chat template renders a later user message as {rest!r}, expected "
-            f"it to end with {_USER[1] + header!r}"
-        )
-    if not history_header.startswith(header):
-        if not header.startswith(history_header):
-            raise _not_append_only(opening + header + _ACTION[0], rendered)
-        differences.append(
-            f"the template opens an answer with {header.removeprefix(history_header)!r} and leaves "
-            "that out of earlier turns; here it stays"
-        )
-    between = rest[len(end) : -len(_USER[1] + header)]
-    return _Glue(
-        template, family, before_first, history_header, between, header, tuple(differences)
-    )
-
-
-def _family_of(ending: str) -> str:
-    for name, family in _FAMILIES.items():
-        if ending.startswith(family.end_of_turn):
-            return name
-    raise TemplateError(
-        f"chat.make: the chat template ends an assistant message with {ending[:20]!r}, expected "
-        f"one of {[family.end_of_turn for family in _FAMILIES.values()]}; the tokenizer belongs to "
-        "another family"
-    )
-
-
-def _probe_append_only(glue: _Glue) -> None:
-    turns = (_USER[0], _ACTION[0], _USER[1], _ACTION[1], _USER[2])
-    rendered, expected = glue.template.render(turns), glue.history(turns)
-    if rendered != expected:
-        raise _not_append_only(expected, rendered)
-
-
-def _probe_thinking(glue: _Glue) -> tuple[str, ...]:
-    """Whether the template keeps what an earlier turn thought; here it is always kept."""
-
-    def turns(action: str) -> tuple[str, ...]:
-        return (_USER[0], action, _USER[1], _ACTION[1], _USER[2])
-
-    rendered = glue.template.render(turns(_THINKING_ACTION))
-    if rendered == glue.history(turns(_THINKING_ACTION)):
-        return ()
-    if rendered == glue.history(turns(_THINKING_ACTION.removeprefix(_THOUGHT))):
-        return ("the template drops the thinking of earlier turns; here it stays",)
-    raise _not_append_only(glue.history(turns(_THINKING_ACTION)), rendered)
-
-
-def _probe_spaces(glue: _Glue) -> tuple[str, ...]:
-    """Whether the template keeps the spaces around what was said; here they are always kept."""
-    padded = f" \n{_ACTION[0]}\n "
-    rendered = glue.template.render((_USER[0], padded, _USER[1]))
-    if rendered == glue.history((_USER[0], padded, _USER[1])):
-        return ()
-    if rendered.split() == glue.history((_USER[0], _ACTION[0], _USER[1])).split():
-        return ("the template trims what the assistant said; here the spaces around it stay",)
-    raise _not_append_only(glue.history((_USER[0], padded, _USER[1])), rendered)
-
-
-def _not_append_only(expected: str, rendered: str) -> TemplateError:
-    return TemplateError(
-        "chat.make: the chat template is not append-only: a later turn changes how earlier turns "
-        "are rendered, so the model would "
-        f"not see what it sampled. Rendered {rendered!r}, expected {expected!r}. Edit "
-        "the template in the tokenizer's folder (chat_template.jinja, else `chat_template` in "
-        "tokenizer_config.json) so that it keeps every message as it was, as "
-        "jaxagentrl.tokenizer.CHATML_TEMPLATE does."
     )
 
 

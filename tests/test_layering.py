@@ -88,6 +88,7 @@ jaxagentrl.learner
 jaxagentrl.optimizer
 jaxagentrl.estimate
 jaxagentrl.tokenizer
+jaxagentrl.chat_template
 jaxagentrl.chat
 jaxagentrl.windowed
 jaxagentrl.rules
