@@ -306,10 +306,8 @@ def make_rl_loss(
     Raises:
         ValueError: an unknown surrogate.
     """
-    if surrogate not in SURROGATES:
-        raise ValueError(
-            f"rl.loss.surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}."
-        )
+    clips = {"clip_low": clip_low, "clip_high": clip_high}
+    surrogate_loss = _make_surrogate(surrogate, **clips, dual_clip=dual_clip)
     forward_part = functools.partial(
         forward, config, temperature=temperature, remat=remat, compute_dtype=compute_dtype
     )
@@ -320,39 +318,16 @@ def make_rl_loss(
         scores = forward_part(params, batch.tokens, _needed(batch, targets), **layout)
         mask, weights = batch.action_mask, targets.weights
         old = jax.lax.stop_gradient(scores.logprobs) if old_is_current else targets.old_logprobs
-        clips = {"clip_low": clip_low, "clip_high": clip_high}
-        rows = (scores.logprobs, old, targets.advantages)
-        if surrogate == "clipped":
-            per_token = losses.clipped_surrogate(
-                *rows, **clips, dual_clip=dual_clip, action_mask=mask
-            )
-        elif surrogate == "gspo":
-            per_token = losses.sequence_surrogate(*rows, mask, **clips, dual_clip=dual_clip)
-        elif surrogate == "cispo":
-            per_token = losses.cispo(*rows, **clips, action_mask=mask)
-        else:
-            per_token = losses.policy_gradient(rows[0], rows[2], action_mask=mask)
+        per_token = surrogate_loss(scores.logprobs, old, targets.advantages, mask)
+        metrics = _policy_metrics(surrogate, scores, old, batch, targets, **clips)
         if importance_cap is not None:
             ratios = losses.importance_ratios(old, batch.sampler_logprobs, mask)
             per_token *= losses.truncated_importance_weights(ratios, cap=importance_cap)
-        policy = jnp.sum(weights * per_token)
-        entropy = jnp.sum(weights * scores.entropies)
-        observation = -jnp.sum(targets.observation_weights * scores.logprobs)
-        loss = policy - entropy_coefficient * entropy + observation
-        log_ratio = jnp.where(mask, scores.logprobs - old, 0.0)
-        is_clipped = diagnostics.is_clipped(surrogate, log_ratio, targets.advantages, mask, **clips)
-        gap = jnp.where(mask, jnp.abs(old - batch.sampler_logprobs), 0.0)
-        metrics = {
-            "loss/policy": policy,
-            "loss/observation": observation,
-            "policy/entropy": entropy,
-            "policy/clip_fraction": jnp.sum(weights * is_clipped),
-            "policy/old_kl": jnp.sum(weights * (jnp.exp(log_ratio) - 1 - log_ratio)),
-            "policy/sampler_gap_mean": jnp.sum(weights * gap),
-            "policy/sampler_gap_max": jnp.max(gap),
-        }
-        if importance_cap is not None:
             metrics["policy/importance_capped"] = jnp.sum(weights * (ratios > importance_cap))
+        metrics["loss/policy"] = jnp.sum(weights * per_token)
+        metrics["loss/observation"] = -jnp.sum(targets.observation_weights * scores.logprobs)
+        loss = metrics["loss/policy"] - entropy_coefficient * metrics["policy/entropy"]
+        loss = loss + metrics["loss/observation"]
         if kl_coefficient:
             kl = losses.kl_loss(
                 scores.logprobs, targets.ref_logprobs, estimator=kl_estimator, action_mask=mask
@@ -372,6 +347,61 @@ def make_rl_loss(
         return loss, metrics
 
     return loss_fn
+
+
+def _make_surrogate(
+    name: str, *, clip_low: float, clip_high: float, dual_clip: float | None
+) -> Callable[..., Array]:
+    """(logprobs, old_logprobs, advantages, action_mask), all [B, L] → [B, L] loss of every token."""
+    clips = {"clip_low": clip_low, "clip_high": clip_high}
+
+    def clipped(logprobs: Array, old: Array, advantages: Array, mask: Array) -> Array:
+        return losses.clipped_surrogate(
+            logprobs, old, advantages, **clips, dual_clip=dual_clip, action_mask=mask
+        )
+
+    def gspo(logprobs: Array, old: Array, advantages: Array, mask: Array) -> Array:
+        return losses.sequence_surrogate(
+            logprobs, old, advantages, mask, **clips, dual_clip=dual_clip
+        )
+
+    def cispo(logprobs: Array, old: Array, advantages: Array, mask: Array) -> Array:
+        return losses.cispo(logprobs, old, advantages, **clips, action_mask=mask)
+
+    def policy_gradient(logprobs: Array, _: Array, advantages: Array, mask: Array) -> Array:
+        return losses.policy_gradient(logprobs, advantages, action_mask=mask)
+
+    if name not in SURROGATES:
+        raise ValueError(f"rl.loss.surrogate must be one of {', '.join(SURROGATES)}, got {name!r}.")
+    return {
+        "clipped": clipped, "gspo": gspo, "cispo": cispo, "policy_gradient": policy_gradient
+    }[name]
+
+
+def _policy_metrics(
+    surrogate: str,
+    scores: Scores,
+    old: Array,
+    batch: TrajectoryBatch,
+    targets: Targets,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Metrics:
+    """Sums over action tokens, weighted as in the loss, of how the policy stands to those of before."""
+    mask, weights = batch.action_mask, targets.weights
+    log_ratio = jnp.where(mask, scores.logprobs - old, 0.0)
+    is_clipped = diagnostics.is_clipped(
+        surrogate, log_ratio, targets.advantages, mask, clip_low=clip_low, clip_high=clip_high
+    )
+    gap = jnp.where(mask, jnp.abs(old - batch.sampler_logprobs), 0.0)
+    return {
+        "policy/entropy": jnp.sum(weights * scores.entropies),
+        "policy/clip_fraction": jnp.sum(weights * is_clipped),
+        "policy/old_kl": jnp.sum(weights * (jnp.exp(log_ratio) - 1 - log_ratio)),
+        "policy/sampler_gap_mean": jnp.sum(weights * gap),
+        "policy/sampler_gap_max": jnp.max(gap),
+    }
 
 
 def make_step(

@@ -58,7 +58,7 @@ def token_logprobs(
         needed: [B, L] bool, tokens whose log-probs are read; None is all of them. The first of a row
             never is: nothing predicts it.
         temperature: divides the logits; that of the sampler, so that both score one distribution.
-        softcap: cap(x) = softcap · tanh(x / softcap) on the logits (Gemma 2); None is no cap.
+        softcap: `cap` on the logits (Gemma 2), cap(x) = softcap · tanh(x / softcap); None is no cap.
         chunk_size: positions of a device whose logits exist at once; None is `largest_chunk`.
         row_shards: parts that the rows are shared out into over devices. Every part works off its own
             tokens, and they sum the gradients of weights once. A number that does not divide B is 1.
@@ -212,12 +212,15 @@ def _put(tree, at: jax.Array, parts):
     return jax.tree.map(put, tree, parts)
 
 
+def cap(x: jax.Array, softcap: float | None) -> jax.Array:
+    """Squeezes into (−softcap, softcap), near the identity around 0; None leaves x as it is."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
+
+
 def _logits(reading: _Reading, x: jax.Array, unembedding: jax.Array) -> jax.Array:
     """[C, V] float32."""
     scores = jnp.matmul(x, unembedding, preferred_element_type=jnp.float32)
-    if reading.softcap is not None:
-        scores = reading.softcap * jnp.tanh(scores / reading.softcap)
-    return scores / reading.temperature
+    return cap(scores, reading.softcap) / reading.temperature
 
 
 def _slope(reading: _Reading, logits: jax.Array) -> jax.Array | float:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxagentrl import logprobs
 from jaxagentrl.models import attention
 
 B, L, H, K, E = 2, 10, 4, 2, 8
@@ -57,7 +58,7 @@ def plain(q, k, v, mask, softcap):
     """The definition in whole arrays, for jax's own derivative: no blocks, no rule of ours."""
     length = q.shape[1]
     keys, values = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
-    z = attention.cap(SCALE * jnp.einsum("bthe,bshe->bhts", q, keys), softcap)
+    z = logprobs.cap(SCALE * jnp.einsum("bthe,bshe->bhts", q, keys), softcap)
     seen = jnp.tril(jnp.ones((1, length, length), bool)) & mask
     weights = jax.nn.softmax(jnp.where(seen[:, None], z, -jnp.inf), axis=-1)
     return jnp.einsum("bhts,bshe->bthe", weights, values)

@@ -11,7 +11,7 @@ import safetensors.numpy
 from test_sharding import UNTIED, assert_close, assert_placed, data, whole_rows
 
 from jaxagentrl import learner, optimizer
-from jaxagentrl.models import decoder, kv_cache, lora, pretrained, sharding
+from jaxagentrl.models import decoder, kv_cache, lora, pretrained, pretrained_config, sharding
 from jaxagentrl.types import TrainState
 
 TARGETS = ("attention/(q|v)", "mlp/.*")
@@ -191,6 +191,7 @@ def test_separate_export_over_a_model_with_images(prefix, spelled, tmp_path, mon
     lora.save(f"{folder}/adapters", adapters, alpha=ALPHA, base=f"{folder}/base")
     said = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert said["base_model_name_or_path"] == str(tmp_path / "base")
+    assert pretrained_config.layers_module(f"{folder}/base") == "model.language_model.layers"
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     with warnings.catch_warnings():

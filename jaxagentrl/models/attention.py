@@ -6,6 +6,7 @@ Shapes: B rows, L queries, S keys, H query heads, K key/value heads with K divid
 import jax
 import jax.numpy as jnp
 
+from jaxagentrl.logprobs import cap
 from jaxagentrl.models import cudnn_packed, sharding, splash
 
 # How attention of whole sequences may be computed.
@@ -215,8 +216,3 @@ def _weighted_sum_bwd(
 
 
 _weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
-
-
-def cap(x: jax.Array, softcap: float | None) -> jax.Array:
-    """Squeezes into (−softcap, softcap), near the identity around 0; None leaves x as it is."""
-    return x if softcap is None else softcap * jnp.tanh(x / softcap)

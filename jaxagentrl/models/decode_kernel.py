@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from jaxagentrl.logprobs import cap
 from jaxagentrl.models import attention, kv_cache, trial
 
 _BLOCK = 64  # positions that a program reads at once
@@ -149,16 +150,13 @@ def _kernel(
     is_query = jnp.arange(_MIN_GROUP) < group
     q = triton.load(q_ref.at[:, :], mask=is_query[:, None], other=0.0)
 
-    def capped(scores: jax.Array) -> jax.Array:
-        return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-
     @pl.when((part == 0) & (place < keys_ref.shape[-1]))
     def _() -> None:
         keys_out_ref[layer, row, head, :, place] = k_ref[...]
         values_out_ref[layer, row, head, place, :] = v_ref[...]
 
     k, v = k_ref[...].astype(jnp.float32), v_ref[...].astype(jnp.float32)
-    own = capped(jnp.sum(q.astype(jnp.float32) * k[None], axis=1) * scale)
+    own = cap(jnp.sum(q.astype(jnp.float32) * k[None], axis=1) * scale, softcap)
     has_own = part == 0
     carry = (
         jnp.where(has_own, jnp.broadcast_to(v[None], q.shape), 0.0),
@@ -172,7 +170,7 @@ def _kernel(
         start = pl.multiple_of(block * _BLOCK, _BLOCK)
         where = pl.ds(start, _BLOCK)
         keys = keys_ref[layer, row, head, :, where].astype(q.dtype)
-        scores = capped(triton.dot(q, keys) * scale)
+        scores = cap(triton.dot(q, keys) * scale, softcap)
         positions = start + offsets
         seen = ((positions >= first) & (positions < length))[None]
         scores = jnp.where(seen, scores, _LOWEST)

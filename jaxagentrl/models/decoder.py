@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxagentrl.logprobs import cap
 from jaxagentrl.models import attention, decode_kernel, kv_cache, rope, sharding
 from jaxagentrl.models.decoder_config import DecoderConfig
 from jaxagentrl.models.layers import (
@@ -318,13 +319,13 @@ def unembedding(params: Params) -> jax.Array:
 
 
 def unembed(params: Params, x: jax.Array, *, softcap: float | None = None) -> jax.Array:
-    """[..., V] float32 logits; `softcap` is `config.logit_softcap`, see `attention.cap`."""
+    """[..., V] float32 logits; `softcap` is `config.logit_softcap`, see `logprobs.cap`."""
     if "transposed" in params.get("lm_head", ()):  # see `decoding_layout`
         z = product_of_few(x, params["lm_head"]["transposed"])
     else:
         kernel = unembedding(params).astype(x.dtype)
         z = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
-    return attention.cap(z, softcap)
+    return cap(z, softcap)
 
 
 def final_norm(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:
