@@ -138,7 +138,8 @@ def main() -> None:
                 new = q[:, None, :, 0]
                 cache = kv_cache.write(cache, index, None, places, new, new)
                 q = q.reshape(s, 1, k * g, e)
-                q = attention.attend_cached(q, *cache.mirrors[index], mask, scale=e**-0.5)
+                keys, values = kv_cache.read(cache, index, None, held, q.dtype)
+                q = attention.attend_cached(q, keys, values, mask, scale=e**-0.5)
                 q = q.reshape(s, k, g, e)
             return cache, q
 
