@@ -9,7 +9,7 @@ import pytest
 from test_decoder import CONFIG, variant
 from test_mirrors import SLOTS, TURN, controls, sampled
 
-from jaxagentrl import plan, sampling
+from jaxagentrl import plan_sampling, sampling
 from jaxagentrl.models import decoder, decoding_layout, lora
 
 
@@ -86,7 +86,7 @@ def test_of_a_frozen_base_in_sixteen_bits_only_what_changes_is_copied(backend, m
         assert laid_out["layers"]["mlp"]["down"]["kernel"] is kernel
         copied = sum(x.nbytes for x in jax.tree.leaves(adapters)) // 2
     shapes = (jax.eval_shape(lambda x=x: x) for x in (given, laid_out))
-    assert plan._copy_bytes(*shapes, None) == copied
+    assert plan_sampling._copy_bytes(*shapes, None) == copied
 
 
 def test_only_weights_that_no_cache_holds_are_kept_transposed(monkeypatch):
@@ -104,4 +104,4 @@ def test_only_weights_that_no_cache_holds_are_kept_transposed(monkeypatch):
     assert few["lm_head"]["transposed"] is params["embed"]["embedding"]
     # The plan counts what is there twice and nothing else.
     given, taken = (jax.eval_shape(lambda x=x: x) for x in (params, laid_out))
-    assert plan._copy_bytes(given, taken, None) == size
+    assert plan_sampling._copy_bytes(given, taken, None) == size

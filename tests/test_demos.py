@@ -64,12 +64,15 @@ class ScriptedPool:
         admissible = ("wait", *COMMANDS)
         return Info(score, 2.0, done == 3, False, True, command, 1.0, admissible, "Take it.")
 
-    def poll(self, limit_s=None):
+    def poll(self, limit_s=None, until=None):
         assert self.answers, "nothing was asked"
         # Half of what is ready, latest first.
         ready = len(self.answers) // 2 + 1
         answers, self.answers = self.answers[-ready:][::-1], self.answers[:-ready]
         return answers
+
+    def wake(self):
+        pass
 
     def release(self, handle):
         del self.tasks[handle]
