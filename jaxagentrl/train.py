@@ -17,14 +17,12 @@ import jax
 
 from jaxagentrl import (
     checkpoints,
-    demos,
     evaluate,
     hosts,
     imitate,
     learner,
     metrics,
     openings,
-    optimizer,
     pages,
     plan,
     plan_sampling,

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 from fake_engine import FakeEngine
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxagentrl import engine, logprobs, sampling, tiling, turns
+from jaxagentrl import engine, logprobs, sampling, tiling
 from jaxagentrl.models import decoder, sharding
 
 CONFIG = decoder.DecoderConfig(

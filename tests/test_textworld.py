@@ -12,13 +12,16 @@ import time
 
 import hypothesis
 import pytest
+from fake_engine import FakeEngine
 from hypothesis import strategies as st
 
 from envs_host import textworld, textworld_maker, textworld_text
 from envs_host.textworld_engine import Engine, Extras, Moment, Outcome, digest
 from envs_host.memory import Engines, Memory
 from envs_host.specs import SetAside, Spec
+from envs_host.pool import EnvPool
 from envs_host.types import GameFileError, Task
+from jaxagentrl import chat, demos, rollout, tokenizer
 
 # Jericho's word for games other than the famous ones it has hints for.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not fully supported")
@@ -304,7 +307,7 @@ def test_answers_are_those_of_textworld(task):
     )
     plain = textworld.TextWorldEnv(remember=False)
     for seed in range(3):
-        state, moves = theirs.reset(), 0
+        state = theirs.reset()
         policy = state["_winning_policy"]
         observation, info = ours.reset(task)
         assert plain.reset(task).observation == observation
@@ -576,3 +579,42 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
     assert report.generated == 1
     assert list(scratch.iterdir()) == []
     assert not stale.exists() and fresh.exists()  # Another run may be at work on it.
+
+
+def test_a_branch_goes_on_from_the_same_state(tasks, tmp_path):
+    """Of a real game: what is said, the score and the possible commands are those of the episode branched."""
+    task = tasks["basic"]
+
+    class Walks(FakeEngine):
+        def ids(self, request):
+            return chat_format.encode_action(task.walkthrough[request.stream[-1]])
+
+    options = {"prompt_style": "brief", "show_admissible": True}
+    with EnvPool(
+        "textworld",
+        {"admissible_commands": True},
+        num_workers=1,
+        step_limit_s=60.0,
+        reset_limit_s=60.0,
+        worker_memory_mb=2000.0,
+    ) as pool:
+        replays = demos.replay([task], pool)
+        texts = list(demos.texts(replays, **options, history_turns=0))
+        chat_format = chat.make(tokenizer.train(texts, vocab_size=500, directory=tmp_path))
+        (walked,) = demos.encode(replays, chat_format, **options, history_turns=0)
+        engine = Walks(max_length=10_000, stop_ids=[chat_format.end_of_turn_id])
+        played = rollout.collect(
+            rollout.branch(walked, 2, group=0, num_members=2, stream=(1,)),
+            rules=rollout.Rules(max_turns=9, temperature=1.0, **options),
+            pool=pool,
+            engine=engine,
+            params=None,
+            chat_format=chat_format,
+        )
+    assert not played.failures and len(played.trajectories) == 2 < walked.num_turns
+    assert len(engine.requests) == 2 * (walked.num_turns - 2)  # the prefix was not sampled
+    for branched in played.trajectories:
+        assert branched.won
+        for mine, theirs in zip(branched.turns, walked.turns, strict=True):
+            assert (mine.observation, mine.score) == (theirs.observation, theirs.score)
+            assert mine.prompt_ids.tolist() == theirs.prompt_ids.tolist()  # with the possible commands
