@@ -46,15 +46,7 @@ def test_on_cpu_a_wave_does_not_wait_for_another(monkeypatch):
     monkeypatch.setattr(compiles, "cores", lambda: 2)
     params = decoder.init(CONFIG, jax.random.key(0))
     sampler = make_engine(2, num_waves=2)
-    begun, may_end, decode = threading.Event(), threading.Event(), sampler._decode
-
-    def first_lasts(*arguments, **options):
-        is_first = not begun.is_set()
-        begun.set()
-        assert not is_first or may_end.wait(60)
-        return decode(*arguments, **options)
-
-    sampler._decode = first_lasts
+    begun, may_end = first_held_up(sampler, monkeypatch)
     for wave in range(2):
         sampler.submit(wave, engine.TurnRequest(0, conversations(1)[0][0], 3, (wave,)))
     sampler.launch(params, 0)
@@ -115,6 +107,20 @@ def submit_and_launch(sampler, params, wave, **options):
     sampler.launch(params, wave, **options)
 
 
+def first_held_up(sampler, monkeypatch) -> tuple[threading.Event, threading.Event]:
+    """The engine's first decode call lasts until the second event is set; it sets the first as it begins."""
+    begun, may_end, decode = threading.Event(), threading.Event(), sampler._decode
+
+    def first_lasts(*arguments, **options):
+        is_first = not begun.is_set()
+        begun.set()
+        assert not is_first or may_end.wait(60)
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(sampler, "_decode", first_lasts)
+    return begun, may_end
+
+
 def test_an_interrupted_receive_leaves_nothing_that_a_later_episode_could_get(monkeypatch):
     params = decoder.init(CONFIG, jax.random.key(0))
     sampler = make_engine(2, num_waves=2)
@@ -145,15 +151,7 @@ def test_who_waits_for_a_wave_hears_of_another_that_is_over_earlier(monkeypatch)
     params = decoder.init(CONFIG, jax.random.key(0))
     sampler = make_engine(2, num_waves=2)
     assert sampler.wait(0) == [] == sampler.over()
-    begun, may_end, decode = threading.Event(), threading.Event(), sampler._decode
-
-    def first_lasts(*arguments, **options):
-        is_first = not begun.is_set()
-        begun.set()
-        assert not is_first or may_end.wait(60)
-        return decode(*arguments, **options)
-
-    monkeypatch.setattr(sampler, "_decode", first_lasts)
+    begun, may_end = first_held_up(sampler, monkeypatch)
     told = threading.Event()
     submit_and_launch(sampler, params, 0)
     assert begun.wait(60)
