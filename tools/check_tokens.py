@@ -318,9 +318,10 @@ def check_logprobs(
     return Finding(name, passed, said)
 
 
-def check(directory: str, options: argparse.Namespace) -> list[Finding]:
-    """All findings for a model folder."""
-    made = _made(directory, options)
+def check(
+    directory: str, made: chat.ChatFormat, options: argparse.Namespace
+) -> list[Finding]:
+    """All findings for a model folder, with the chat format of its tokenizer."""
     mesh = sharding.make_mesh(data=options.data, fsdp=options.fsdp, tensor=options.tensor)
     config, params = pretrained.load(directory, mesh=mesh)
     try:
@@ -357,12 +358,6 @@ def check(directory: str, options: argparse.Namespace) -> list[Finding]:
     ]
 
 
-def _made(directory: str, options: argparse.Namespace) -> chat.ChatFormat:
-    return chat.make(
-        tokenizer.load(directory), system=options.system, template_options=options.template_options
-    )
-
-
 def _json_object(text: str) -> dict[str, Any]:
     try:
         read = json.loads(text)
@@ -393,12 +388,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "float32 and of the mean in bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    made = _made(options.directory, options)
+    made = chat.make(
+        tokenizer.load(options.directory),
+        system=options.system,
+        template_options=options.template_options,
+    )
     print(f"chat family {made.family}, end of turn {made.end_of_turn!r} ({made.end_of_turn_id})")
     for difference in made.differences:
         print(f"note: {difference}")
     precision.keep_float32(options.dtype)  # as runs do
-    findings = check(options.directory, options)
+    findings = check(options.directory, made, options)
     for finding in findings:
         print(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name}: {finding.text}")
     return 0 if all(finding.passed for finding in findings) else 1
