@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxagentrl import sampling, turns
 from jaxagentrl.models import decoder
+from jaxagentrl.shards import Shards
 from jaxagentrl.turns import Waiting
 
 
@@ -26,26 +27,27 @@ def extend(
     rows: Mapping[int, tuple[np.ndarray, int]],
     shape: tuple[int, int, int],
     *,
-    num_slots: int,
+    shards: Shards,
 ) -> Call:
     """Appends ids to slots: `rows` are slot → (ids, tokens in its cache), `shape` is (rows, width, filled)."""
     num_rows, width, filled = shape
     tokens = np.zeros((num_rows, width), np.int32)
-    slots, lengths, counts = _padded(num_rows, num_slots)
-    for row, (slot, (ids, length)) in enumerate(rows.items()):
+    slots, lengths, counts = _padded(num_rows, shards)
+    for row, (slot, (ids, length)) in zip(shards.rows(rows, num_rows), rows.items(), strict=True):
         tokens[row, : len(ids)] = ids
-        slots[row], lengths[row], counts[row] = slot, length, len(ids)
+        slots[row], lengths[row], counts[row] = shards.place(slot), length, len(ids)
     arguments = dict(params=params, tokens=tokens, slots=slots, lengths=lengths, counts=counts)
     return Call(program, arguments | {"filled": filled}, ("extend", *shape))
 
 
 def fork(
-    program: Any, pairs: Sequence[tuple[int, int]], num_rows: int, filled: int, *, num_slots: int
+    program: Any, pairs: Sequence[tuple[int, int]], num_rows: int, filled: int, *, shards: Shards
 ) -> Call:
-    """Copies the first `filled` positions of each pair's first slot to its second."""
-    targets, sources, _ = _padded(num_rows, num_slots)
-    for row, (source, target) in enumerate(pairs):
-        sources[row], targets[row] = source, target
+    """Copies the first `filled` positions of each pair's first slot to its second, of the same shard."""
+    targets, sources, _ = _padded(num_rows, shards)
+    rows = shards.rows([target for _, target in pairs], num_rows)
+    for row, (source, target) in zip(rows, pairs, strict=True):
+        sources[row], targets[row] = shards.place(source), shards.place(target)
     return Call(program, dict(sources=sources, targets=targets, filled=filled), ("fork", num_rows, filled))
 
 
@@ -56,7 +58,7 @@ def decode(
     num_rows: int,
     filled: int,
     *,
-    num_slots: int,
+    shards: Shards,
     stop_ids: np.ndarray,
     until: int = 0,
     restricted: bool = False,
@@ -68,7 +70,7 @@ def decode(
         until: how many rows may be left in their turn.
         restricted: takes the program with top-k, top-p and min-p even where no row uses them.
     """
-    slots, pending, lengths = _padded(num_rows, num_slots)
+    slots, pending, lengths = _padded(num_rows, shards)
     is_ready = np.zeros(num_rows, bool)
     controls = sampling.Controls(
         budgets=np.zeros(num_rows, np.int32),
@@ -80,7 +82,7 @@ def decode(
         streams=np.zeros((num_rows, 2), np.uint32),
     )
     for row, (slot, item, length) in rows.items():
-        slots[row], lengths[row], is_ready[row] = slot, length, item.is_ready
+        slots[row], lengths[row], is_ready[row] = shards.place(slot), length, item.is_ready
         if not item.is_ready:
             (pending[row],) = item.ids
         controls.budgets[row] = item.budget
@@ -105,7 +107,7 @@ def decode(
     return Call(program, arguments, ("decode", num_rows, filled, *words))
 
 
-def _padded(num_rows: int, num_slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _padded(num_rows: int, shards: Shards) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A slot out of range and two zeros for every row."""
-    slots = np.full(num_rows, num_slots, np.int32)
+    slots = np.full(num_rows, shards.size, np.int32)
     return slots, np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxagentrl import calls, compiles, dispatch, prefixes, sampling, tiling, turns
+from jaxagentrl import calls, compiles, dispatch, prefixes, sampling, shapes, turns
 from jaxagentrl.models import decoder
 from jaxagentrl.turns import Counters, TurnRequest, TurnSample, Waiting
 
@@ -84,20 +84,23 @@ class Engine:
         self._counters = [Counters() for _ in range(num_waves)]  # a wave's thread adds to its own
         self._compiled = compiles.Account()
         self._queues = dispatch.for_waves(num_waves)
-        self._filled_buckets = sorted(filled_buckets)
-        self._width_buckets = tiling.width_buckets(width_buckets, max_length)
-        self._row_buckets = tiling.row_buckets(self.slots_per_wave, row_divisors)
+        self._shapes = shapes.of_wave(
+            config,
+            self.slots_per_wave,
+            max_length=max_length,
+            filled_buckets=filled_buckets,
+            width_buckets=width_buckets,
+            row_divisors=row_divisors,
+        )
         self._stop_ids = np.array(sorted(self.stop_ids), np.int32)
         self._linger_share = linger_share
-        self._extend_costs = tiling.extend_costs(config)
-        self._decode_costs = tiling.decode_costs(config)
         self._notice = notice
         self._seen: set[tuple] = set()
         self._extend = sampling.make_extend(config)
         self._fork = sampling.make_fork()
         self._decode = sampling.make_decode(config, max_turn_tokens=max_turn_tokens)
         self._held = [
-            sampling.init(config, self.slots_per_wave, max_length, cache_dtype)
+            sampling.init(config, self._shapes.shards.num_slots, max_length, cache_dtype)
             for _ in range(num_waves)
         ]
         shape = (num_waves, self.slots_per_wave)
@@ -276,8 +279,8 @@ class Engine:
         decoded = fetched = self._waited()
         num_lingering = int(self._linger_share * len(slots))
         while len(slots) > num_lingering:
-            for num_rows, filled, rows in self._tile_decode(wave, slots):
-                fewer = [size for size in self._decode_buckets() if size < num_rows]
+            for num_rows, filled, rows in self._tile_decodes(wave, slots):
+                fewer = [size for size in self._shapes.decode_rows if size < num_rows]
                 until = max([num_lingering * len(rows) // len(slots), *fewer])
                 begun = {r: (s, waiting[s], int(self._lengths[wave, s])) for r, s in rows.items()}
                 call = self._decode_call(params, begun, num_rows, filled, until=until)
@@ -340,17 +343,12 @@ class Engine:
 
     def _every_call(self, params: decoder.Params, restricted: bool) -> Iterator[calls.Call]:
         """One of every program, on no rows."""
-        for rows in self._row_buckets:
-            for index, width in enumerate(self._width_buckets):
-                narrower = self._width_buckets[index - 1] if index else 0
-                for filled in self._filled_buckets:
-                    if filled > narrower:
-                        yield self._extend_call(params, {}, (rows, width, filled))
-            for filled in self._filled_buckets:
-                yield self._fork_call([], rows, filled)
-        for rows in self._decode_buckets():
-            for filled in self._filled_buckets:
-                yield self._decode_call(params, {}, rows, filled, restricted=restricted)
+        for shape in self._shapes.extends():
+            yield self._extend_call(params, {}, shape)
+        for shape in self._shapes.forks():
+            yield self._fork_call([], *shape)
+        for shape in self._shapes.decodes():
+            yield self._decode_call(params, {}, *shape, restricted=restricted)
 
     def _check_settled(self, wave: int) -> None:
         if self._launched[wave] is not None:
@@ -363,8 +361,10 @@ class Engine:
         wanted = held.copy()
         for slot in computing:
             wanted[slot] += len(waiting[slot].ids)
-        further = self._extend_costs.call + self._row_buckets[0] * self._width_buckets[0]
-        copies = prefixes.find(self._ids[wave], held, wanted, computing, further=further)
+        size, further = self._shapes.shards.size, self._shapes.further_extend
+        copies = prefixes.find_within(
+            self._ids[wave], held, wanted, computing, size=size, further=further
+        )
         for slot, item in waiting.items():
             item.leader = copies.get(slot)
 
@@ -379,18 +379,16 @@ class Engine:
             is_all_but_one = held == copy.length - 1 and source is not None and len(source.ids) == 1
             return min(held, copy.length) if held >= copy.length or is_all_but_one else 0
 
-        copies = [
-            (slot, item.leader.source, length)
+        copies = {
+            slot: length
             for slot, item in sorted(waiting.items())
             if item.leader is not None and (length := length_now(item.leader))
-        ]
-        markers, most = [], self._row_buckets[-1]
-        for start in range(0, len(copies), most):
-            part = copies[start : start + most]
-            pairs, longest = [(source, slot) for slot, source, _ in part], max(c[2] for c in part)
-            num_rows = tiling.bucket(len(pairs), self._row_buckets)
-            markers.append(self._run(wave, self._fork_call(pairs, num_rows, self._filled(longest))))
-        for slot, _, length in copies:
+        }
+        markers = []
+        for num_rows, filled, slots in self._shapes.tile_forks(copies):
+            pairs = [(waiting[slot].leader.source, slot) for slot in slots]
+            markers.append(self._run(wave, self._fork_call(pairs, num_rows, filled)))
+        for slot, length in copies.items():
             item, saved = waiting[slot], length - int(lengths[slot])
             lengths[slot] = length
             self._counters[wave].tokens_forked += saved
@@ -403,23 +401,18 @@ class Engine:
 
         A last id that a wider bucket would be needed for is left to `decode`, which takes a step for it.
         """
-        rows = {}
-        for slot, item in self._waiting[wave].items():
+        rows, widths = {}, self._shapes.widths
+        for slot, item in sorted(self._waiting[wave].items()):
             if len(item.ids) > 1 and item.leader is None and slot not in had:
-                is_over = len(item.ids) - 1 in self._width_buckets
-                rows[slot] = item.ids[:-1] if is_over else item.ids[: self._width_buckets[-1]]
+                is_over = len(item.ids) - 1 in widths
+                rows[slot] = item.ids[:-1] if is_over else item.ids[: widths[-1]]
         had.update(rows)
-        slots, lengths = sorted(rows), self._lengths[wave]
-        tiles = tiling.tile(
-            [(len(rows[slot]), int(lengths[slot]) + len(rows[slot])) for slot in slots],
-            row_buckets=self._row_buckets,
-            width_buckets=self._width_buckets,
-            filled_buckets=self._filled_buckets,
-            costs=self._extend_costs,
-        )
+        sizes = {
+            slot: (len(ids), int(self._lengths[wave, slot]) + len(ids)) for slot, ids in rows.items()
+        }
         return [
-            self._extend_rows(params, wave, shape, {slots[i]: rows[slots[i]] for i in part})
-            for *shape, part in tiles
+            self._extend_rows(params, wave, shape, {slot: rows[slot] for slot in slots})
+            for shape, slots in self._shapes.tile_extends(sizes)
         ]
 
     def _extend_rows(
@@ -440,40 +433,25 @@ class Engine:
         self._counters[wave].tokens_padded += shape[0] * shape[1] - num_tokens
         return marker
 
-    def _tile_decode(
+    def _tile_decodes(
         self, wave: int, slots: Sequence[int]
     ) -> list[tuple[int, int, dict[int, int]]]:
-        """Splits the slots that decode into calls: (rows, filled, row → slot) of each."""
         lengths, waiting = self._lengths[wave], self._waiting[wave]
-        sizes = [
-            (1, int(lengths[slot]) + len(waiting[slot].ids) + waiting[slot].budget - 1) for slot in slots
-        ]
-        if not sampling.decodes_some_rows():
-            return [(self.slots_per_wave, self._filled(max(sizes)[1]), {s: s for s in slots})]
-        tiles = tiling.tile(
-            sizes,
-            row_buckets=self._decode_buckets(),
-            width_buckets=[1],
-            filled_buckets=self._filled_buckets,
-            costs=self._decode_costs,
+        return self._shapes.tile_decodes(
+            {
+                slot: int(lengths[slot]) + len(waiting[slot].ids) + waiting[slot].budget - 1
+                for slot in slots
+            }
         )
-        return [
-            (num_rows, filled, {row: slots[i] for row, i in enumerate(sorted(part))})
-            for num_rows, _, filled, part in tiles
-        ]
-
-    def _decode_buckets(self) -> list[int]:
-        """Rows that a decode call may have."""
-        return self._row_buckets if sampling.decodes_some_rows() else [self.slots_per_wave]
 
     def _extend_call(self, params, rows, shape) -> calls.Call:
-        return calls.extend(self._extend, params, rows, shape, num_slots=self.slots_per_wave)
+        return calls.extend(self._extend, params, rows, shape, shards=self._shapes.shards)
 
     def _fork_call(self, pairs, num_rows, filled) -> calls.Call:
-        return calls.fork(self._fork, pairs, num_rows, filled, num_slots=self.slots_per_wave)
+        return calls.fork(self._fork, pairs, num_rows, filled, shards=self._shapes.shards)
 
     def _decode_call(self, params, rows, num_rows, filled, **options) -> calls.Call:
-        options |= dict(num_slots=self.slots_per_wave, stop_ids=self._stop_ids)
+        options |= dict(shards=self._shapes.shards, stop_ids=self._stop_ids)
         return calls.decode(self._decode, params, rows, num_rows, filled, **options)
 
     def _run(self, wave: int, call: calls.Call) -> Future[Any]:
@@ -493,6 +471,3 @@ class Engine:
             self._seen.add(call.name)
             program, *sizes = call.name
             self._notice(f"compiling {program} {' x '.join(map(str, sizes))}")
-
-    def _filled(self, length: int) -> int:
-        return tiling.bucket(length, self._filled_buckets)

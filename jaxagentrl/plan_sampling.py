@@ -4,21 +4,22 @@ Caches and copy are counted from their shapes and places. The programs are compi
 where they may need much, and not executed: the engine's warm-up does that.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxagentrl import calls, dispatch, learner, plan, sampling, tiling
+from jaxagentrl import calls, dispatch, learner, plan, sampling, shapes
 from jaxagentrl.models import decoder, decoding_layout, sharding
 
 # Below this share of the memory the programs are not compiled twice only to be measured.
 _SMALL_SHARE = 0.05
 
 
-class _Shapes(NamedTuple):
-    """Shapes, types and places."""
+class _Arrays(NamedTuple):
+    """Shapes, types and places of arrays."""
 
     given: decoder.Params  # the decoder's parameters as they lie for training, adapters included
     policy: decoder.Params  # the same as the programs take them
@@ -41,8 +42,8 @@ def counted(
         options: `config.sampling`.
         compute_dtype: `config.learner.compute_dtype`, which sampling shares.
     """
-    shapes = _shapes(model, trainable, frozen, mesh, options, compute_dtype)
-    return _count(shapes, options["num_waves"], mesh)
+    arrays = _arrays(model, trainable, frozen, mesh, options, compute_dtype)
+    return _count(arrays, options["num_waves"], mesh)
 
 
 def measured(
@@ -64,33 +65,47 @@ def measured(
         stop_ids, restricted: as the engine is told.
         limit: bytes that a device has.
     """
-    shapes = _shapes(model, trainable, frozen, mesh, options, compute_dtype)
-    found = _count(shapes, options["num_waves"], mesh)
-    rows, width, filled = _largest_extend(shapes.held, options)
-    # On a mesh of all rows on every device: an extend's scores of attention, float32, and a fork's copies.
-    scores = 4 * rows * model.num_heads * width * filled
-    copies = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes.held))
-    much = found.cache + plan.per_device(shapes.policy) + scores + copies
-    if much <= _SMALL_SHARE * limit:
-        return found
-    with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
+    arrays = _arrays(model, trainable, frozen, mesh, options, compute_dtype)
+    found = _count(arrays, options["num_waves"], mesh)
+    with _for_decoding(mesh):
+        possible = _possible(model, options)
+        *_, (rows, width, filled) = possible.extends()
+        # An extend's scores of attention, float32, of a device's rows.
+        scores = 4 * rows // possible.shards.count * model.num_heads * width * filled
+        much = found.cache + plan.per_device(arrays.policy) + scores
+        if much <= _SMALL_SHARE * limit:
+            return found
+        largest = _largest_calls(model, arrays, possible, options, stop_ids, restricted=restricted)
         sizes = [
-            plan.program_bytes(call.program.lower(held=shapes.held, **call.arguments).compile())
-            for call in _largest_calls(model, shapes, options, stop_ids, restricted=restricted)
+            plan.program_bytes(call.program.lower(held=arrays.held, **call.arguments).compile())
+            for call in largest
         ]
         at_once = dispatch.side_by_side(options["num_waves"])
     return plan.Sampling(found.cache, {**found.needed, "sampling": at_once * max(sizes)})
 
 
-def _shapes(
+def _possible(model: decoder.DecoderConfig, options: Mapping[str, Any]) -> shapes.Shapes:
+    """Shapes that the engine's calls may have."""
+    names = ("max_length", "filled_buckets", "width_buckets", "row_divisors")
+    slots = options["num_slots"] // options["num_waves"]
+    return shapes.of_wave(model, slots, **{name: options[name] for name in names})
+
+
+def _for_decoding(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager[None]:
+    """The mesh that sampling uses, in use."""
+    return sharding.use(None if mesh is None else sharding.decoding_mesh(mesh))
+
+
+def _arrays(
     model: decoder.DecoderConfig,
     trainable: learner.Params,
     frozen: learner.Params | None,
     mesh: jax.sharding.Mesh | None,
     options: Mapping[str, Any],
     compute_dtype: str,
-) -> _Shapes:
-    slots = options["num_slots"] // options["num_waves"]
+) -> _Arrays:
+    with _for_decoding(mesh):
+        slots = _possible(model, options).shards.num_slots
     held = jax.eval_shape(
         lambda: sampling.init(model, slots, options["max_length"], options["cache_dtype"])
     )
@@ -105,12 +120,12 @@ def _shapes(
             sharding.abstract_cache(held.cache, local), sharding.abstract_rows(held.hidden, local)
         )
         policy = sharding.abstract(policy, local)
-    return _Shapes(given, policy, held)
+    return _Arrays(given, policy, held)
 
 
-def _count(shapes: _Shapes, num_waves: int, mesh: jax.sharding.Mesh | None) -> plan.Sampling:
-    copy = _copy_bytes(shapes.given, shapes.policy, mesh)
-    return plan.Sampling(plan.per_device(shapes.held) * num_waves, {"decoding copy": copy})
+def _count(arrays: _Arrays, num_waves: int, mesh: jax.sharding.Mesh | None) -> plan.Sampling:
+    copy = _copy_bytes(arrays.given, arrays.policy, mesh)
+    return plan.Sampling(plan.per_device(arrays.held) * num_waves, {"decoding copy": copy})
 
 
 def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
@@ -128,35 +143,28 @@ def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
     return plan.per_device(kept)
 
 
-def _largest_extend(held: sampling.Held, options: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(rows, width, filled) of the largest call of `extend`."""
-    rows = tiling.row_buckets(held.hidden.shape[0], options["row_divisors"])
-    widths = tiling.width_buckets(options["width_buckets"], options["max_length"])
-    return rows[-1], widths[-1], options["max_length"]
-
-
 def _largest_calls(
     model: decoder.DecoderConfig,
-    shapes: _Shapes,
+    arrays: _Arrays,
+    possible: shapes.Shapes,
     options: Mapping[str, Any],
     stop_ids: Sequence[int],
     *,
     restricted: bool,
 ) -> list[calls.Call]:
     """Of each program the engine's largest call, without rows."""
-    slots, largest = shapes.held.hidden.shape[0], _largest_extend(shapes.held, options)
-    rows, _, filled = largest
-    decode = sampling.make_decode(model, max_turn_tokens=options["max_turn_tokens"])
+    (*_, extend), (*_, fork), (*_, decode) = possible.extends(), possible.forks(), possible.decodes()
+    program = sampling.make_decode(model, max_turn_tokens=options["max_turn_tokens"])
+    split = possible.shards
     return [
-        calls.extend(sampling.make_extend(model), shapes.policy, {}, largest, num_slots=slots),
-        calls.fork(sampling.make_fork(), [], rows, filled, num_slots=slots),
+        calls.extend(sampling.make_extend(model), arrays.policy, {}, extend, shards=split),
+        calls.fork(sampling.make_fork(), [], *fork, shards=split),
         calls.decode(
-            decode,
-            shapes.policy,
+            program,
+            arrays.policy,
             {},
-            rows if sampling.decodes_some_rows() else slots,
-            filled,
-            num_slots=slots,
+            *decode,
+            shards=split,
             stop_ids=np.array(sorted(set(stop_ids)), np.int32),
             restricted=restricted,
         ),

@@ -88,6 +88,31 @@ def find(
     return copies
 
 
+def find_within(
+    ids: np.ndarray,
+    held: np.ndarray,
+    wanted: np.ndarray,
+    computing: Sequence[int],
+    *,
+    size: int,
+    further: float,
+) -> dict[int, Copy]:
+    """`find` within each `size` rows, which lie on the same device: nothing is copied between devices, who
+    compute what they have in common at the same time."""
+    copies = {}
+    for start in range(0, len(held), size):
+        mine = slice(start, start + size)
+        found = find(
+            ids[mine],
+            held[mine],
+            wanted[mine],
+            [row - start for row in computing if start <= row < start + size],
+            further=further,
+        )
+        copies |= {start + row: Copy(start + copy.source, copy.length) for row, copy in found.items()}
+    return copies
+
+
 def _find(common, held, wanted, computing, *, partly: bool) -> dict[int, Copy]:
     """`find` with the tokens in common [S, S]; whether rows may wait for a part."""
     promised = np.zeros_like(held)

@@ -40,6 +40,9 @@ class Held(NamedTuple):
     hidden: jax.Array  # [S, D] float32, final hidden state of the last token that `extend` appended
 
 
+_ROWS_OF_HELD = Held(cache=1, hidden=0)  # the dimension that slots are
+
+
 class Controls(NamedTuple):
     """What each row's turn may be like. Data, so that no value of it compiles anything."""
 
@@ -142,15 +145,12 @@ def make_extend(config: decoder.DecoderConfig) -> Extend:
 
     Rows that are padding name a slot out of range. The argument `held` is donated. Beside it comes
     the rows' new lengths [R], which the host may wait for when `held` is donated on.
+
+    On a mesh that splits slots and rows into shards, those of a shard are for slots of its own and number
+    them from 0 (`shards`).
     """
 
-    @functools.partial(
-        jax.jit,
-        static_argnames="filled",
-        donate_argnames="held",
-        compiler_options=_known(_EXTEND_OPTIONS),
-    )
-    def extend(params, held, tokens, slots, lengths, counts, *, filled):
+    def append(params, held, tokens, slots, lengths, counts, *, filled):
         x, cache = decoder.hidden_cached(
             config,
             params,
@@ -163,7 +163,18 @@ def make_extend(config: decoder.DecoderConfig) -> Extend:
             only_last=True,
         )
         hidden = held.hidden.at[slots].set(x[:, 0].astype(jnp.float32), mode="drop")
-        return Held(cache, sharding.constrain_rows(hidden)), lengths + counts
+        return Held(cache, hidden), lengths + counts
+
+    @functools.partial(
+        jax.jit,
+        static_argnames="filled",
+        donate_argnames="held",
+        compiler_options=_known(_EXTEND_OPTIONS),
+    )
+    def extend(params, held, tokens, slots, lengths, counts, *, filled):
+        program = functools.partial(append, filled=filled)
+        program = sharding.over_rows(program, (None, _ROWS_OF_HELD, 0, 0, 0, 0), (_ROWS_OF_HELD, 0))
+        return program(params, held, tokens, slots, lengths, counts)
 
     return extend
 
@@ -173,15 +184,19 @@ def make_fork():
     the hidden states that `extend` kept.
 
     A target out of range is padding. The argument `held` is donated. Beside it comes something
-    the host may wait for.
+    the host may wait for. On a mesh rows are as those of `make_extend`: none is copied to another shard.
     """
+
+    def copy(held, sources, targets, *, filled):
+        cache = kv_cache.copy_rows(held.cache, sources, targets, filled)
+        kept = jnp.take(held.hidden, sources, axis=0, mode="clip")
+        return Held(cache, held.hidden.at[targets].set(kept, mode="drop")), targets + 0
 
     @functools.partial(jax.jit, static_argnames="filled", donate_argnames="held")
     def fork(held, sources, targets, *, filled):
-        cache = kv_cache.copy_rows(held.cache, sources, targets, filled)
-        kept = jnp.take(held.hidden, sources, axis=0, mode="clip")
-        hidden = held.hidden.at[targets].set(kept, mode="drop")
-        return Held(cache, sharding.constrain_rows(hidden)), targets + 0
+        program = functools.partial(copy, filled=filled)
+        program = sharding.over_rows(program, (_ROWS_OF_HELD, 0, 0), (_ROWS_OF_HELD, 0))
+        return program(held, sources, targets)
 
     return fork
 
@@ -213,13 +228,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         (held, Sampled). The last sampled token of a row is in no cache: it opens the next extend.
     """
 
-    @functools.partial(
-        jax.jit,
-        static_argnames=("filled", "restricted"),
-        donate_argnames="held",
-        compiler_options=_known(_DECODE_OPTIONS),
-    )
-    def decode(
+    def play(
         params, held, slots, pending, lengths, is_ready, controls, until, *, filled, restricted
     ):
         cache, num_rows = held.cache, pending.shape[0]
@@ -233,7 +242,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         draw = functools.partial(_draw, config, params, controls, restricted=restricted)
 
         def is_running(carry):
-            return jnp.sum(carry[1]["active"]) > until
+            return sharding.sum_over_rows(jnp.sum(carry[1]["active"])) > until
 
         def step(carry):
             cache, turns = carry
@@ -263,13 +272,33 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         x = x.astype(params["embed"]["embedding"].dtype)
         is_ready = is_ready & turns["active"]
         turns = jax.lax.cond(
-            jnp.any(is_ready), lambda turns: draw(turns, x, is_ready), lambda turns: turns, turns
+            sharding.sum_over_rows(jnp.sum(is_ready)) > 0,
+            lambda turns: draw(turns, x, is_ready),
+            lambda turns: turns,
+            turns,
         )
         cache, turns = jax.lax.while_loop(is_running, step, (cache, turns))
         if cache.mirrors is not None:
             cache = kv_cache.settled(cache, slots, lengths, most=max_turn_tokens)
         sampled = Sampled(*turns["out"], turns["counts"], turns["active"], turns["steps"])
         return held._replace(cache=cache), sampled
+
+    @functools.partial(
+        jax.jit,
+        static_argnames=("filled", "restricted"),
+        donate_argnames="held",
+        compiler_options=_known(_DECODE_OPTIONS),
+    )
+    def decode(
+        params, held, slots, pending, lengths, is_ready, controls, until, *, filled, restricted
+    ):
+        program = functools.partial(play, filled=filled, restricted=restricted)
+        program = sharding.over_rows(
+            program,
+            (None, _ROWS_OF_HELD, 0, 0, 0, 0, 0, None),
+            (_ROWS_OF_HELD, Sampled(0, 0, 0, 0, 0, steps=None)),
+        )
+        return program(params, held, slots, pending, lengths, is_ready, controls, until)
 
     return decode
 

@@ -4,6 +4,8 @@ Costs are of two cores of an AMD EPYC (products at 100 to 230 GFLOP/s in float32
 GB/s) and of an H100; that they are rough only makes some splits less than the best.
 """
 
+import bisect
+import collections
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,13 +14,14 @@ from typing import NamedTuple
 import jax
 
 from jaxagentrl.models.decoder_config import DecoderConfig
+from jaxagentrl.shards import Shards
 
 
 class Costs(NamedTuple):
     """What calls of a program cost, in tokens: what one token's products with the weights take.
 
     A call of R rows, W tokens wide, that reads S positions of the cache takes
-    `call` + R · W · (1 + S / `positions`).
+    `call` + R · W · (1 + S / `positions`). On a mesh R is the rows of one shard.
     """
 
     call: float
@@ -48,6 +51,14 @@ def decode_costs(config: DecoderConfig) -> Costs:
     return Costs(call=12, positions=seconds / seconds_of_position)
 
 
+def copy_costs(config: DecoderConfig) -> Costs:
+    """Of `fork`, in positions that are copied."""
+    _, held, _ = _sizes(config)
+    is_cpu = jax.default_backend() == "cpu"
+    seconds, bandwidth = (1e-3, 20e9) if is_cpu else (2e-4, 3e12)
+    return Costs(call=seconds * bandwidth / (16 * config.num_layers * held), positions=1)
+
+
 def _sizes(config: DecoderConfig) -> tuple[int, int, int]:
     """Width of all queries, width of all keys, and weights of a layer."""
     queries, held = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
@@ -62,6 +73,8 @@ def tile(
     width_buckets: Sequence[int],
     filled_buckets: Sequence[int],
     costs: Costs,
+    shards: Sequence[int] | None = None,
+    num_shards: int = 1,
 ) -> list[tuple[int, int, int, list[int]]]:
     """Splits ragged rows into calls that together cost least.
 
@@ -73,6 +86,8 @@ def tile(
         rows: [N] (new tokens, filled positions with them) of each row, none above the last bucket.
         row_buckets, width_buckets, filled_buckets: the shapes there are, ascending.
         costs: of a call.
+        shards: [N] the shard of each row, 0 to `num_shards` − 1. A call has an equal share of its rows for
+            each; rows of different shards take turns in the line.
 
     Returns:
         (rows, width and filled length of the shape, which of `rows`) for every call.
@@ -82,23 +97,30 @@ def tile(
     >>> tile(rows, **buckets, costs=Costs(call=16, positions=400))
     [(2, 96, 128, [0]), (2, 32, 512, [2, 1]), (2, 32, 128, [3, 4])]
     """
-    widths = [bucket(width, width_buckets) for width, _ in rows]
-    filled = [bucket(length, filled_buckets) for _, length in rows]
-    order = sorted(range(len(rows)), key=lambda row: (-widths[row], -filled[row], row))
-    shapes = [(widths[row], filled[row]) for row in order]
+    shards = [0] * len(rows) if shards is None else shards
+    shapes = [(bucket(w, width_buckets), bucket(length, filled_buckets)) for w, length in rows]
+    order = _line(shapes, shards)
+    shapes, shards = [shapes[row] for row in order], [shards[row] for row in order]
     # A call that ends elsewhere than full or before another shape could take one more row for nothing.
     changes = [i for i in range(1, len(order)) if shapes[i] != shapes[i - 1]]
+    # Of each shard, where in the line its rows from the current one on are, the next one last.
+    places: list[list[int]] = [[] for _ in range(num_shards)]
     # cheapest[i]: cost of rows i and later, and the call that row i opens: rows, filled length, its end.
     cheapest: list[tuple[float, int, int, int]] = [(0.0, 0, 0, 0)] * (len(order) + 1)
     for first in range(len(order) - 1, -1, -1):
-        ends = {min(first + size, len(order)) for size in row_buckets}
-        ends |= {end for end in changes if first < end <= first + row_buckets[-1]}
+        places[shards[first]].append(first)
+        # A call of so many rows ends, at the latest, before the row that finds its shard's share taken.
+        limits = [
+            min((of[-1 - share] for of in places if share < len(of)), default=len(order))
+            for share in (size // num_shards for size in row_buckets)
+        ]
+        ends = {*limits, *(end for end in changes if first < end <= limits[-1])}
         choices, reach = [], 0
         for begin, end in itertools.pairwise([first, *sorted(ends)]):
             reach = max(reach, shapes[begin][1])
-            size = bucket(end - first, row_buckets)
-            places = size * shapes[first][0] * (1 + reach / costs.positions)
-            choices.append((costs.call + places + cheapest[end][0], size, reach, end))
+            size = row_buckets[bisect.bisect_left(limits, end)]
+            cost = size // num_shards * shapes[first][0] * (1 + reach / costs.positions)
+            choices.append((costs.call + cost + cheapest[end][0], size, reach, end))
         cheapest[first] = min(choices)
     calls, first = [], 0
     while first < len(order):
@@ -108,14 +130,20 @@ def tile(
     return calls
 
 
-def row_buckets(num_slots: int, divisors: Sequence[int]) -> list[int]:
-    """Row counts of calls on a wave of so many slots, ascending."""
-    return sorted({math.ceil(num_slots / divisor) for divisor in divisors})
+def _line(shapes: Sequence[tuple[int, int]], shards: Sequence[int]) -> list[int]:
+    """The order of rows in `tile`."""
+    turns: collections.Counter[tuple] = collections.Counter()
+    keys = []
+    for row, (width, filled) in enumerate(shapes):
+        mine = (width, filled, shards[row])
+        keys.append((-width, -filled, turns[mine], row))
+        turns[mine] += 1
+    return sorted(range(len(shapes)), key=keys.__getitem__)
 
 
-def width_buckets(widths: Sequence[int], max_length: int) -> list[int]:
-    """Widths of extends of slots of `max_length` positions, ascending."""
-    return sorted(min(width, max_length) for width in widths)
+def row_buckets(shards: Shards, divisors: Sequence[int]) -> list[int]:
+    """Row counts of calls on a wave's slots, ascending; multiples of the number of shards."""
+    return sorted({shards.count * math.ceil(shards.size / divisor) for divisor in divisors})
 
 
 def bucket(size: int, buckets: Sequence[int]) -> int:

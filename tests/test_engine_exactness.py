@@ -171,7 +171,8 @@ schedules = st.lists(st.tuples(*[choice] * SLOTS), min_size=1, max_size=12)
 @pytest.mark.parametrize("costs", [tiling.extend_costs(CONFIG), tiling.Costs(call=0, positions=1e9)])
 def test_any_schedule_gives_the_log_probs_of_a_plain_forward_pass(costs):
     eng = make_engine()
-    usual, eng._extend_costs = eng._extend_costs, costs
+    usual = eng._shapes
+    eng._shapes = dataclasses.replace(usual, extend_costs=costs)
     forked = eng.counters.tokens_forked
 
     @hypothesis.settings(deadline=None, max_examples=40, derandomize=True)
@@ -180,7 +181,7 @@ def test_any_schedule_gives_the_log_probs_of_a_plain_forward_pass(costs):
         assert largest_error(play(eng, schedule)) <= 1e-4
 
     check()
-    eng._extend_costs = usual
+    eng._shapes = usual
     assert eng.counters.tokens_forked > forked
 
 
@@ -276,8 +277,9 @@ def test_what_members_that_act_alike_hear_is_computed_once():
 
 def test_words_that_all_begin_with_are_computed_once_where_the_wait_is_worth_it(monkeypatch):
     eng, counted = make_engine(), []
-    for costs in (eng._extend_costs, tiling.Costs(call=0, positions=1e9)):  # a dear call and a free one
-        monkeypatch.setattr(eng, "_extend_costs", costs)
+    free = dataclasses.replace(eng._shapes, extend_costs=tiling.Costs(call=0, positions=1e9))
+    for shapes in (eng._shapes, free):  # a dear call and a free one
+        monkeypatch.setattr(eng, "_shapes", shapes)
         live = {slot: Episode(slot) for slot in range(SLOTS)}
         before = dataclasses.replace(eng.counters)
         for slot, episode in live.items():

@@ -76,8 +76,10 @@ jaxagentrl.models.pretrained
 jaxagentrl.hosts
 jaxagentrl.compiles
 jaxagentrl.dispatch
+jaxagentrl.shards
 jaxagentrl.sampling
 jaxagentrl.tiling
+jaxagentrl.shapes
 jaxagentrl.prefixes
 jaxagentrl.turns
 jaxagentrl.calls

@@ -84,3 +84,21 @@ def test_a_row_waits_for_a_part_only_where_that_is_wanted():
     # What is there already is worth no wait, unless nothing is left to compute after it.
     held[1] = 30
     assert prefixes.find(ids, held, wanted, [0, 2], further=20) == {0: Copy(1, 20), 2: Copy(0, 30)}
+
+
+@hypothesis.given(rows, st.data())
+def test_rows_copy_from_their_own_shard_what_they_would_copy_if_it_were_alone(texts, data):
+    texts = [[token for token in text for _ in range(4)] for text in texts]
+    ids, wanted = packed(texts, 64)
+    held = np.array([data.draw(st.integers(0, length)) for length in wanted])
+    computing = [row for row in range(len(texts)) if held[row] < wanted[row]]
+    size = data.draw(st.integers(1, 3))
+    copies = prefixes.find_within(ids, held, wanted, computing, size=size, further=0)
+    alone = {}
+    for start in range(0, len(texts), size):
+        mine = np.arange(start, min(start + size, len(texts)))
+        among = [row - start for row in computing if row in mine]
+        found = prefixes.find(ids[mine], held[mine], wanted[mine], among, further=0)
+        alone |= {start + row: Copy(start + copy.source, copy.length) for row, copy in found.items()}
+    assert copies == alone
+    assert all(row // size == copy.source // size for row, copy in copies.items())

@@ -458,7 +458,8 @@ def _window_of(
 
 
 def _has_decode_kernel(config: DecoderConfig, cache: kv_cache.KVCache, dtype: jnp.dtype) -> bool:
-    """Whether decode steps attend by the kernel for GPUs, which knows nothing of meshes."""
+    """Whether decode steps attend by the kernel for GPUs. It knows nothing of meshes: of one that splits heads
+    it takes no part, nor where rows are not `sharding.over_rows`."""
     if jax.default_backend() != "gpu" or sharding.active():
         return False
     return decode_kernel.takes(cache, config.num_heads, dtype)

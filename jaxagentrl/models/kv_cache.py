@@ -172,6 +172,38 @@ def write(
     """
     if slots is None:
         slots = jnp.arange(positions.shape[0])
+    if cache.mirrors is not None:
+        return _write_to_mirror(cache, layer, positions, keys, values)
+    # The compiler does not see that heads, which index the cache here, have nothing to do with each other.
+    put = sharding.over_heads(_put, keys.shape[2], (2, None, None, None, 2, 2), 2)
+    return _placed(put(cache, layer, slots, positions, keys, values))
+
+
+def _write_to_mirror(
+    cache: KVCache, layer: int, positions: jax.Array, keys: jax.Array, values: jax.Array
+) -> KVCache:
+    mirror = cache.mirrors[layer]
+    rows, heads = jnp.arange(keys.shape[0])[:, None, None], jnp.arange(keys.shape[2])[None, None]
+    is_dropped = positions >= cache.max_length
+    inside_of = jnp.where(is_dropped, mirror.values.shape[2], mirror.place(positions))[:, :, None]
+    block, inside = jnp.divmod(inside_of, _BLOCK)
+    mirror = mirror._replace(
+        keys=mirror.keys.at[rows, block, heads, :, inside].set(keys, mode="drop"),
+        values=mirror.values.at[rows, heads, inside_of].set(values, mode="drop"),
+    )
+    mirrors = (*cache.mirrors[:layer], mirror, *cache.mirrors[layer + 1 :])
+    return dataclasses.replace(cache, mirrors=mirrors)
+
+
+def _put(
+    cache: KVCache,
+    layer: jax.Array | int,
+    slots: jax.Array,
+    positions: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+) -> KVCache:
+    """`write` without mirrors."""
     rows, heads = slots[:, None, None], jnp.arange(keys.shape[2])[None, None]
     places = positions[:, :, None]  # [R, W, 1], against heads [1, 1, K]
 
@@ -182,28 +214,14 @@ def write(
         where = (layer, rows, heads, slice(None), places)
         return array.at[where].set(new.astype(array.dtype), mode="drop")
 
-    if cache.mirrors is not None:
-        mirror = cache.mirrors[layer]
-        mirror_rows = jnp.arange(keys.shape[0])[:, None, None]
-        is_dropped = positions >= cache.max_length
-        inside_of = jnp.where(is_dropped, mirror.values.shape[2], mirror.place(positions))[:, :, None]
-        block, inside = jnp.divmod(inside_of, _BLOCK)
-        mirror = mirror._replace(
-            keys=mirror.keys.at[mirror_rows, block, heads, :, inside].set(keys, mode="drop"),
-            values=mirror.values.at[mirror_rows, heads, inside_of].set(values, mode="drop"),
-        )
-        mirrors = (*cache.mirrors[:layer], mirror, *cache.mirrors[layer + 1 :])
-        return dataclasses.replace(cache, mirrors=mirrors)
     if cache.key_scales is None:
-        return _placed(KVCache(put_keys(cache.keys, keys), put(cache.values, values)))
+        return KVCache(put_keys(cache.keys, keys), put(cache.values, values))
     (keys, key_scales), (values, value_scales) = quantize(keys), quantize(values)
-    return _placed(
-        KVCache(
-            put_keys(cache.keys, keys),
-            put(cache.values, values),
-            put(cache.key_scales, key_scales),
-            put(cache.value_scales, value_scales),
-        )
+    return KVCache(
+        put_keys(cache.keys, keys),
+        put(cache.values, values),
+        put(cache.key_scales, key_scales),
+        put(cache.value_scales, value_scales),
     )
 
 
@@ -261,22 +279,25 @@ def _stretches(
 def copy_rows(cache: KVCache, sources: jax.Array, targets: jax.Array, filled: int) -> KVCache:
     """Copies the first `filled` positions of rows `sources` [R] to rows `targets` [R].
 
-    A target out of range is dropped.
+    A target out of range is dropped. Layer by layer: what is copied is in memory once more meanwhile.
     """
 
-    def copy(array: jax.Array, axis: int) -> jax.Array:
-        block = jax.lax.slice_in_dim(array, 0, filled, axis=axis)
-        block = jnp.take(block, sources, axis=1, mode="clip")
-        index = (slice(None), targets, *[slice(None)] * (axis - 2), slice(0, filled))
+    def copy(array: jax.Array, layer: jax.Array, axis: int) -> jax.Array:
+        block = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+        block = jax.lax.slice_in_dim(block, 0, filled, axis=axis - 1)
+        block = jnp.take(block, sources, axis=0, mode="clip")
+        index = (layer, targets, *[slice(None)] * (axis - 2), slice(0, filled))
         return array.at[index].set(block, mode="drop")
 
-    scales = (cache.key_scales, cache.value_scales)
-    copied = KVCache(
-        copy(cache.keys, 4),
-        copy(cache.values, 3),
-        *(array if array is None else copy(array, 3) for array in scales),
-    )
-    return _placed(copied)
+    def copy_layer(layer: jax.Array, cache: KVCache) -> KVCache:
+        scales = (cache.key_scales, cache.value_scales)
+        return KVCache(
+            copy(cache.keys, layer, 4),
+            copy(cache.values, layer, 3),
+            *(array if array is None else copy(array, layer, 3) for array in scales),
+        )
+
+    return _placed(jax.lax.fori_loop(0, cache.keys.shape[0], copy_layer, cache))
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ is tried on a small input of the model's own head sizes, once per process; the c
 compilation.
 """
 
+import concurrent.futures
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,8 @@ def agrees(
 ) -> bool:
     """Whether `kernel(*inputs)` runs and equals `reference(*inputs)`; warns with the reason if not.
 
-    May be called while something else is traced: both are compiled and executed apart from it.
+    May be called while something else is traced, for a mesh too: both are compiled and executed apart from
+    it, on one device.
 
     Args:
         inputs: numpy arrays, or trees of them.
@@ -49,7 +51,12 @@ def agrees(
 
 
 def _run(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-    return jax.device_get(jax.jit(function).lower(*inputs).compile()(*inputs))
+    def run() -> Any:
+        return jax.device_get(jax.jit(function).lower(*inputs).compile()(*inputs))
+
+    # What is being traced, and for which mesh, jax keeps by thread.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
 
 
 def _difference(ours: np.ndarray, wanted: np.ndarray) -> float:
