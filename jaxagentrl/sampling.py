@@ -232,10 +232,11 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         params, held, slots, pending, lengths, is_ready, controls, until, *, filled, restricted
     ):
         cache, num_rows = held.cache, pending.shape[0]
-        if slots is not None and _can_be_mirrored(cache, params):
+        dtype = params["embed"]["embedding"].dtype
+        if slots is not None and dtype == jnp.float32:
             windows = decoder.windows(config)
             cache, filled = kv_cache.mirrored(
-                cache, slots, lengths, filled, most=max_turn_tokens, windows=windows
+                cache, slots, lengths, filled, dtype, most=max_turn_tokens, windows=windows
             )
             params = decoding_layout.for_rows(params, num_rows)
         shape = (num_rows, max_turn_tokens)
@@ -269,7 +270,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
             "out": (jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape)),
         }
         x = held.hidden if slots is None else jnp.take(held.hidden, slots, axis=0, mode="clip")
-        x = x.astype(params["embed"]["embedding"].dtype)
+        x = x.astype(dtype)
         is_ready = is_ready & turns["active"]
         turns = jax.lax.cond(
             sharding.sum_over_rows(jnp.sum(is_ready)) > 0,
@@ -352,15 +353,6 @@ def decodes_some_rows() -> bool:
     run what accelerators run.
     """
     return jax.default_backend() == "cpu" and not sharding.active()
-
-
-def _can_be_mirrored(cache: kv_cache.KVCache, params: decoder.Params) -> bool:
-    """Whether the cache is held as it is computed with.
-
-    Then decode steps have layers and filled positions taken apart at the start of their call: on CPU
-    each slice of what is stacked or longer is a copy, in every step.
-    """
-    return cache.key_scales is None and cache.keys.dtype == params["embed"]["embedding"].dtype
 
 
 def restrict(

@@ -227,3 +227,18 @@ def test_bfloat16_is_judged_by_its_mean(folder, capsys):
     assert check_tokens.main([str(folder), *SMALL, "--dtype=bfloat16", f"--tolerance={between}"]) == 0
     assert check_tokens.main([str(folder), *SMALL, "--tolerance=1e-9"]) == 1
     assert "(limit of the largest 1e-09)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+def test_a_coarse_cache_is_judged_by_its_mean(folder, capsys, cache_dtype):
+    options = [str(folder), *SMALL, f"--cache_dtype={cache_dtype}"]
+    assert check_tokens.main(options) == 0
+    assert "(limit of the mean 0.1)" in capsys.readouterr().out
+    assert check_tokens.main([*options, "--tolerance=1e-9"]) == 1
+    assert f"it is the rounding of a cache in {cache_dtype}" in capsys.readouterr().out
+
+
+def test_an_unknown_cache_dtype_is_refused_before_anything_is_read(capsys):
+    with pytest.raises(SystemExit):
+        check_tokens.main(["nowhere", "--cache_dtype=int4"])
+    assert "int4" in capsys.readouterr().err

@@ -59,6 +59,7 @@ def test_the_kernel_is_attention_on_the_cache(heads, window, softcap, programs, 
 def test_which_caches_the_kernel_takes(monkeypatch):
     tried = []
     monkeypatch.setattr(decode_kernel, "_passes", lambda *x: not tried.append(x))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # on CPU bfloat16 is held as integers
 
     def takes(head_dim=64, positions=128, dtype="bfloat16", heads=8, queries="bfloat16"):
         cache = jax.eval_shape(lambda: kv_cache.init(1, 2, positions, 2, head_dim, dtype))

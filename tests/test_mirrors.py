@@ -96,14 +96,57 @@ def test_rows_that_are_padding_change_nothing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cache, wanted_cache)
 
 
-def test_mirrors_are_of_what_needs_no_conversion():
-    params = decoder.init(CONFIG, jax.random.key(0))
+def in_a_row(blocks):
+    """Keys [R, K, E, C · 64] of a mirror's blocks [R, C, K, E, 64]."""
+    moved = jnp.moveaxis(blocks, 1, -2)
+    return moved.reshape(*moved.shape[:-2], -1)
 
-    def can(dtype):
-        return sampling._can_be_mirrored(kv_cache.init(2, 2, 16, 2, 8, dtype), params)
 
-    assert can("float32")
-    assert not can("bfloat16") and not can("int8")
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("dtype", kv_cache.DTYPES)
+def test_steps_read_of_a_mirror_what_a_later_call_reads_of_the_cache(dtype, window):
+    """Keys and values that are rounded for the cache are so at once."""
+    rng, lengths, slots = np.random.default_rng(0), jnp.array([70, 63]), jnp.array([2, 0])
+
+    def new(rows, width):
+        return jnp.asarray(rng.standard_normal((2, rows, width, 2, 8)), jnp.float32)
+
+    cache = kv_cache.init(1, 3, 150, 2, 8, dtype)
+    cache = kv_cache.write(cache, 0, None, jnp.tile(jnp.arange(70), (3, 1)), *new(3, 70))
+    options = dict(most=4, windows=[window])
+    mirrored, size = kv_cache.mirrored(cache, slots, lengths, 100, jnp.float32, **options)
+    for step in range(3):
+        mirrored = kv_cache.write(mirrored, 0, slots, lengths[:, None] + step, *new(2, 1))
+    (mirror,) = mirrored.mirrors
+    after = kv_cache.settled(mirrored, slots, lengths, most=4)
+    keys, values = kv_cache.read(after, 0, slots, 100, jnp.float32)
+    for row in range(2):
+        begin = 0 if mirror.starts is None else int(mirror.starts[row])
+        count = int(lengths[row]) + 3 - begin
+        assert begin < int(lengths[row]) < begin + mirror.values.shape[2] <= max(size, begin + 64)
+        seen = (in_a_row(mirror.keys)[row, ..., :count], mirror.values[row, :, :count])
+        kept = (keys[row, ..., begin : begin + count], values[row, :, begin : begin + count])
+        for one, other in zip(seen, kept, strict=True):  # int8: a scale of rounded numbers is another by a bit
+            np.testing.assert_allclose(one, other, rtol=1e-6 if dtype == "int8" else 0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_no_program_makes_floats_of_a_whole_cache_that_is_held_in_less(dtype):
+    config, params = variant("plain")
+    held = sampling.init(config, SLOTS, 150, dtype)
+    rows, zeros = jnp.arange(SLOTS), jnp.zeros(SLOTS, jnp.int32)
+    extend = sampling.make_extend(config).lower(
+        params, held, jnp.zeros((SLOTS, 8), jnp.int32), rows, zeros, zeros, filled=100
+    )
+    decode = sampling.make_decode(config, max_turn_tokens=TURN).lower(
+        params, held, rows, zeros, zeros, zeros > 0, controls(), jnp.int32(0), filled=100, restricted=False
+    )
+    fork = sampling.make_fork().lower(held, rows, rows, filled=100)
+    keys, values = (",".join(map(str, x.shape)) for x in (held.cache.keys, held.cache.values))
+    for lowered in (extend, decode, fork):
+        text = lowered.compile().as_text()
+        assert f"{ {'bfloat16': 'u16', 'int8': 's8'}[dtype] }[{keys}]" in text
+        assert f"f32[{keys}]" not in text and f"f32[{values}]" not in text
 
 
 def test_no_step_cuts_the_cache_or_the_weights():

@@ -127,7 +127,8 @@ def main() -> None:
     @jax.jit
     def run_mirrored(cache, q):
         cache, held = kv_cache.mirrored(
-            cache, jnp.arange(s), jnp.zeros(s, jnp.int32), args.filled, most=1, windows=[None] * LAYERS
+            cache, jnp.arange(s), jnp.zeros(s, jnp.int32), args.filled, q.dtype,
+            most=1, windows=[None] * LAYERS,
         )
         places = jnp.full((s, 1), args.filled - 28)
         mask = (jnp.arange(held) <= places)[:, None]

@@ -20,7 +20,7 @@ masks         the tokens that training would weigh are exactly those that were s
 log-probs     of every sampled token as the sampler reported it and as the scoring pass has it, each
               conversation in a row of its own and several packed in one (learner.packing): the
               largest gap with the token where it is, and the mean gap. In float32 the largest is
-              held to a limit, in bfloat16 the mean
+              held to a limit; where the computation or the cache is coarser, the mean
 
 It prints one line for each and leaves with status 1 if any fails. A check that fails means that the
 model would be trained on something else than it did: do not train it.
@@ -39,15 +39,15 @@ import numpy as np
 
 from envs_host.types import StopReason, Task
 from jaxagentrl import batching, chat, engine, learner, packing, precision, tokenizer
-from jaxagentrl.models import decoder, decoding_layout, pretrained, sharding
+from jaxagentrl.models import decoder, decoding_layout, kv_cache, pretrained, sharding
 from jaxagentrl.trajectory import Trajectory, Turn
 
 # Most that the two passes may differ, in nats. In float32 they differ by rounding, and the largest gap is
 # judged. In bfloat16 the largest of some hundred is a matter of luck: SmolLM2-135M, which trains well in it,
 # came to 0.24 to 0.46, but on average to 0.033 to 0.039 on every machine, and four layers of a 0.5B with
 # random weights to 0.0025 (docs/performance.md). So the mean is judged, with room for deeper models.
-TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
-JUDGED = {"float32": "largest", "bfloat16": "mean"}
+# So it is with float32 and a cache in bfloat16 or int8.
+LIMITS = {"largest": 1e-4, "mean": 0.1}
 
 # Lengths of caches and rows are multiples of this: kernels want it of a run's lengths too.
 LENGTH_MULTIPLE = 128
@@ -275,9 +275,10 @@ def check_logprobs(
     config: decoder.DecoderConfig,
     params: decoder.Params,
     batch,
-    tolerance: float,
     *,
     compute_dtype: str,
+    cache_dtype: str,
+    tolerance: float | None,
     is_packed: bool,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Finding:
@@ -303,17 +304,19 @@ def check_logprobs(
     token = int(batch.tokens[row, place])
     mean = float(gaps.sum() / batch.action_mask.sum())
     text = made.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    judged = JUDGED[compute_dtype]
+    judged = "largest" if compute_dtype == cache_dtype == "float32" else "mean"
+    limit = LIMITS[judged] if tolerance is None else tolerance
     said = (
-        f"largest gap {gaps[row, place]:.2e}, mean {mean:.2e} (limit of the {judged} {tolerance:g}); worst "
+        f"largest gap {gaps[row, place]:.2e}, mean {mean:.2e} (limit of the {judged} {limit:g}); worst "
         f"token {token} {text!r} in conversation {row}, turn {batch.turn_ids[row, place] + 1}, position "
         f"{place}: sampler {batch.sampler_logprobs[row, place]:.6f}, scoring {scored[row, place]:.6f}"
     )
-    passed = bool({"largest": gaps.max(), "mean": mean}[judged] <= tolerance)
-    if not passed and compute_dtype != "float32":
+    passed = bool({"largest": gaps.max(), "mean": mean}[judged] <= limit)
+    if not passed and judged == "mean":
+        coarse = compute_dtype if compute_dtype != "float32" else f"a cache in {cache_dtype}"
         said += (
-            f". Rounding or a mistake? If --dtype float32 passes, it is {compute_dtype}'s rounding on these "
-            "weights; rl.loss.importance_cap corrects for it"
+            f". Rounding or a mistake? If --dtype and --cache_dtype float32 pass, it is the rounding of {coarse} "
+            "on these weights; rl.loss.importance_cap corrects for it"
         )
     return Finding(name, passed, said)
 
@@ -322,6 +325,7 @@ def check(
     directory: str, made: chat.ChatFormat, options: argparse.Namespace
 ) -> list[Finding]:
     """All findings for a model folder, with the chat format of its tokenizer."""
+    cache_dtype = options.cache_dtype or options.dtype
     mesh = sharding.make_mesh(data=options.data, fsdp=options.fsdp, tensor=options.tensor)
     config, params = pretrained.load(directory, mesh=mesh)
     try:
@@ -335,13 +339,12 @@ def check(
         talks = converse(
             config, decoding, made,
             conversations=options.conversations, turns=options.turns, turn_tokens=options.turn_tokens,
-            cache_dtype=options.cache_dtype or options.dtype, seed=options.seed,
+            cache_dtype=cache_dtype, seed=options.seed,
             stop_ids=pretrained.stop_ids(directory),
         )
     told = [texts_told(number, options.turns) for number in range(options.conversations)]
     length = _rounded(max(talk.num_tokens for talk in talks))
     batch = batching.to_batch(talks, None, discount=1.0, length_buckets=[length], row_multiple=1)
-    tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
     history = check_template(made, options.system)
     return [
         check_first_prompts(made, options.system),
@@ -350,8 +353,9 @@ def check(
         check_masks(made, talks, batch),
         *(
             check_logprobs(
-                made, config, params, batch, tolerance,
-                compute_dtype=options.dtype, is_packed=is_packed, mesh=mesh,
+                made, config, params, batch,
+                compute_dtype=options.dtype, cache_dtype=cache_dtype, tolerance=options.tolerance,
+                is_packed=is_packed, mesh=mesh,
             )
             for is_packed in (False, True)
         ),
@@ -372,9 +376,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="a Hugging Face model folder with its tokenizer")
-    parser.add_argument("--dtype", choices=sorted(TOLERANCES), default="float32",
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32",
                         help="that the run computes in, learner.compute_dtype")
-    parser.add_argument("--cache_dtype", help="of keys and values; default --dtype")
+    parser.add_argument("--cache_dtype", choices=kv_cache.DTYPES,
+                        help="of keys and values, sampling.cache_dtype; default --dtype")
     parser.add_argument("--system", help="a system message, the run's prompt.system")
     parser.add_argument("--template_options", type=_json_object, default={}, metavar="JSON",
                         help="variables of the chat template, the run's prompt.template_options")
@@ -384,8 +389,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--conversations", type=int, default=4)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--turn_tokens", type=int, default=32, help="most tokens of a turn")
-    parser.add_argument("--tolerance", type=float, help="most that is allowed, in nats, of the largest gap in "
-                        "float32 and of the mean in bfloat16")
+    parser.add_argument("--tolerance", type=float, help="most that is allowed, in nats, of the gap that "
+                        "is judged")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     made = chat.make(

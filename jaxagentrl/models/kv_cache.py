@@ -17,6 +17,9 @@ mirrors alone; when the call ends, the cache is `settled`.
 Of a layer with a window only the positions that new tokens see are read (`near`), and mirrored. All are
 kept: a row may be rewound, and another may copy what is further back.
 
+On CPU a bfloat16 cache holds its numbers as integers of their bits: to write some bfloat16 numbers into an array,
+XLA makes float32 of the whole array and bfloat16 again, which takes 500 times as long.
+
 An int8 cache keeps one float32 scale per layer, slot, position and head: a vector x is stored as
 round(x / s) with s = max |x| / 127, so each entry is off by at most s / 2.
 """
@@ -36,7 +39,8 @@ _BLOCK = 64  # positions of a mirror's block of keys; 32 is as fast, 16 and 128 
 
 
 class Mirror(NamedTuple):
-    """The filled positions of one layer that are read, C blocks of 64, for the R rows of a call."""
+    """The filled positions of one layer that are read, C blocks of 64, for the R rows of a call, as they are
+    computed with."""
 
     keys: jax.Array  # [R, C, K, E, 64]
     values: jax.Array  # [R, K, C · 64, E]
@@ -70,6 +74,8 @@ def init(
     """An empty cache. `dtype` is one of `DTYPES`."""
     rows = (num_layers, num_slots, num_kv_heads)
     scales = [jnp.zeros((*rows, max_length)) for _ in range(2)] if dtype == "int8" else [None, None]
+    if dtype == "bfloat16" and jax.default_backend() == "cpu":
+        dtype = "uint16"
     cache = KVCache(
         jnp.zeros((*rows, head_dim, max_length), dtype),
         jnp.zeros((*rows, max_length, head_dim), dtype),
@@ -102,14 +108,15 @@ def mirrored(
     slots: jax.Array,
     lengths: jax.Array,
     filled: int,
+    dtype: jnp.dtype,
     *,
     most: int,
     windows: Sequence[int | None],
 ) -> tuple[KVCache, int]:
-    """The cache with mirrors of the first `filled` positions of `slots` [R], and how many positions
+    """The cache with mirrors, in `dtype`, of the first `filled` positions of `slots` [R], and how many positions
     those are in whole blocks. Of a layer with a window, what up to `most` tokens behind `lengths` [R] see.
 
-    For a cache without scales, in the dtype of the computation. `windows` [N] are the layers'.
+    `windows` [N] are the layers'.
     """
     size = -(-filled // _BLOCK) * _BLOCK
 
@@ -119,23 +126,40 @@ def mirrored(
         missing[axis] = (0, max(size - cache.max_length, 0))
         return jnp.pad(array, missing)
 
-    def block(keys: jax.Array, slot: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(keys, (slot, 0, 0, start), (1, *keys.shape[1:3], _BLOCK))[0]
-
-    def far(keys: jax.Array, values: jax.Array) -> Mirror:
-        # One gather: of a gather that is transposed XLA makes two copies.
-        blocks = jax.vmap(jax.vmap(block, (None, None, 0)), (None, 0, None))
-        starts = jnp.arange(0, size, _BLOCK)
-        return Mirror(blocks(keys, slots, starts), jnp.take(values, slots, axis=0, mode="clip"))
+    def block(array: jax.Array, slot: jax.Array, start: jax.Array) -> jax.Array:
+        """[..., 64] of [S, ..., M]."""
+        begin = (slot, *[0] * (array.ndim - 2), start)
+        return jax.lax.dynamic_slice(array, begin, (1, *array.shape[1:-1], _BLOCK))[0]
 
     def mirror(layer: int, window: int | None) -> Mirror:
-        keys, values = held(cache.keys[layer], 3), held(cache.values[layer], 2)
-        if window is None or (reach := -(-(window + most - 1) // _BLOCK) * _BLOCK) >= size:
-            return far(keys, values)
-        starts = jnp.clip(lengths + 1 - window, 0, size - reach)
-        blocks = jax.vmap(jax.vmap(block, (None, None, 0)), (None, 0, 0))
-        keys = blocks(keys, slots, starts[:, None] + jnp.arange(0, reach, _BLOCK)[None])
-        return Mirror(keys, _stretches(values, slots, starts, reach, axis=1), starts)
+        reach = size if window is None else -(-(window + most - 1) // _BLOCK) * _BLOCK
+        if reach >= size:
+            # One gather: of a gather that is transposed XLA makes two copies.
+            blocks = jax.vmap(jax.vmap(block, (None, None, 0)), (None, 0, None))
+            starts, places = None, jnp.arange(0, size, _BLOCK)
+        else:
+            blocks = jax.vmap(jax.vmap(block, (None, None, 0)), (None, 0, 0))
+            starts = jnp.clip(lengths + 1 - window, 0, size - reach)
+            places = starts[:, None] + jnp.arange(0, reach, _BLOCK)[None]
+
+        def in_blocks(array: jax.Array) -> jax.Array:
+            return blocks(held(array, array.ndim - 1), slots, places)
+
+        def in_a_row(array: jax.Array) -> jax.Array:
+            array = held(array, 2)
+            if starts is None:
+                return jnp.take(array, slots, axis=0, mode="clip")
+            return _stretches(array, slots, starts, reach, axis=1)
+
+        keys, values = in_blocks(cache.keys[layer]), in_a_row(cache.values[layer])
+        if cache.key_scales is None:
+            return Mirror(_numbers(keys, dtype), _numbers(values, dtype), starts)
+        key_scales, value_scales = in_blocks(cache.key_scales[layer]), in_a_row(cache.value_scales[layer])
+        return Mirror(
+            _numbers(keys, dtype, key_scales[..., None, :]),
+            _numbers(values, dtype, value_scales[..., None]),
+            starts,
+        )
 
     mirrors = tuple(map(mirror, range(cache.keys.shape[0]), windows))
     return dataclasses.replace(cache, mirrors=mirrors), size
@@ -187,6 +211,7 @@ def _write_to_mirror(
     is_dropped = positions >= cache.max_length
     inside_of = jnp.where(is_dropped, mirror.values.shape[2], mirror.place(positions))[:, :, None]
     block, inside = jnp.divmod(inside_of, _BLOCK)
+    keys, values = _as_kept(cache, keys), _as_kept(cache, values)
     mirror = mirror._replace(
         keys=mirror.keys.at[rows, block, heads, :, inside].set(keys, mode="drop"),
         values=mirror.values.at[rows, heads, inside_of].set(values, mode="drop"),
@@ -208,11 +233,11 @@ def _put(
     places = positions[:, :, None]  # [R, W, 1], against heads [1, 1, K]
 
     def put(array: jax.Array, new: jax.Array) -> jax.Array:
-        return array.at[layer, rows, heads, places].set(new.astype(array.dtype), mode="drop")
+        return array.at[layer, rows, heads, places].set(_stored(new, array.dtype), mode="drop")
 
     def put_keys(array: jax.Array, new: jax.Array) -> jax.Array:
         where = (layer, rows, heads, slice(None), places)
-        return array.at[where].set(new.astype(array.dtype), mode="drop")
+        return array.at[where].set(_stored(new, array.dtype), mode="drop")
 
     if cache.key_scales is None:
         return KVCache(put_keys(cache.keys, keys), put(cache.values, values))
@@ -249,12 +274,14 @@ def read(
         block = jax.lax.slice_in_dim(block, 0, size, axis=axis)
         return block if slots is None else jnp.take(block, slots, axis=0, mode="clip")
 
-    keys, values = take(cache.keys, 3).astype(dtype), take(cache.values, 2).astype(dtype)
+    keys, values = take(cache.keys, 3), take(cache.values, 2)
     if cache.key_scales is None:
-        return keys, values
-    key_scales = take(cache.key_scales, 2).astype(dtype)
-    value_scales = take(cache.value_scales, 2).astype(dtype)
-    return keys * key_scales[:, :, None, :], values * value_scales[..., None]
+        return _numbers(keys, dtype), _numbers(values, dtype)
+    key_scales, value_scales = take(cache.key_scales, 2), take(cache.value_scales, 2)
+    return (
+        _numbers(keys, dtype, key_scales[:, :, None, :]),
+        _numbers(values, dtype, value_scales[..., None]),
+    )
 
 
 def _stretches(
@@ -306,6 +333,28 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale = jnp.max(jnp.abs(x), axis=-1) / 127.0
     safe = jnp.where(scale > 0, scale, 1.0)[..., None]
     return jnp.round(x / safe).astype(jnp.int8), scale
+
+
+def _stored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Numbers as a cache whose arrays have this dtype holds them."""
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return x.astype(dtype)
+
+
+def _numbers(x: jax.Array, dtype: jnp.dtype, scales: jax.Array | None = None) -> jax.Array:
+    """What a cache holds, as numbers of this dtype."""
+    if x.dtype == jnp.uint16:
+        x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+    return x.astype(dtype) if scales is None else x.astype(dtype) * scales.astype(dtype)
+
+
+def _as_kept(cache: KVCache, x: jax.Array) -> jax.Array:
+    """Vectors [..., E] as a later call will read them."""
+    if cache.key_scales is None:
+        return _numbers(_stored(x, cache.keys.dtype), x.dtype)
+    kept, scales = quantize(x)
+    return _numbers(kept, x.dtype, scales[..., None])
 
 
 def _placed(cache: KVCache) -> KVCache:
