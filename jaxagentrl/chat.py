@@ -32,7 +32,8 @@ from jaxagentrl.chat_template import THOUGHT_TAGS, TemplateError
 
 PROMPT_STYLES = ("paper", "brief")
 
-_MAX_KNOWN = 8192  # texts whose ids are kept: some 10 MB
+# Texts whose ids are kept: some 10 MB. Longer ones are whole conversations, which nobody hears again.
+_MAX_KNOWN, _MAX_KNOWN_LENGTH = 8192, 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,10 @@ class ChatFormat:
     def __post_init__(self):
         # Episodes of a game are told the same things again and again: of the quick start's texts seven in
         # eight were encoded before, which took a tenth of the time of its sampling.
-        object.__setattr__(self, "_encode", functools.lru_cache(_MAX_KNOWN)(self._encode_anew))
+        object.__setattr__(self, "_known", functools.lru_cache(_MAX_KNOWN)(self._encode_anew))
+
+    def _encode(self, text: str) -> np.ndarray:
+        return self._known(text) if len(text) <= _MAX_KNOWN_LENGTH else self._encode_anew(text)
 
     def _encode_anew(self, text: str) -> np.ndarray:
         ids = np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int32)

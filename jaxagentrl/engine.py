@@ -99,10 +99,10 @@ class Engine:
         self._extend = sampling.make_extend(config)
         self._fork = sampling.make_fork()
         self._decode = sampling.make_decode(config, max_turn_tokens=max_turn_tokens)
-        self._held = [
-            sampling.init(config, self._shapes.shards.num_slots, max_length, cache_dtype)
-            for _ in range(num_waves)
-        ]
+        # Compiled: on a mesh a device makes its own part, not the whole first.
+        num_rows = self._shapes.shards.num_slots
+        empty = jax.jit(lambda: sampling.init(config, num_rows, max_length, cache_dtype))
+        self._held = [empty() for _ in range(num_waves)]
         shape = (num_waves, self.slots_per_wave)
         self._lengths = np.zeros(shape, np.int32)
         # The last sampled token of a slot's previous turn, which no cache holds yet; −1 for none.

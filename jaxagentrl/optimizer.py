@@ -1,5 +1,6 @@
 """An optax chain from plain numbers."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -31,22 +32,26 @@ def make(
         final_fraction: share of the peak that remains after decay.
         b1, b2: Adam's moment decays.
         weight_decay: decoupled decay, on matrices only: norms' scales and biases are left alone.
-        max_grad_norm: gradients of a larger global norm are scaled down to it.
+        max_grad_norm: gradients of a larger global norm are scaled down to it; infinity is no clipping.
         moment_dtype: "bfloat16" keeps Adam's moments in half the memory, see `scale_by_small_adam`.
+
+    Raises:
+        ValueError: see `check`.
     """
-    if moment_dtype not in MOMENT_DTYPES:
-        raise ValueError(
-            f"optimizer.moment_dtype must be one of {', '.join(MOMENT_DTYPES)}, got "
-            f"{moment_dtype!r}."
-        )
+    check(
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        decay_steps=decay_steps,
+        final_fraction=final_fraction,
+        b1=b1,
+        b2=b2,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        moment_dtype=moment_dtype,
+    )
     schedules = [optax.constant_schedule(learning_rate)]
     boundaries = []
     if decay_steps is not None:
-        if decay_steps <= warmup_steps:
-            raise ValueError(
-                f"optimizer.decay_steps ({decay_steps}) must exceed optimizer.warmup_steps "
-                f"({warmup_steps}); use None for a constant rate."
-            )
         schedules = [
             optax.linear_schedule(
                 learning_rate, final_fraction * learning_rate, decay_steps - warmup_steps
@@ -65,6 +70,47 @@ def make(
             optax.scale_by_learning_rate(schedule),
         )
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), rule)
+
+
+def check(
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    decay_steps: int | None,
+    final_fraction: float,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    moment_dtype: str = "float32",
+    where: str = "optimizer",
+) -> None:
+    """Refuses numbers that `make` cannot optimize with; `where` they are in the config.
+
+    Raises:
+        ValueError: with the key, what was got, what was expected.
+    """
+    if moment_dtype not in MOMENT_DTYPES:
+        raise ValueError(
+            f"{where}.moment_dtype must be one of {', '.join(MOMENT_DTYPES)}, got {moment_dtype!r}."
+        )
+    for key, value, is_right, expected in (
+        ("learning_rate", learning_rate, 0 <= learning_rate < math.inf, "at least 0"),
+        ("warmup_steps", warmup_steps, warmup_steps >= 0, "at least 0"),
+        ("final_fraction", final_fraction, 0 <= final_fraction <= 1, "in [0, 1]"),
+        ("b1", b1, 0 <= b1 < 1, "in [0, 1)"),
+        ("b2", b2, 0 <= b2 < 1, "in [0, 1)"),
+        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0"),
+        # At 0 every update would be 0, and without a gradient not a number.
+        ("max_grad_norm", max_grad_norm, max_grad_norm > 0, "above 0 (float('inf') does not clip)"),
+    ):
+        if not is_right:
+            raise ValueError(f"{where}.{key} must be {expected}, got {value}.")
+    if decay_steps is not None and decay_steps <= warmup_steps:
+        raise ValueError(
+            f"{where}.decay_steps ({decay_steps}) must exceed {where}.warmup_steps ({warmup_steps}); use None "
+            "for a constant rate."
+        )
 
 
 def with_critic(

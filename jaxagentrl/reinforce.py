@@ -81,6 +81,12 @@ def check(rl: Mapping[str, Any]) -> None:
             f"rl.num_minibatches ({rl['num_minibatches']}) must divide the {rows} episodes of an "
             "iteration (rl.tasks_per_iteration x rl.group_size)."
         )
+    if rl["loss"]["surrogate"] == "policy_gradient" and rl["num_epochs"] * rl["num_minibatches"] > 1:
+        raise ValueError(
+            f"rl.loss.surrogate 'policy_gradient' has no ratio to the policy that acted, but rl.num_epochs "
+            f"({rl['num_epochs']}) x rl.num_minibatches ({rl['num_minibatches']}) are several updates per "
+            "iteration, of which it is right for the first alone: set both to 1, or use 'clipped'."
+        )
     mode, constant = rl["aggregation"], rl["aggregation_constant"]
     if (mode == "constant") != (constant is not None):
         raise ValueError(
@@ -124,6 +130,7 @@ def _check_values(rl: Mapping[str, Any]) -> None:
         ("loss.dual_clip", loss["dual_clip"], 1, infinity),
         ("loss.value_coefficient", loss["value_coefficient"], 0, infinity),
         ("loss.value_clip", loss["value_clip"], 0, infinity),
+        ("loss.entropy_coefficient", loss["entropy_coefficient"], 0, infinity),
         ("loss.importance_cap", loss["importance_cap"], 1, infinity),
         ("kl.coefficient", kl["coefficient"], 0, infinity),
     ):

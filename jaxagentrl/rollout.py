@@ -229,7 +229,8 @@ class _Player:
             owing = self._owing(wave)
             if not owing:
                 return
-            if self._poll(0.0):  # what has been answered counts, however late it is taken in
+            # What has been answered counts, however late it is taken in and whatever else is over.
+            if self._poll(0.0, until=lambda: False):
                 continue
             now, limits = time.monotonic(), self._limits(owing)
             if self.rules.straggler_s is not None:
@@ -242,7 +243,9 @@ class _Player:
         """Where all that is played waits for environments that have had their time: until one answers."""
         waves = range(len(self.waves))
         owing = [item for wave in waves for item in self._owing(wave)]
-        if owing and not self.answers and not any(map(self.engine.is_busy, waves)):
+        # (Those who wait for a slot may have answered.)
+        has_answered = any(item.index in self.answers for live in self.waves for item in live.values())
+        if owing and not has_answered and not any(map(self.engine.is_busy, waves)):
             limits = self._limits(owing)
             self._poll(max(0.0, min(limits) - time.monotonic()) if limits else None)
 
@@ -259,10 +262,10 @@ class _Player:
         limit = self.rules.episode_limit_s
         return [] if limit is None else [min(item.since for item in items) + limit]
 
-    def _poll(self, limit_s: float | None) -> bool:
+    def _poll(self, limit_s: float | None, until: Callable[[], object] | None = None) -> bool:
         """Collects what environments have answered, for so long or until a wave's launch is over."""
         since = time.monotonic()
-        answered = self.pool.poll(limit_s, until=self.engine.over)
+        answered = self.pool.poll(limit_s, until=until or self.engine.over)
         self.answers.update(answered)
         self.seconds_environment += time.monotonic() - since
         return bool(answered)

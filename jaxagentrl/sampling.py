@@ -220,8 +220,8 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         restricted: static; False compiles without top-k, top-p and min-p, which cost a sort of the
             vocabulary, and then requires them to be off.
 
-    A greedy row's log-probs are those of the temperature-1 distribution (the greedy choice itself
-    has probability one). Otherwise log-probs and entropies are of the distribution sampled from:
+    A greedy row's log-probs are those at temperature 1, after its top-k, top-p and min-p (the greedy
+    choice itself has probability one). Otherwise log-probs and entropies are of the distribution sampled from:
     after temperature, top-k, top-p and min-p, renormalized.
 
     Returns:

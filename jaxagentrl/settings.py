@@ -1,7 +1,7 @@
 """Whether a config can be run, asked before anything is made, and what of it is without effect.
 
 `check` refuses what cannot work, with the key, what it says, what it could say and what to do. Sizes of
-a part are checked by that part (`sampling.check`, `rules.Rules`, `optimizer.make`, `rewards.check`); here
+a part are checked by that part (`sampling.check`, `rules.Rules`, `optimizer.check`, `rewards.check`); here
 are the other keys, and those that must agree with one another.
 
 `unused` names the keys that this run does not read: configs are made by changing others, so that such
@@ -83,7 +83,7 @@ def check(config: Config) -> None:
     rewards.check(**config["reward"])
     reinforce.check(config["rl"])
     for stage in ("sft", "rl"):
-        optimizer.make(**config[stage]["optimizer"])
+        optimizer.check(**config[stage]["optimizer"], where=f"{stage}.optimizer")
     _check_lengths(config)
     _check_trees(config)
     _check_imitation(config)
@@ -262,7 +262,8 @@ def _check_rows(config: Config) -> None:
         return
     for path, is_so, instead in (
         ("rollout.context", config["rollout"]["context"] != "end", "'end'"),
-        ("learner.packing", config["learner"]["packing"], "False"),
+        # Where there are trees, imitation alone packs.
+        ("learner.packing", config["learner"]["packing"] and not reinforce.tree_length(config), "False"),
     ):
         if is_so:
             section, key = path.split(".")
@@ -294,8 +295,8 @@ def unused(config: Config) -> list[str]:
     rl, rollout = config["rl"], config["rollout"]
     name, surrogate = rl["advantage"]["name"], rl["loss"]["surrogate"]
     has_critic = rl["critic"] != "none"
-    # With one update per batch the ratio to the old policy is 1: nothing is clipped.
-    clips = rl["num_epochs"] * rl["num_minibatches"] > 1 and surrogate != "policy_gradient"
+    # With one update per batch the ratio to the old policy is 1 and values are the old ones: nothing is clipped.
+    clips = rl["num_epochs"] * rl["num_minibatches"] > 1  # never of "policy_gradient", which refuses this
     readers = {  # key: whether something reads it
         "tokenizer": config["tokenizer"]["directory"] is None,
         "model": config["model"]["directory"] is None,

@@ -12,7 +12,7 @@ import pytest
 from test_engine import CONFIG, act, compiled
 
 from jaxagentrl import calls, engine, sampling, shards
-from jaxagentrl.models import decode_kernel, decoder, sharding, trial
+from jaxagentrl.models import decode_kernel, decoder, kv_cache, sharding, trial
 
 # Large embeddings make the distribution uneven, so that a wrong context is seen.
 POLICY = decoder.init(CONFIG, jax.random.key(0))
@@ -82,6 +82,22 @@ def test_what_is_sampled_does_not_depend_on_the_mesh(sizes, num_slots, config, o
         np.testing.assert_allclose(sample.logprobs, alone[key].logprobs, atol=1e-4)
     # A group's members lie together, on one device: they copy, unless each has its own.
     assert (eng.counters.tokens_forked > 0) == (eng._shapes.shards.size > 1)
+
+
+def test_no_device_holds_a_whole_cache_even_while_it_is_made(monkeypatch):
+    init, whole = kv_cache.init, []
+
+    def watched(*sizes):
+        made = init(*sizes)
+        whole.append(not isinstance(made.keys, jax.core.Tracer))
+        return made
+
+    monkeypatch.setattr(kv_cache, "init", watched)
+    with sharding.use(mesh_of(4, 1, 2)):
+        eng = make_engine(8)
+    assert whole == [False]  # within a program
+    sizes = {shard.data.shape for shard in eng._held[0].cache.keys.addressable_shards}
+    assert sizes == {(CONFIG.num_layers, 2, 1, CONFIG.head_dim, 96)}
 
 
 def programs(sizes, num_slots=16):

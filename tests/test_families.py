@@ -350,7 +350,7 @@ def test_a_scaled_gemma3_with_windows_everywhere_keeps_its_scaling(tmp_path):
     (dict(rope_parameters={"full_attention": their_models.PLAIN,
                            "sliding_attention": their_models.LINEAR}),
      "rope_parameters.sliding_attention.rope_type is 'linear'"),
-    (dict(query_pre_attn_scalar=-1), "query_scale_dim must be positive"),
+    (dict(query_pre_attn_scalar=-1), "query_pre_attn_scalar must be positive"),
     (dict(attention_bias=True), "attention_bias is True"),
 ])
 def test_unsupported_settings_of_gemma3_are_named(changes, named, tmp_path):

@@ -150,6 +150,13 @@ def test_on_a_mesh_bytes_are_those_of_one_device():
     assert made.always["parameters"] == bytes_on(device, trainable)
     assert made.always["parameters"] < bytes_on(device, plain()[2]) / 4
     assert made.always["optimizer"] < 1.2 * made.always["parameters"]
+    with sharding.use(sharding.decoding_mesh(mesh)):
+        # Four groups, two slots of a wave: each has one, and two have nothing to do.
+        held = engine.Engine(UNTIED, stop_ids=(3, 5), **SAMPLING | {"num_slots": 4})._held
+        one = engine.Engine(UNTIED, stop_ids=(3, 5), **SAMPLING)._held
+    assert made.always["cache"] == sum(bytes_on(device, part) for part in one)
+    few = measure(trainable, mesh, num_slots=4)
+    assert few.cache == sum(bytes_on(device, part) for part in held)
     # Without what lies on every device anyway: the scales of the norms.
     policy = trainable["policy"]
     leaves = jax.tree.leaves(policy)

@@ -298,12 +298,14 @@ def test_a_straggler_is_waited_for_once(clock):
 
 
 def test_where_nobody_has_answered_the_host_sleeps(clock):
-    pool, asked = SlowPool(clock, {"one": 2.0, "two": 2.0}), []
+    """Nor is it kept awake by an episode that waits for a slot, whose first words are there."""
+    names = ("one", "two", "three")
+    pool, asked = SlowPool(clock, dict.fromkeys(names[:2], 2.0)), []
     poll = pool.poll
     pool.poll = lambda limit_s=None, until=None: asked.append(limit_s) or poll(limit_s)
-    played = play({"one": ["one"], "two": ["two"]}, pool=pool, slots=4, straggler_s=0.0)
-    assert [t.won for t in played.trajectories] == [True] * 2
-    assert len(asked) < 30  # and not every millisecond
+    played = play({name: [name] for name in names}, pool=pool, slots=2, straggler_s=0.0)
+    assert [t.won for t in played.trajectories] == [True] * 3
+    assert len(asked) < 40  # and not every millisecond
 
 
 def test_one_that_is_late_costs_the_others_no_launch(clock):
@@ -351,6 +353,33 @@ def test_turns_of_a_wave_that_is_over_go_to_their_environments_while_another_is_
     played = play(scripts, engine=engine, pool=pool)
     assert [t.won for t in played.trajectories] == [True] * 2
     assert pool.most == 2
+
+
+def test_who_waits_is_woken_by_a_launch_that_is_over_and_who_does_not_gets_what_is_there():
+    """Between a look at the launches and a look at the answers another launch may have ended."""
+    wakes, polls = [], []
+
+    class Sudden(ScriptedEngine):
+        def over(self):
+            return [0] if polls and polls[-1] == "asked" else []
+
+        def launch(self, params, wave, when_over=None):
+            wakes.append(when_over)
+            super().launch(params, wave, when_over)
+
+    class Strict(ScriptedPool):
+        def poll(self, limit_s=None, until=None):
+            polls.append("asked")
+            assert bool(until()) == (limit_s != 0.0)
+            polls[-1] = limit_s
+            return [] if limit_s == 0.0 else super().poll(limit_s)
+
+    scripts, pool = {"one": ["a", "one"], "two": ["a", "two"]}, Strict()
+    engine = Sudden(dict(enumerate(scripts.values())), ScriptedChat(scripts), slots=2, waves=2)
+    played = play(scripts, engine=engine, pool=pool)
+    assert [t.won for t in played.trajectories] == [True] * 2
+    assert 0.0 in polls and set(polls) != {0.0}
+    assert wakes and all(wake == pool.wake for wake in wakes)
 
 
 def test_a_freed_slot_is_taken_before_the_next_launch_and_its_environment_was_reset_before():

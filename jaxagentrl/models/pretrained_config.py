@@ -36,6 +36,17 @@ _READ = {
 }
 _FULL, _LOCAL = "full_attention", "sliding_attention"
 
+# Names of config.json and ours, for what our config says is wrong.
+_NAMES = SIZES | {
+    "num_key_value_heads": "num_kv_heads", "query_pre_attn_scalar": "query_scale_dim",
+    "rms_norm_eps": "norm_eps",
+}
+_COUNTS = (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
+_NUMBERS = (
+    "rms_norm_eps", "rope_theta", "rope_local_base_freq", "sliding_window", "query_pre_attn_scalar",
+    "attn_logit_softcapping", "final_logit_softcapping",
+)
+
 
 class PretrainedError(ValueError):
     """A model folder cannot be read or written; the message names the file and the way out."""
@@ -68,8 +79,10 @@ def read_config(directory: str | os.PathLike) -> decoder_config.DecoderConfig:
         )
     settings = dict(family.defaults) | given
     problems += [
-        f"{key} is missing" for key in (*SIZES, "rms_norm_eps") if settings.get(key) is None
+        f"{key} is missing"
+        for key in (*SIZES, "rms_norm_eps", "max_position_embeddings") if settings.get(key) is None
     ]
+    problems += _not_numbers(settings)
     windows, rotations = {}, {}
     if not problems:
         windows = _read_windows(settings, family, problems)
@@ -101,7 +114,10 @@ def read_config(directory: str | os.PathLike) -> decoder_config.DecoderConfig:
             **rotations,
         )
     except ValueError as error:
-        raise PretrainedError(f"{path}: {error}") from error
+        said = str(error)
+        for theirs, ours in _NAMES.items():
+            said = said.replace(f"model.{ours} ", f"{theirs} ")
+        raise PretrainedError(f"{path}: {said}") from error
 
 
 def _query_scale(settings: Mapping[str, Any], family: Family) -> float | None:
@@ -151,6 +167,22 @@ def _unsupported_settings(settings: Mapping[str, Any], family: Family) -> list[s
         f"{key} is {settings[key]!r}, a setting not known here"
         for key in sorted(set(settings) - known) if settings[key] not in (None, False)
     ]
+    return problems
+
+
+def _not_numbers(settings: Mapping[str, Any]) -> list[str]:
+    """What must be a number and is another thing."""
+    problems = []
+    for key in (*_COUNTS, *_NUMBERS):
+        value = settings.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not is_number:
+            problems.append(f"{key} is {value!r}, expected a number")
+        elif value is not None and key in _COUNTS and (value < 1 or value != int(value)):
+            problems.append(f"{key} is {value!r}, expected a positive integer")
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(settings.get(key), Mapping | None):
+            problems.append(f"{key} is {settings[key]!r}, expected an object")
     return problems
 
 
@@ -214,9 +246,18 @@ def _read_rotations(
         problems.append(f"rope_parameters has an entry per kind of layer, {sorted(new)}, which only "
                         "Gemma 3 has")
         return {}
+    if local is not None and new and not per_kind:
+        problems.append(f"rope_parameters is {new}, expected an entry for each of {[_FULL, _LOCAL]}: "
+                        "transformers reads no other in a Gemma 3")
     full = _rotation("rope_parameters", (new.get(_FULL) or {}) if per_kind else new, theta, length,
                      problems)
     if old:
+        if local is None and new and old.get("rope_theta", theta) != full[0]:
+            problems.append(
+                f"rope_scaling stands in the place of rope_parameters, but rope_parameters.rope_theta "
+                f"({full[0]}) is neither in it nor beside it as rope_theta: move rope_scaling's settings "
+                "into rope_parameters"
+            )
         theirs = _rotation("rope_scaling", old, full[0], length, problems)
         if full[1] is not None and theirs != full:
             problems.append(f"rope_scaling {old} and rope_parameters {new} disagree")
@@ -228,6 +269,8 @@ def _read_rotations(
         return {"rope_theta": full[0], "rope_scaling": full[1]}
     if windows["window_layers"] is None:
         return {"rope_theta": near[0], "rope_scaling": near[1]}
+    if near == full:
+        return {"rope_theta": full[0], "rope_scaling": full[1]}
     if near[1] is not None:
         problems.append(f"rope_parameters.{_LOCAL}.rope_type is {near[1].rope_type!r}, expected "
                         "'default'")
@@ -249,11 +292,20 @@ def _rotation(
 ) -> tuple[float, rope.Scaling | None]:
     """θ and scaling of one entry; `type` is the older spelling of `rope_type`."""
     values = {name: value for name, value in settings.items() if value is not None}
+    strange = [
+        f"{key}.{name} is {value!r}, expected a number" for name, value in values.items()
+        if name not in ("type", "rope_type") and not isinstance(value, int | float)
+    ]
+    if strange:
+        problems += strange
+        return theta, None
     theta = float(values.pop("rope_theta", theta))
     old_kind = values.pop("type", "default")
     kind = values.pop("rope_type", old_kind)
     if values.get("partial_rotary_factor") == 1:
         del values["partial_rotary_factor"]
+    if kind == "default" and values.get("factor") == 1:
+        del values["factor"]
     if kind not in ("default", *_SCALINGS):
         problems.append(f"{key}.rope_type is {kind!r}, expected one of "
                         f"{['default', *_SCALINGS]}")
@@ -335,6 +387,8 @@ def _window_settings(config: decoder_config.DecoderConfig, family: Family) -> di
         "layer_types": [_LOCAL if local else _FULL for local in layers],
         "sliding_window": size,
     }
+    if family.pattern == "every nth is full" and size is None:  # transformers wants one for no layer, too
+        settings["sliding_window"] = family.defaults["sliding_window"]
     if family.pattern == "from max_window_layers":
         settings["use_sliding_window"] = size is not None
         settings["max_window_layers"] = layers.index(True) if any(layers) else num
@@ -349,8 +403,8 @@ def _rotation_settings(config: decoder_config.DecoderConfig, family: Family) -> 
         return settings | {"rope_parameters": full}
     # Where no layer has the window, or all have it, both kinds get the one rotation.
     settings["rope_local_base_freq"] = config.local_rope_theta or config.rope_theta
-    all_local = config.sliding_window is not None and config.window_layers is None
-    if scaling is not None and all_local:
+    has_window = config.sliding_window is not None
+    if scaling is not None and has_window and config.local_rope_theta is None:
         # The older spelling scales the layers without a window alone.
         return settings | {"rope_parameters": {_FULL: full, _LOCAL: full}}
     # The older spelling alone: vLLM on transformers 4 fails on entries per kind of layer.

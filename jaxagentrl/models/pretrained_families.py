@@ -89,9 +89,11 @@ class Family:
     logit_softcap: bool = False  # reads final_logit_softcapping
     more_keys: frozenset[str] = frozenset()  # read or without meaning in this family
     switches: tuple[str, ...] = ("attention_bias",)  # written as off
+    splits_hidden: bool = False  # transformers wants the hidden size to be a multiple of the heads
 
 
 _GEMMA_KEYS = {
+    "splits_hidden": True,
     "activation_key": "hidden_activation",
     "activation": "gelu_pytorch_tanh",
     "pattern": "every nth is full",
@@ -109,6 +111,7 @@ FAMILIES = (
         # Left by converters; Llama has no window whatever it says.
         more_keys=frozenset({"sliding_window", "max_window_layers"}),
         switches=("attention_bias", "mlp_bias"),
+        splits_hidden=True,
     ),
     Family(
         model_type="mistral",
@@ -188,8 +191,13 @@ def differences(family: Family, config: Any) -> dict[str, Any]:
     """Settings of a decoder config, by name, that models of the family cannot have."""
     plain = {field.name: field.default for field in dataclasses.fields(config)}
     expected = {name: plain[name] for name in _FEATURES} | dict(family.fixed)
-    return {
+    found = {
         name: getattr(config, name)
         for name in _FEATURES
         if name not in family.free and getattr(config, name) != expected[name]
     }
+    if family.splits_hidden and config.hidden_size % config.num_heads:
+        found |= {"hidden_size": config.hidden_size, "num_heads": config.num_heads}
+    if family.query_scale and (config.query_scale_dim or 0) % 1:  # an integer in config.json
+        found["query_scale_dim"] = config.query_scale_dim
+    return found

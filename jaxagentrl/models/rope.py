@@ -50,6 +50,16 @@ class Scaling:
                 f"rope_type {self.rope_type!r} needs original_max_position_embeddings, got "
                 f"{self.original_max_position_embeddings}."
             )
+        if self.rope_type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                "llama3 needs low_freq_factor above 0 and below high_freq_factor, got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}."
+            )
+        if self.rope_type == "yarn" and not 0 < self.beta_slow <= self.beta_fast:
+            raise ValueError(
+                "yarn needs beta_slow above 0 and not above beta_fast, got "
+                f"{self.beta_slow} and {self.beta_fast}."
+            )
 
 
 def frequencies(
