@@ -235,7 +235,8 @@ def bucket(
     whose = "" if longest is None else f" of task {longest.task.name}"
     raise ValueError(
         f"a trajectory{whose} has {length} tokens, more than the largest length bucket "
-        f"{max(length_buckets)}: raise length_buckets or lower the rollout's token limit"
+        f"{max(length_buckets)}: raise length_buckets (of a run: learner.length_buckets, and sampling.max_length with "
+        "them), or take tasks whose texts are shorter"
     )
 
 

@@ -34,7 +34,7 @@ def start(
         process_id: which one this is, from 0.
 
     Raises:
-        ValueError: only some of the three are given.
+        ValueError: only some of the three are given, or none where nothing says.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is None for value in given) and any(value is not None for value in given):
@@ -42,9 +42,15 @@ def start(
             "--coordinator, --num_processes and --process_id go together: give all three, or none "
             f"and --distributed. Got {coordinator}, {num_processes}, {process_id}."
         )
-    jax.distributed.initialize(
-        coordinator, num_processes, process_id, local_device_ids=_device_ids(os.environ)
-    )
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, local_device_ids=_device_ids(os.environ)
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"the processes cannot be joined ({error}). --distributed alone needs a TPU pod, Slurm, Open MPI or "
+            "Kubernetes; elsewhere give --coordinator, --num_processes and --process_id."
+        ) from error
 
 
 def _device_ids(variables: Mapping[str, str]) -> list[int] | None:

@@ -1,17 +1,20 @@
 """`python -m jaxagentrl.main --config=configs/<x>.py --workdir=<folder>`: flags, and nothing else."""
 
+import signal
 import sys
 
 if __name__ == "__main__":
     from jaxagentrl import pages
 
     pages.use_huge_ones()  # before jax is imported: it starts this process again
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing has begun: Ctrl-C needs no traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from envs_host.pool import PoolError
-from jaxagentrl import demos, hosts, metrics, train
+from jaxagentrl import demos, hosts, interrupts, metrics, train
 
 
 class _OrNone(flags.ArgumentParser):
@@ -49,9 +52,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
     config = _CONFIG.value.to_dict()
+    interrupts.raise_where_heard()
+    given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
-        if _DISTRIBUTED.value or _COORDINATOR.value is not None:
-            hosts.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if _DISTRIBUTED.value or any(value is not None for value in given):
+            hosts.start(*given)
         train.run(config, _WORKDIR.value)
     except (ValueError, metrics.NonFiniteError, demos.DemonstrationError, PoolError) as error:
         if _DEBUG.value:
@@ -61,9 +66,24 @@ def main(argv: list[str]) -> None:
         sys.exit("stopped; the same command continues from the last checkpoint")
 
 
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        _CONFIG.value.to_dict()  # a file that could not be read says so when it is asked
+        return rest
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        # What config_flags raises of a file that is not there, a key that no config has, a value of another type.
+        if "--debug" in argv:
+            raise
+        lines = str(error.args[0]).splitlines()
+        said = lines[-1].strip() if isinstance(error, OSError) else " ".join(lines)  # before it is a traceback
+        name = type(error).__name__
+        sys.exit(f"error: {name} in the flags: {said}. docs/config.md has all keys (--debug shows where)")
+
+
 def run() -> None:
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=_parse)
 
 
 if __name__ == "__main__":

@@ -305,6 +305,9 @@ def unused(config: Config) -> list[str]:
         "learner.tree_length": reinforce.tree_length(config) == config["learner"]["tree_length"],
         "lora": config["lora"]["rank"] > 0,
         "sft": config["sft"]["num_steps"] > 0,
+        "rl": rl["num_iterations"] > 0,
+        "sft.optimizer.final_fraction": config["sft"]["optimizer"]["decay_steps"] is not None,
+        "rl.optimizer.final_fraction": rl["optimizer"]["decay_steps"] is not None,
         "rl.critic_learning_rate": has_critic or rl["critic_learning_rate"] is None,
         "rl.advantage.gae_lambda": has_critic,
         "rl.advantage.group_scale": name in ("group_normalized", "rewards_to_go_group", "gigpo"),
@@ -323,7 +326,9 @@ def unused(config: Config) -> list[str]:
         "rl.loss.value_clip": has_critic and clips,
         "rl.kl.estimator": rl["kl"]["placement"] != "none",
     }
-    deciding = ("tokenizer.directory", "model.directory", "lora.rank", "sft.num_steps")
+    deciding = (
+        "tokenizer.directory", "model.directory", "lora.rank", "sft.num_steps", "rl.num_iterations"
+    )
     found: dict[str, None] = {}  # in order, each once
     for path, _ in flat(config):
         section = path.partition(".")[0]

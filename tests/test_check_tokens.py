@@ -63,7 +63,7 @@ def test_a_good_model_passes(folder, capsys):
     assert lines[0].startswith("chat family chatml, end of turn '<|im_end|>'")
     assert lines[1] == "note: the template drops the thinking of earlier turns; here it stays"
     assert [line.split(":")[0] for line in lines[2:]] == [
-        "ok   first prompt", "ok   template", "ok   append-only", "ok   masks", "ok   log-probs, in rows",
+        "ok   vocabulary", "ok   first prompt", "ok   template", "ok   append-only", "ok   masks", "ok   log-probs, in rows",
         "ok   log-probs, packed"]
     assert "worst token" in lines[-1] and "sampler -" in lines[-1]
 

@@ -1,5 +1,6 @@
 """Every family of models against transformers: logits, weights there and back, cached decoding."""
 
+import dataclasses
 import json
 
 import jax
@@ -376,3 +377,81 @@ def test_windows_and_rotations_that_do_not_fit_are_named(case, changes, named, t
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(pretrained.PretrainedError, match=named):
         pretrained_config.read_config(tmp_path)
+
+
+def config_json(**changes):
+    """A plain Llama's settings."""
+    settings = dict(
+        model_type="llama", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, rms_norm_eps=1e-6, max_position_embeddings=512,
+    )
+    return {key: value for key, value in (settings | changes).items() if value != "absent"}
+
+
+@pytest.mark.parametrize("changes, named", [
+    (dict(max_position_embeddings=None), "max_position_embeddings is missing"),
+    (dict(hidden_size="32"), "hidden_size is '32', expected a number"),
+    (dict(num_hidden_layers=0), "num_hidden_layers is 0, expected a positive integer"),
+    (dict(num_key_value_heads=3), r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
+    (dict(rope_scaling="linear"), "rope_scaling is 'linear', expected an object"),
+    (dict(rope_scaling={"rope_type": "linear", "factor": "8"}), "rope_scaling.factor is '8', expected a number"),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0, "beta_slow": 0}), "yarn needs beta_slow above 0"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}),
+     "llama3 needs low_freq_factor"),
+    (dict(rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+          rope_scaling={"type": "linear", "factor": 2.0}),
+     r"rope_scaling stands in the place of rope_parameters.*50000\.0"),
+])
+def test_strange_values_are_named_as_the_file_has_them(changes, named, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_json(**changes)))
+    with pytest.raises(pretrained.PretrainedError, match=named):
+        pretrained_config.read_config(tmp_path)
+
+
+def test_a_factor_of_one_says_nothing_and_a_flat_rotation_is_none_of_gemma3(tmp_path):
+    neutral = {"rope_type": "default", "rope_theta": 5e4, "factor": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(config_json(rope_parameters=neutral)))
+    assert pretrained_config.read_config(tmp_path).rope_theta == 5e4
+    settings = their_models.make("gemma3").config.to_dict() | {"rope_parameters": neutral}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(pretrained.PretrainedError, match="an entry for each of"):
+        pretrained_config.read_config(tmp_path)
+
+
+GEMMA3 = dict(
+    activation="gelu_tanh", norm_plus_one=True, post_norms=True, scale_embeddings=True, qk_norm=True
+)
+
+
+@pytest.mark.parametrize("settings, model_type", [
+    # Heads that do not share out the hidden size, which Llama's and Gemma's configs refuse.
+    (dict(hidden_size=40, num_heads=3, num_kv_heads=3), "mistral"),
+    (dict(hidden_size=40, num_heads=3, num_kv_heads=3, qk_norm=True), "qwen3"),
+    # No window, where transformers wants the size of one.
+    (GEMMA3, "gemma3_text"),
+    # One scaled rotation in both kinds of layer.
+    (GEMMA3 | dict(sliding_window=5, window_layers=(True, False),
+                   rope_scaling=rope.Scaling("linear", factor=8.0)), "gemma3_text"),
+], ids=["three heads", "three heads, normed", "gemma 3 without windows", "gemma 3 scaled alike"])
+def test_what_is_exported_is_what_transformers_computes(settings, model_type, tmp_path):
+    plain = dict(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+                 intermediate_size=48, rope_theta=100.0)
+    config = decoder.DecoderConfig(**plain | settings)
+    params = decoder.init(config, jax.random.key(0))
+    pretrained.save(tmp_path, config, params)
+    again, _ = pretrained.load(tmp_path)
+    assert again.model_type == model_type
+    same = dict(model_type=None, max_position_embeddings=None, query_scale_dim=None)
+    assert dataclasses.replace(again, **same) == dataclasses.replace(config, **same)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    ids = np.random.default_rng(0).integers(0, 64, (2, 20))
+    ours = decoder.logits(config, params, jnp.asarray(ids, jnp.int32))
+    np.testing.assert_allclose(ours, their_models.logits(theirs, ids), atol=1e-4)
+
+
+def test_a_query_scale_that_no_config_json_can_say_is_not_exported():
+    config = decoder.DecoderConfig(
+        **dict(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+               intermediate_size=48, query_scale_dim=12.5), **GEMMA3)
+    with pytest.raises(pretrained.PretrainedError, match="query_scale_dim.*12.5"):
+        pretrained_config.to_json(config, "float32")

@@ -38,6 +38,7 @@ envs_host.pool_server
 envs_host.pool
 jaxagentrl
 jaxagentrl.pages
+jaxagentrl.interrupts
 jaxagentrl.precision
 jaxagentrl.types
 jaxagentrl.masking

@@ -120,5 +120,11 @@ def test_what_a_run_does_not_read_is_named():
     settings.check(config)
     unused = settings.unused(config)
     assert {"rl.advantage.step_weight", "rl.skip_zero_signal", "sft.*"} <= set(unused)
+    assert "rl.loss.value_clip" not in unused
+    assert "rl.optimizer.final_fraction" not in unused  # its rate decays
+    constant = changed("textworld_quickstart.py", **{"rl.optimizer.decay_steps": None})
+    assert {"sft.optimizer.final_fraction", "rl.optimizer.final_fraction"} <= set(settings.unused(constant))
+    only_played = settings.unused(changed("textworld_quickstart.py", **{"rl.num_iterations": 0}))
+    assert "rl.*" in only_played and "rl.group_size" not in only_played
     for used in ("rl.advantage.gae_lambda", "rl.loss.clip_low", "lora.alpha", "lora.*", "model.*"):
         assert used not in unused

@@ -8,7 +8,6 @@ lengths), and the same programs as in training score what it said. As in a run t
 and both compute in --dtype (learner.compute_dtype) from copies of their own. Checked are
 
 vocabulary    the model has an embedding for every id that a text may come to
-
 first prompt  is, id for id, that of the tokenizer's own chat template
 template      a conversation of plain answers is, too, in every turn; where the template renders even
               those otherwise later on, a note says so and this is left out
@@ -332,6 +331,7 @@ def check(
         chat.check_vocabulary(made, config.vocab_size)
     except ValueError as error:
         return [Finding("vocabulary", False, str(error))]
+    vocabulary = f"{config.vocab_size} embeddings for {len(made.tokenizer)} ids"
     with sharding.use(mesh):
         decoding = decoding_layout.for_decoding(params, options.dtype)
     decoding = sharding.for_decoding(decoding, mesh)
@@ -347,6 +347,7 @@ def check(
     batch = batching.to_batch(talks, None, discount=1.0, length_buckets=[length], row_multiple=1)
     history = check_template(made, options.system)
     return [
+        Finding("vocabulary", True, vocabulary),
         check_first_prompts(made, options.system),
         *([] if history is None else [history]),
         check_append_only(made, talks, told),

@@ -1,0 +1,59 @@
+"""The command line: what it says of flags that cannot work, and Ctrl-C whenever it comes."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--config=configs/textworld_smoke.py", "--config.rl.grup_size=4"], ("grup_size", "group_size")),
+        (["--config=configs/nope.py"], ("configs/nope.py",)),
+    ],
+    ids=["key", "file"],
+)
+def test_flags_that_cannot_work_get_one_sentence(flags, named):
+    failed = run("-m", "jaxagentrl.main", "--workdir=nowhere", *flags)
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    said = failed.stderr[failed.stderr.index("error: ") :]
+    assert all(name in said for name in (*named, "docs/config.md"))
+    assert "Traceback" in run("-m", "jaxagentrl.main", "--workdir=nowhere", *flags, "--debug").stderr
+
+
+def test_an_interrupt_in_a_callback_of_the_garbage_collector_is_heard_after_it():
+    code = """
+import gc, os, signal, time
+from jaxagentrl import interrupts
+def callback(phase, info):
+    if phase == "start" and not sent:
+        sent.append(True)
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+sent = []
+gc.callbacks.append(callback)
+interrupts.raise_where_heard()
+for way in (gc.collect, lambda: os.kill(os.getpid(), signal.SIGINT)):
+    try:
+        way()
+        time.sleep(5)
+        print("not heard")
+    except KeyboardInterrupt:
+        print("heard")
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+interrupts.raise_where_heard()
+os.kill(os.getpid(), signal.SIGINT)
+print("ignored as before")
+"""
+    assert run("-c", code).stdout.splitlines() == ["heard", "heard", "ignored as before"]

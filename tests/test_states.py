@@ -1,0 +1,30 @@
+"""States of a run: where the frozen reference of a KL term comes from."""
+
+import types
+
+import jax
+import numpy as np
+import optax
+import pytest
+from test_sharding import UNTIED, params
+
+from jaxagentrl import states
+from jaxagentrl.models import lora
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_run_that_continues_has_the_reference_that_it_began_with(tmp_path, adapters):
+    folder = types.SimpleNamespace(checkpoints=tmp_path)
+    made = jax.tree.map(np.copy, params(UNTIED))
+    trained = made
+    if adapters:
+        drawn = lora.init(made["policy"], jax.random.key(2), rank=2, targets=["q"])
+        trained = {"adapters": drawn, "value_head": made["value_head"]}
+    state = states.fresh(jax.tree.map(jax.numpy.asarray, trained), optax.sgd(0.1))
+    first = jax.device_get(states.reference(folder, state))
+    assert set(first) == ({"adapters"} if adapters else {"policy"})  # no critic
+    name = next(iter(first))
+    jax.tree.map(np.testing.assert_array_equal, first[name], jax.device_get(trained[name]))
+    moved = states.fresh(jax.tree.map(lambda x: x + 1.0, state.params), optax.sgd(0.1))
+    again = jax.device_get(states.reference(folder, moved))
+    jax.tree.map(np.testing.assert_array_equal, again, first)
