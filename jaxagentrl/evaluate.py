@@ -25,13 +25,15 @@ def summary(prefix: str, rollout: Rollout) -> dict[str, float]:
     values[f"{prefix}/env_failures"] = len(rollout.failures)
     values |= {f"{prefix}/stop_{reason}": counts[reason] for reason in StopReason}
     if played:
-        turns = [turn for trajectory in played for turn in trajectory.turns]
+        num_turns = sum(trajectory.num_turns for trajectory in played)
         values |= {
             f"{prefix}/return_mean": np.mean([t.score / t.max_score for t in played]),
-            f"{prefix}/turns_mean": len(turns) / len(played),
+            f"{prefix}/turns_mean": num_turns / len(played),
             f"{prefix}/tokens_mean": np.mean([t.num_tokens for t in played]),
-            f"{prefix}/invalid_command_rate": np.mean([not t.valid_command for t in turns]),
         }
+    if sent := [turn for trajectory in played for turn in trajectory.sent_turns]:
+        refused = [not turn.valid_command for turn in sent]
+        values[f"{prefix}/invalid_command_rate"] = np.mean(refused)
     return {key: float(value) for key, value in values.items()}
 
 

@@ -158,19 +158,24 @@ def _episode(
         f"{trajectory.num_turns} turns, score {trajectory.score:g} of {trajectory.max_score:g}, "
         f"ended by {html.escape(trajectory.stop_reason.value.replace('_', ' '))}"
     )
-    turns = "\n".join(_turn(turn, pieces) for turn in trajectory.turns)
+    sent = len(trajectory.sent_turns)
+    turns = "\n".join(
+        _turn(turn, pieces, is_sent=number < sent) for number, turn in enumerate(trajectory.turns)
+    )
     return f"<details{' open' if is_open else ''}><summary>{head}</summary>\n{turns}\n</details>"
 
 
-def _turn(turn: Turn, pieces: Sequence[str] | None) -> str:
+def _turn(turn: Turn, pieces: Sequence[str] | None, *, is_sent: bool) -> str:
     notes = []
     if turn.reward:
         notes.append(f"reward {turn.reward:+g}")
     if turn.intermediate_reward:
         notes.append(f"progress {turn.intermediate_reward:+g}")
-    if not turn.valid_command:
+    if not is_sent:
+        notes.append("no end of turn: not sent")
+    elif not turn.valid_command:
         notes.append("refused")
-    if turn.command != turn.action:
+    if is_sent and turn.command != turn.action:
         notes.append(f"sent as: {turn.command}")
     return (
         f"<pre class=observation>{html.escape(turn.observation.strip())}</pre>\n"

@@ -183,6 +183,14 @@ def _above(bound: float) -> Callable[[Any], bool]:
 
 
 def _check_games(config: Config) -> None:
+    for name, split in config["splits"].items():
+        is_right = isinstance(split, tuple | list) and len(split) in (2, 3)
+        is_right = is_right and all(isinstance(seed, int) for seed in split[:2])
+        if not is_right or not isinstance(split[2] if len(split) > 2 else {}, Mapping):
+            raise ValueError(
+                f"splits.{name} must be (first seed, number of seeds), and perhaps a dict of parameters that these "
+                f"games have otherwise, got {split!r}."
+            )
     ranges = prepare.seed_ranges(config["splits"])
     further = [name for name in ranges if name.startswith("test_")]
     if set(ranges) - set(further) != {"demo", "train", "test"}:

@@ -179,6 +179,11 @@ class Trajectory:
         return len(self.turns)
 
     @property
+    def sent_turns(self) -> list[Turn]:
+        """The turns whose command was sent: not the last one of an episode that was cut in the middle of it."""
+        return self.turns[:-1] if self.stop_reason is StopReason.NO_END_OF_TURN else self.turns
+
+    @property
     def terminated(self) -> bool:
         """Whether the task itself ended, won or lost."""
         return self.stop_reason is StopReason.DONE

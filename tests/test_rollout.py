@@ -507,6 +507,18 @@ def test_summary_counts_what_people_ask_for():
     assert values["eval/stop_done"] == 1 and values["eval/stop_turn_limit"] == 1
 
 
+def test_a_command_that_was_not_sent_was_not_refused():
+    """Of an episode that a turn without end cuts, the turns before it count."""
+    played = play({"good": ["good"], "cut": ["bad", "a", "a"]})
+    cut = dataclasses.replace(played.trajectories[1], stop_reason=StopReason.NO_END_OF_TURN)
+    assert len(cut.sent_turns) == len(cut.turns) - 1
+    played = dataclasses.replace(played, trajectories=[played.trajectories[0], cut])
+    assert evaluate.summary("eval", played)["eval/invalid_command_rate"] == 1 / 3
+    only = dataclasses.replace(cut, turns=cut.turns[:1])
+    played = dataclasses.replace(played, trajectories=[only])
+    assert "eval/invalid_command_rate" not in evaluate.summary("eval", played)
+
+
 def test_no_episodes_give_no_rate():
     values = evaluate.summary("eval", rollout.Rollout([], []))
     assert "eval/success_rate" not in values and values["eval/episodes"] == 0

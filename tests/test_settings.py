@@ -61,6 +61,13 @@ def test_the_quick_start_has_every_key_and_the_docs_tell_of_each():
         ("sft.log_every", 0, "sft.log_every must be at least 1"),
         ("sft.save_every", 0, "sft.save_every must be at least 1"),
         ("seed", -1, "seed must be 0 or more"),
+        ("splits.test", (1,), r"splits.test must be \(first seed, number of seeds\)"),
+        ("splits.test", (1, 2, 3), "splits.test must be .*a dict of parameters"),
+        ("splits.test", 1, "splits.test must be"),
+        ("rl.num_minibatches", 3, "num_minibatches"),
+        ("rl.optimizer.max_grad_norm", 0.0, "rl.optimizer.max_grad_norm must be above 0"),
+        ("sft.optimizer.learning_rate", -1.0, "sft.optimizer.learning_rate must be at least 0"),
+        ("rl.loss.entropy_coefficient", -0.1, "rl.loss.entropy_coefficient must be at least 0"),
         ("rollout.temperature", 0.0, "rollout.temperature must be more than 0"),
         ("rollout.stop_strings", "Obs:", "rollout.stop_strings must be a tuple of texts"),
         ("reward.kind", "sparse", "reward.kind must be one of single, dense, intermediate"),
@@ -128,3 +135,19 @@ def test_what_a_run_does_not_read_is_named():
     assert "rl.*" in only_played and "rl.group_size" not in only_played
     for used in ("rl.advantage.gae_lambda", "rl.loss.clip_low", "lora.alpha", "lora.*", "model.*"):
         assert used not in unused
+
+
+def test_a_surrogate_without_a_ratio_is_for_one_update_per_iteration():
+    one = changed("textworld_quickstart.py", **{"rl.loss.surrogate": "policy_gradient"})
+    settings.check(one)
+    for path in ("rl.num_epochs", "rl.num_minibatches"):
+        several = changed("textworld_quickstart.py", **{"rl.loss.surrogate": "policy_gradient", path: 2})
+        with pytest.raises(ValueError, match="policy_gradient.*right for the first alone"):
+            settings.check(several)
+
+
+def test_gspo_packs_imitation_where_rl_has_trees():
+    gspo = {"rl.loss.surrogate": "gspo", "learner.packing": True}
+    settings.check(changed("textworld_quickstart.py", **gspo))
+    with pytest.raises(ValueError, match="learner.packing is True, which puts several texts in a row"):
+        settings.check(changed("textworld_quickstart.py", **gspo | {"learner.tree_length": 0}))
