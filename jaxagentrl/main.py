@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
         if _DISTRIBUTED.value or any(value is not None for value in given):
             hosts.start(*given)
         train.run(config, _WORKDIR.value)
-    except (ValueError, metrics.NonFiniteError, demos.DemonstrationError, PoolError) as error:
+    except (ValueError, OSError, metrics.NonFiniteError, demos.DemonstrationError, PoolError) as error:
         if _DEBUG.value:
             raise
         sys.exit(f"error: {error}\n(--debug shows where)")

@@ -112,6 +112,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
     """Prepares a run; worker processes live as long as the context."""
     mesh = sharding.make_mesh(**config["mesh"])
     hosts.connect(mesh)
+    _check_folders(config)
     splits = games(config["env"], config["splits"], config["namings"])
     workdir.record("games", {name: _fingerprint(split) for name, split in splits.items()})
     with make_pool(config) as pool:
@@ -147,6 +148,18 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             engine=decoding,
             mesh=mesh,
         )
+
+
+def _check_folders(config: Mapping[str, Any]) -> None:
+    """Reads of the model's and the tokenizer's folder what is small: games take minutes to make.
+
+    Raises:
+        ValueError: with what is missing or wrong in a folder.
+    """
+    if config["tokenizer"]["directory"] is not None:
+        tokenizer.load(config["tokenizer"]["directory"])
+    if config["model"]["directory"] is not None:
+        pretrained_config.read_config(config["model"]["directory"])
 
 
 def has_imitation_ahead(config: Mapping[str, Any], workdir: Workdir) -> bool:

@@ -243,7 +243,6 @@ class _Player:
         """Where all that is played waits for environments that have had their time: until one answers."""
         waves = range(len(self.waves))
         owing = [item for wave in waves for item in self._owing(wave)]
-        # (Those who wait for a slot may have answered.)
         has_answered = any(item.index in self.answers for live in self.waves for item in live.values())
         if owing and not has_answered and not any(map(self.engine.is_busy, waves)):
             limits = self._limits(owing)

@@ -238,6 +238,12 @@ def test_a_coarse_cache_is_judged_by_its_mean(folder, capsys, cache_dtype):
     assert f"it is the rounding of a cache in {cache_dtype}" in capsys.readouterr().out
 
 
+def test_a_folder_that_is_no_models_is_named_without_a_traceback(tmp_path, capsys):
+    assert check_tokens.main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and str(tmp_path) in said
+
+
 def test_an_unknown_cache_dtype_is_refused_before_anything_is_read(capsys):
     with pytest.raises(SystemExit):
         check_tokens.main(["nowhere", "--cache_dtype=int4"])

@@ -168,3 +168,12 @@ def test_a_frozen_base_lies_in_the_dtype_of_the_computation(trained, tmp_path, r
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen["policy"])} == {jnp.dtype(dtype)}
     adapters = 4 * sum(leaf.size for leaf in jax.tree.leaves(trainable["adapters"]))
     assert held == jnp.dtype(dtype).itemsize * size + adapters + 4  # the scale
+
+
+@pytest.mark.parametrize("section, named", [("tokenizer", "tokenizer folder"), ("model", "config.json")])
+def test_a_wrong_folder_is_found_before_games_are_made(monkeypatch, tmp_path, section, named):
+    config = smoke_config()
+    config[section]["directory"] = str(tmp_path / "nothing")
+    monkeypatch.setattr(prepare, "games", lambda *_: pytest.fail("games were made"))
+    with contextlib.ExitStack() as stack, pytest.raises(ValueError, match=f"{named}.*not exist"):
+        stack.enter_context(prepare.everything(config, workdir=None))

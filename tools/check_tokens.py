@@ -394,6 +394,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "is judged")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    try:
+        return certify(options)
+    except ValueError as error:  # a folder that is no model's, a template that cannot be used
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def certify(options: argparse.Namespace) -> int:
+    """Prints a line for each finding; 0 if all pass."""
     made = chat.make(
         tokenizer.load(options.directory),
         system=options.system,
