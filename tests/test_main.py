@@ -34,6 +34,7 @@ def test_flags_that_cannot_work_get_one_sentence(flags, named):
 def test_an_interrupt_in_a_callback_of_the_garbage_collector_is_heard_after_it():
     code = """
 import gc, os, signal, time
+gc.disable()  # but for where it is called
 from jaxagentrl import interrupts
 def callback(phase, info):
     if phase == "start" and not sent:
