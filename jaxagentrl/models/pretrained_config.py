@@ -292,24 +292,24 @@ def _rotation(
 ) -> tuple[float, rope.Scaling | None]:
     """θ and scaling of one entry; `type` is the older spelling of `rope_type`."""
     values = {name: value for name, value in settings.items() if value is not None}
+    old_kind = values.pop("type", "default")
+    kind = values.pop("rope_type", old_kind)
+    if kind not in ("default", *_SCALINGS):
+        problems.append(f"{key}.rope_type is {kind!r}, expected one of "
+                        f"{['default', *_SCALINGS]}")
+        return theta, None
     strange = [
-        f"{key}.{name} is {value!r}, expected a number" for name, value in values.items()
-        if name not in ("type", "rope_type") and not isinstance(value, int | float)
+        f"{key}.{name} is {value!r}, expected a number"
+        for name, value in values.items() if not isinstance(value, int | float)
     ]
     if strange:
         problems += strange
         return theta, None
     theta = float(values.pop("rope_theta", theta))
-    old_kind = values.pop("type", "default")
-    kind = values.pop("rope_type", old_kind)
     if values.get("partial_rotary_factor") == 1:
         del values["partial_rotary_factor"]
     if kind == "default" and values.get("factor") == 1:
         del values["factor"]
-    if kind not in ("default", *_SCALINGS):
-        problems.append(f"{key}.rope_type is {kind!r}, expected one of "
-                        f"{['default', *_SCALINGS]}")
-        return theta, None
     needed, optional = _SCALINGS.get(kind, ((), ()))
     # Some exporters write the keys of all kinds; a factor of 1 or the model's own length says nothing.
     if kind in ("default", "linear") and values.get("original_max_position_embeddings") == length:
