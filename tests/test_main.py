@@ -35,6 +35,7 @@ def test_an_interrupt_in_a_callback_of_the_garbage_collector_is_heard_after_it()
     code = """
 import gc, os, signal, time
 gc.disable()  # but for where it is called
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the suite may run where it is ignored
 from jaxagentrl import interrupts
 def callback(phase, info):
     if phase == "start" and not sent:
