@@ -21,6 +21,7 @@ def make(
     weight_decay: float,
     max_grad_norm: float,
     moment_dtype: str = "float32",
+    where: str = "optimizer",
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) with clipping by global norm, warm-up and linear decay.
 
@@ -34,61 +35,10 @@ def make(
         weight_decay: decoupled decay, on matrices only: norms' scales and biases are left alone.
         max_grad_norm: gradients of a larger global norm are scaled down to it; infinity is no clipping.
         moment_dtype: "bfloat16" keeps Adam's moments in half the memory, see `scale_by_small_adam`.
+        where: where these are in the config, for errors.
 
     Raises:
-        ValueError: see `check`.
-    """
-    check(
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        decay_steps=decay_steps,
-        final_fraction=final_fraction,
-        b1=b1,
-        b2=b2,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        moment_dtype=moment_dtype,
-    )
-    schedules = [optax.constant_schedule(learning_rate)]
-    boundaries = []
-    if decay_steps is not None:
-        schedules = [
-            optax.linear_schedule(
-                learning_rate, final_fraction * learning_rate, decay_steps - warmup_steps
-            )
-        ]
-    if warmup_steps:
-        schedules.insert(0, optax.linear_schedule(0.0, learning_rate, warmup_steps))
-        boundaries.append(warmup_steps)
-    schedule = optax.join_schedules(schedules, boundaries)
-    if moment_dtype == "float32":
-        rule = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=_is_matrix)
-    else:
-        rule = optax.chain(
-            scale_by_small_adam(b1=b1, b2=b2),
-            optax.add_decayed_weights(weight_decay, _is_matrix),
-            optax.scale_by_learning_rate(schedule),
-        )
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), rule)
-
-
-def check(
-    *,
-    learning_rate: float,
-    warmup_steps: int,
-    decay_steps: int | None,
-    final_fraction: float,
-    b1: float,
-    b2: float,
-    weight_decay: float,
-    max_grad_norm: float,
-    moment_dtype: str = "float32",
-    where: str = "optimizer",
-) -> None:
-    """Refuses numbers that `make` cannot optimize with; `where` they are in the config.
-
-    Raises:
-        ValueError: with the key, what was got, what was expected.
+        ValueError: a number that cannot work, with its key, what was got, what was expected.
     """
     if moment_dtype not in MOMENT_DTYPES:
         raise ValueError(
@@ -111,6 +61,27 @@ def check(
             f"{where}.decay_steps ({decay_steps}) must exceed {where}.warmup_steps ({warmup_steps}); use None "
             "for a constant rate."
         )
+    schedules = [optax.constant_schedule(learning_rate)]
+    boundaries = []
+    if decay_steps is not None:
+        schedules = [
+            optax.linear_schedule(
+                learning_rate, final_fraction * learning_rate, decay_steps - warmup_steps
+            )
+        ]
+    if warmup_steps:
+        schedules.insert(0, optax.linear_schedule(0.0, learning_rate, warmup_steps))
+        boundaries.append(warmup_steps)
+    schedule = optax.join_schedules(schedules, boundaries)
+    if moment_dtype == "float32":
+        rule = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=_is_matrix)
+    else:
+        rule = optax.chain(
+            scale_by_small_adam(b1=b1, b2=b2),
+            optax.add_decayed_weights(weight_decay, _is_matrix),
+            optax.scale_by_learning_rate(schedule),
+        )
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), rule)
 
 
 def with_critic(

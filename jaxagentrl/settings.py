@@ -1,7 +1,7 @@
 """Whether a config can be run, asked before anything is made, and what of it is without effect.
 
 `check` refuses what cannot work, with the key, what it says, what it could say and what to do. Sizes of
-a part are checked by that part (`sampling.check`, `rules.Rules`, `optimizer.check`, `rewards.check`); here
+a part are checked by that part (`sampling.check`, `rules.Rules`, `optimizer.make`, `rewards.check`); here
 are the other keys, and those that must agree with one another.
 
 `unused` names the keys that this run does not read: configs are made by changing others, so that such
@@ -83,7 +83,7 @@ def check(config: Config) -> None:
     rewards.check(**config["reward"])
     reinforce.check(config["rl"])
     for stage in ("sft", "rl"):
-        optimizer.check(**config[stage]["optimizer"], where=f"{stage}.optimizer")
+        optimizer.make(**config[stage]["optimizer"], where=f"{stage}.optimizer")
     _check_lengths(config)
     _check_trees(config)
     _check_imitation(config)

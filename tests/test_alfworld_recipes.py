@@ -102,13 +102,16 @@ def test_the_recipe_of_gigpo(tmp_path, weights, smoke_games):
     config["lora"] |= dict(rank=2, export="separate")
     train.run(config, str(tmp_path / "run"))
     found = check(tmp_path / "run")
-    # Random weights write no tags, and hardly an end of turn, without which nothing is sent.
-    assert found["rl"].get("rollout/invalid_command_rate", 1.0) == 1.0
     assert found["rl"]["loss/kl"] >= 0
     assert (tmp_path / "run" / "adapters" / "adapter_config.json").exists()
     assert not (tmp_path / "run" / "model").exists()  # the base is the folder that was given
     records = (tmp_path / "run" / "trajectories" / "rl_000001.jsonl").read_text().splitlines()
-    turns = json.loads(records[0])["turns"]
+    # Random weights write no tags, nor an end of turn, without which nothing is sent and nothing refused.
+    played = [json.loads(record) for record in records]
+    assert not any(turn["valid_command"] for episode in played for turn in episode["turns"])
+    was_sent = any(len(e["turns"]) > 1 or e["stop_reason"] != "no_end_of_turn" for e in played)
+    assert found["rl"].get("rollout/invalid_command_rate") == (1.0 if was_sent else None)
+    turns = played[0]["turns"]
     assert [turn["fresh"] for turn in turns] == [False] + [True] * (len(turns) - 1)
 
 

@@ -93,7 +93,7 @@ def test_numbers_that_cannot_work_are_refused_by_their_key(wrong):
     with pytest.raises(ValueError, match=rf"^optimizer\.{key} .*{value}"):
         optimizer.make(**OPTIONS | wrong)
     with pytest.raises(ValueError, match=rf"^rl\.optimizer\.{key} "):
-        optimizer.check(**OPTIONS | wrong, where="rl.optimizer")
+        optimizer.make(**OPTIONS | wrong, where="rl.optimizer")
 
 
 def test_no_gradient_and_no_clipping_move_nothing_and_stay_numbers():
