@@ -12,7 +12,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from jaxagentrl import batching, hosts, imitate, learner, reinforce, trees
 from jaxagentrl.models import decoder, sharding
 from jaxagentrl.optimizer import make as make_optimizer
 from jaxagentrl.types import TrainState, TrajectoryBatch
+
+Stage = Literal["imitation", "RL", "evaluation"]  # the last is of a run that trains nothing
 
 # The policy among what is trained, of which a KL term keeps a copy: the model or its adapters.
 POLICY = ("policy", "adapters")
@@ -62,7 +64,7 @@ class Sampling:
 class Plan:
     """Bytes per device."""
 
-    stage: str  # "imitation" or "RL"
+    stage: str  # a `Stage`
     always: Mapping[str, int]  # while the stage lasts
     updating: Mapping[str, int]  # during an update, on top
     sampling: Mapping[str, int]  # during sampling, on top
@@ -116,7 +118,7 @@ def of_shapes(
     frozen: learner.Params | None,
     *,
     mesh: jax.sharding.Mesh | None,
-    with_imitation: bool,
+    stages: Sequence[Stage],
     at_sampling: Sampling,
     limit: int,
 ) -> Iterator[Plan]:
@@ -124,21 +126,42 @@ def of_shapes(
 
     Args:
         trainable, frozen: shapes and places of the parameters, without the critic.
-        with_imitation: whether there will be that stage.
+        stages: of which to say it.
         at_sampling: of `plan_sampling.counted`.
         limit: bytes that a device has, see `device_limit`.
     """
 
-    def plan(stage: str, params: learner.Params, optimizer: Any, needs_reference: bool) -> Plan:
+    rl = config["rl"]
+    for stage in stages:
+        params, optimizer, needs_reference = trainable, optax.identity(), False
+        if stage == "imitation":
+            optimizer = make_optimizer(**config["sft"]["optimizer"])
+        if stage == "RL":
+            params = _with_critic(trainable, model, mesh, critic=rl["critic"])
+            optimizer, needs_reference = reinforce.make_optimizer(rl), reinforce.needs_reference(rl)
         state = _state(params, optimizer, mesh)
         always = _always(state, frozen, at_sampling.cache, needs_reference=needs_reference)
-        return Plan(f"{stage}, batch and programs aside", always, {}, at_sampling.needed, limit)
+        yield Plan(f"{stage}, batch and programs aside", always, {}, at_sampling.needed, limit)
 
-    if with_imitation:
-        yield plan("imitation", trainable, make_optimizer(**config["sft"]["optimizer"]), False)
-    rl = config["rl"]
-    params = _with_critic(trainable, model, mesh, critic=rl["critic"])
-    yield plan("RL", params, reinforce.make_optimizer(rl), reinforce.needs_reference(rl))
+
+def of_evaluation(
+    trainable: learner.Params,
+    *,
+    mesh: jax.sharding.Mesh | None,
+    frozen: learner.Params | None,
+    at_sampling: Sampling,
+    limit: int,
+) -> Plan:
+    """The plan of a run that trains nothing; see `make`.
+
+    Raises:
+        PlanError: the plan is beyond the limit.
+    """
+    state = _state(trainable, optax.identity(), mesh)
+    always = _always(state, frozen, at_sampling.cache, needs_reference=False)
+    made = Plan("evaluation", always, {}, at_sampling.needed, limit)
+    made.check()
+    return made
 
 
 def of_imitation(

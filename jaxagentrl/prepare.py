@@ -36,7 +36,7 @@ from jaxagentrl.workdir import Workdir
 class Setup:
     """Made by `everything`; read by the training loops."""
 
-    splits: Mapping[str, Sequence[Task]]  # "demo", "train", "test" and every "test_<x>"
+    splits: Mapping[str, Sequence[Task]]  # "test", every "test_<x>", and for training "demo" and "train"
     pool: EnvPool
     replays: Sequence[demos.Replay]  # walkthroughs of "demo"
     chat_format: chat.ChatFormat
@@ -53,15 +53,22 @@ class Setup:
 
 
 def games(
-    env: Mapping[str, Any], splits: Mapping[str, Any], namings: Mapping[str, int]
+    env: Mapping[str, Any],
+    splits: Mapping[str, Any],
+    namings: Mapping[str, int],
+    *,
+    only_held_out: bool = False,
 ) -> dict[str, list[Task]]:
     """Generates (or finds in the cache) the games of every split; no game is in two of them.
 
-    `namings` are under how many names each game of a split is played, see `envs_host.naming`.
+    Held-out games do not depend on the other splits', which `only_held_out` leaves out. `namings` are under
+    how many names each game of a split is played, see `envs_host.naming`.
     """
     ranges, params = seed_ranges(splits), split_params(env, splits)
     made = {}
     for name, seeds in ranges.items():
+        if only_held_out and name not in held_out(splits):
+            continue
         # Official games are numbered within their own split of the data, from 0.
         same = [ranges[other].start for other in ranges if params[other] == params[name]]
         report = collect.tasks(
@@ -75,14 +82,15 @@ def games(
         for told in report.notices:
             progress.notice(f"{name}: {told}")
     # The same small game can come out of two seeds: held-out games stay held out.
-    held_out: list[Task] = []
+    seen: list[Task] = []
     for name in sorted(made, key=lambda name: (not name.startswith("test"), name)):
-        made[name] = tasks.without(made[name], held_out)
-        held_out += made[name]
+        made[name] = tasks.without(made[name], seen)
+        seen += made[name]
     tasks.check_splits(made)
     return made | {
         name: [naming.renamed(task, number) for number in range(count) for task in made[name]]
         for name, count in namings.items()
+        if name in made
     }
 
 
@@ -113,17 +121,21 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
     mesh = sharding.make_mesh(**config["mesh"])
     hosts.connect(mesh)
     _check_folders(config)
-    splits = games(config["env"], config["splits"], config["namings"])
+    stages = stages_ahead(config, workdir)
+    splits = games(
+        config["env"],
+        config["splits"],
+        config["namings"],
+        # Demonstrations are also what a tokenizer is trained on.
+        only_held_out=stages == ("evaluation",) and config["tokenizer"]["directory"] is not None,
+    )
     workdir.record("games", {name: _fingerprint(split) for name, split in splits.items()})
     with make_pool(config) as pool:
-        with progress.bar("replaying walkthroughs", len(splits["demo"])) as advance:
-            replays = demos.replay(
-                splits["demo"], pool, advance=advance
-            )
+        replays = _replays(splits.get("demo", []), pool)
         loaded = _tokenizer(config, replays, workdir)
         chat_format = make_chat(loaded, config["prompt"])
         model = _model(config["model"], chat_format)
-        _check_memory(config, model, mesh, with_imitation=has_imitation_ahead(config, workdir))
+        _check_memory(config, model, mesh, stages)
         policy = _policy(config, model, jax.random.key(config["seed"]), mesh)
         stop_ids = _stop_ids(config["model"]["directory"], chat_format)
         _note_long_texts(config["sampling"]["max_length"], model)
@@ -162,10 +174,13 @@ def _check_folders(config: Mapping[str, Any]) -> None:
         pretrained_config.read_config(config["model"]["directory"])
 
 
-def has_imitation_ahead(config: Mapping[str, Any], workdir: Workdir) -> bool:
-    """Whether a run will imitate: one that is in RL has it behind it."""
-    is_in_rl = checkpoints.latest_step(workdir.checkpoints / "rl") is not None
-    return config["sft"]["num_steps"] > 0 and not is_in_rl
+def stages_ahead(config: Mapping[str, Any], workdir: Workdir) -> tuple[plan.Stage, ...]:
+    """Where a run stands, and what comes after that. One that is in RL has imitation behind it; one that
+    trains nothing evaluates."""
+    if checkpoints.latest_step(workdir.checkpoints / "rl") is not None:
+        return ("RL",)
+    steps = {"imitation": config["sft"]["num_steps"], "RL": config["rl"]["num_iterations"]}
+    return tuple(stage for stage, count in steps.items() if count) or ("evaluation",)
 
 
 def make_chat(loaded: Any, prompt: Mapping[str, Any]) -> chat.ChatFormat:
@@ -184,6 +199,13 @@ def make_pool(config: Mapping[str, Any], **env_options: Any) -> EnvPool:
     }
     options |= config["env"]["options"]
     return EnvPool(config["env"]["name"], options | env_options, **config["pool"])
+
+
+def _replays(demonstrated: Sequence[Task], pool: EnvPool) -> list[demos.Replay]:
+    if not demonstrated:
+        return []
+    with progress.bar("replaying walkthroughs", len(demonstrated)) as advance:
+        return demos.replay(demonstrated, pool, advance=advance)
 
 
 def _tokenizer(config: Mapping[str, Any], replays: Sequence[demos.Replay], workdir: Workdir):
@@ -219,8 +241,7 @@ def _check_memory(
     config: Mapping[str, Any],
     model: decoder.DecoderConfig,
     mesh: jax.sharding.Mesh | None,
-    *,
-    with_imitation: bool,
+    stages: Sequence[plan.Stage],
 ) -> None:
     """Refuses, before anything of the model is on a device, what fits none whatever its programs take.
 
@@ -248,7 +269,7 @@ def _check_memory(
         trainable,
         frozen,
         mesh=mesh,
-        with_imitation=with_imitation,
+        stages=stages,
         at_sampling=at_sampling,
         limit=plan.device_limit(config["memory_limit_gb"]),
     ):

@@ -84,6 +84,11 @@ class Run:
         return self.content.get("config", {}).get("sft", {}).get("num_steps") != 0
 
     @property
+    def before_rl(self) -> str:
+        """The stage at whose end RL begins."""
+        return "sft" if self.has_imitation else "untrained"
+
+    @property
     def stage_names(self) -> dict[str, str]:
         """What the model is called before each stage and at its end."""
         loaded = self.content.get("config", {}).get("model", {}).get("directory") is not None
@@ -158,7 +163,7 @@ def read(root: str | os.PathLike) -> Run:
 def verdict(run: Run) -> str | None:
     """One sentence on what RL added to imitation, or to what it began with; None when either was not
     measured."""
-    before, after = run.last("sft"), run.last("rl")
+    before, after = run.last(run.before_rl), run.last("rl")
     if before is None or after is None:
         return None
     points = 100 * (after.success - before.success)
@@ -178,9 +183,10 @@ def verdict_at_other_temperatures(run: Run) -> str | None:
     parts = []
     for temperature, evaluations in run.other_temperatures.items():
         last = {evaluation.stage: evaluation for evaluation in evaluations}
-        if "sft" in last and "rl" in last:
+        before, after = last.get(run.before_rl), last.get("rl")
+        if before is not None and after is not None:
             parts.append(
-                f"{at_temperature(temperature)} from {percent(last['sft'])} to {percent(last['rl'])}"
+                f"{at_temperature(temperature)} from {percent(before)} to {percent(after)}"
             )
     return f"With other sampling: {'; '.join(parts)}." if parts else None
 

@@ -305,6 +305,8 @@ def unused(config: Config) -> list[str]:
     has_critic = rl["critic"] != "none"
     # With one update per batch the ratio to the old policy is 1 and values are the old ones: nothing is clipped.
     clips = rl["num_epochs"] * rl["num_minibatches"] > 1  # never of "policy_gradient", which refuses this
+    trains = config["sft"]["num_steps"] > 0 or rl["num_iterations"] > 0
+    at_training = set(config["learner"]) - {"compute_dtype"}  # which sampling shares
     readers = {  # key: whether something reads it
         "tokenizer": config["tokenizer"]["directory"] is None,
         "model": config["model"]["directory"] is None,
@@ -334,6 +336,7 @@ def unused(config: Config) -> list[str]:
         "rl.loss.value_clip": has_critic and clips,
         "rl.kl.estimator": rl["kl"]["placement"] != "none",
     }
+    readers |= {} if trains else dict.fromkeys((f"learner.{name}" for name in at_training), False)
     deciding = (
         "tokenizer.directory", "model.directory", "lora.rank", "sft.num_steps", "rl.num_iterations"
     )

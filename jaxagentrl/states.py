@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxagentrl import (
     checkpoints, hosts, learner, optimizer, plan, prepare, progress, reinforce, workdir,
@@ -17,7 +18,10 @@ from jaxagentrl.types import TrainState
 def for_sft(
     params: learner.Params, config: Mapping[str, Any], setup: prepare.Setup
 ) -> TrainState:
-    return fresh(params, optimizer.make(**config["sft"]["optimizer"]), setup.mesh)
+    """The model as it was loaded or drawn; without an optimizer's state where there are no steps to take."""
+    sft = config["sft"]
+    chain = optimizer.make(**sft["optimizer"]) if sft["num_steps"] else optax.identity()
+    return fresh(params, chain, setup.mesh)
 
 
 def for_rl(

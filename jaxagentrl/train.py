@@ -10,7 +10,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,12 +87,12 @@ def run(config: Mapping[str, Any], directory: str) -> None:
     with prepare.everything(config, folder) as setup, sharding.use(setup.mesh):
         _name_idle_devices(setup.mesh)
         programs, chain = reinforce.make_programs(config, setup.model, mesh=setup.mesh)
-        imitation = None
-        if prepare.has_imitation_ahead(config, folder):
+        stages, imitation = prepare.stages_ahead(config, folder), None
+        if "imitation" in stages:
             imitation = imitate.make(config, setup.model, setup.chat_format, setup.replays)
-        _plan(config, setup, imitation, programs, chain)
+        _plan(config, setup, stages, imitation, programs, chain)
         state, host = states.restore(folder, config, setup)
-        if host["stage"] == "start":
+        if host["stage"] != "rl":  # a stage that is new in a run may have games that are new, too
             _read_openings(config, setup)
         _warm_up(config, setup, state.params)
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
@@ -102,14 +102,20 @@ def run(config: Mapping[str, Any], directory: str) -> None:
                 values = _timed(seconds, _baselines, session, state.params)
                 writer.write("baseline", 0, values)
                 host = _save(session, state, stage="sft", step=0)
-            if host["stage"] == "sft":
-                if not host.get("is_over"):  # Checkpoints of before there was a target have none.
+            # Checkpoints of earlier versions lack these two.
+            if imitation is not None and not host.get("is_evaluated"):
+                if not host.get("is_over"):
                     state = _imitate(session, imitation, state, host["step"])
                 writer.write("eval", 0, _timed({}, _evaluate, session, state.params, "sft"))
-                state = states.begin_rl(state, config, setup)
-                host = _save(session, state, stage="rl", step=0)
+                if "RL" not in stages:  # else its first checkpoint follows
+                    done = {"step": int(state.step), "is_over": True, "is_evaluated": True}
+                    host = _save(session, state, stage="sft", **done)
             del imitation  # demonstrations and program are not needed any more
-            state = _reinforce(session, state, host, programs)
+            if "RL" in stages:
+                if host["stage"] == "sft":
+                    state = states.begin_rl(state, config, setup)
+                    host = _save(session, state, stage="rl", step=0)
+                state = _reinforce(session, state, host, programs)
             states.export(folder, config, setup, state)
     if hosts.is_first():
         report.write(folder.root)
@@ -168,13 +174,11 @@ def _read_openings(config: Mapping[str, Any], setup: prepare.Setup) -> None:
 
 
 def _imitate(
-    session: Session, imitation: imitate.Imitation | None, state: TrainState, first_step: int
+    session: Session, imitation: imitate.Imitation, state: TrainState, first_step: int
 ) -> TrainState:
     """Imitation from `first_step` on, to its last step or to where the demonstrations' loss, as logged,
     is at its target."""
     sft, setup = session.config["sft"], session.setup
-    if imitation is None:
-        return state
     target = sft["target_loss"]
     steps = imitate.train(
         state,
@@ -212,6 +216,7 @@ def _imitate(
 def _plan(
     config: Mapping[str, Any],
     setup: prepare.Setup,
+    stages: Sequence[plan.Stage],
     imitation: imitate.Imitation | None,
     programs: reinforce.Programs,
     chain: Any,
@@ -234,7 +239,10 @@ def _plan(
     def plans() -> Iterator[plan.Plan]:
         if imitation is not None:
             yield plan.of_imitation(config, imitation, setup.trainable, **shared)
-        yield plan.of_rl(config, programs, chain, setup.model, setup.trainable, **shared)
+        if "RL" in stages:
+            yield plan.of_rl(config, programs, chain, setup.model, setup.trainable, **shared)
+        if "evaluation" in stages:
+            yield plan.of_evaluation(setup.trainable, **shared)
 
     peak = 0
     for made in plans():  # one after the other: a refusal does not wait for RL's program
@@ -471,12 +479,14 @@ def _save(
     step: int,
     sampler: Any = None,
     is_over: bool = False,
+    is_evaluated: bool = False,
 ) -> dict[str, Any]:
     session.writer.flush()
     host = {
         "stage": stage,
         "step": step,
         "is_over": is_over,
+        "is_evaluated": is_evaluated,
         "lines": session.writer.num_lines,
         "sampler": sampler or {},
     }

@@ -103,28 +103,31 @@ class Workdir:
     def report(self) -> pathlib.Path:
         return self.root / "report.html"
 
-    def record(self, name: str, value: Any) -> None:
-        """Keeps a fact that must never change during the run, such as the games' hashes.
+    def record(self, name: str, values: Mapping[str, Any]) -> None:
+        """Keeps facts that must never change during the run, such as the hash of each split's games.
 
-        The first call writes it under `name` in config.json; later ones compare.
+        The first call writes them under `name` in config.json. Later ones compare what is there already,
+        and add what is new: a run may be given a stage that it did not have.
 
         Raises:
-            WorkdirError: `value` differs from what the run started with.
+            WorkdirError: some of `values` differ from what the run started with.
         """
         content = _read_json(self.config)
-        facts = content.setdefault("facts", {})
-        value = _as_json(value, f"the fact {name!r}")
-        if name not in facts:
-            facts[name] = value
-            write_atomic(self.config, json.dumps(content, indent=2) + "\n")
-            return
-        differences = _differences(facts[name], value, name)
+        known = content.setdefault("facts", {}).setdefault(name, {})
+        values = _as_json(values, f"the facts {name!r}")
+        differences = [
+            line for key in known.keys() & values.keys()
+            for line in _differences(known[key], values[key], f"{name}.{key}")
+        ]
         if differences:
             raise WorkdirError(
                 f"{self.root}: this run started with other {name} than it finds now: "
                 f"{_listed(differences)}. To go on, restore what it started with; to start again "
                 "with what is there now, use another --workdir."
             )
+        if values.keys() - known.keys():
+            known |= values
+            write_atomic(self.config, json.dumps(content, indent=2) + "\n")
 
     def close(self) -> None:
         """Lets another process use the folder. The end of the process does so too."""

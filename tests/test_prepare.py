@@ -94,7 +94,7 @@ def test_what_fits_no_device_is_refused_before_weights_are_read(
     def load(*_, **__):
         raise Reached
 
-    monkeypatch.setattr(prepare, "games", lambda *_: {"demo": []})
+    monkeypatch.setattr(prepare, "games", lambda *_, **__: {"demo": []})
     monkeypatch.setattr(prepare, "make_pool", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(prepare, "_tokenizer", lambda *_: trained)
     monkeypatch.setattr(pretrained, "load", load)
@@ -115,8 +115,8 @@ def test_what_a_run_holds_is_known_before_it_is_there(monkeypatch, sizes, rank, 
     config["rl"]["critic"] = "head" if rank else "separate"
     config["rl"]["kl"]["placement"] = "loss"
     monkeypatch.setattr(plan.Plan, "check", lambda self: looked_at.update({self.stage: self}))
-    prepare._check_memory(config, model, mesh, with_imitation=True)
-    imitation, rl = looked_at.values()
+    prepare._check_memory(config, model, mesh, ("imitation", "RL", "evaluation"))
+    imitation, rl, evaluation = looked_at.values()
 
     policy = jax.tree.map(lambda x: x.astype(base), decoder.init(model, jax.random.key(0)))
     trainable, frozen = sharding.place(prepare._with_lora(policy, config), mesh)
@@ -127,19 +127,25 @@ def test_what_a_run_holds_is_known_before_it_is_there(monkeypatch, sizes, rank, 
         assert look.always["parameters"] == plan.per_device((state.params, frozen))
         assert look.always["optimizer"] == plan.per_device(state.opt_state)
     assert imitation.always["reference"] == 0
+    assert evaluation.always == imitation.always | {"optimizer": 0}
     assert rl.always["reference"] == plan.per_device(trainable)
     with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
         made = engine.Engine(model, stop_ids=(3,), **config["sampling"])
     assert rl.always["cache"] == plan.per_device(made._held)
 
 
-def test_a_run_in_rl_has_no_imitation_ahead(tmp_path):
+def test_a_run_prepares_for_the_stages_that_it_has_ahead(tmp_path):
     workdir = types.SimpleNamespace(checkpoints=tmp_path)
-    config = smoke_config()
-    assert prepare.has_imitation_ahead(config, workdir)
-    assert not prepare.has_imitation_ahead(config | {"sft": {"num_steps": 0}}, workdir)
+    ahead = {(2, 1): ("imitation", "RL"), (2, 0): ("imitation",), (0, 1): ("RL",), (0, 0): ("evaluation",)}
+
+    def config(num_steps: int, num_iterations: int) -> dict:
+        return {"sft": {"num_steps": num_steps}, "rl": {"num_iterations": num_iterations}}
+
+    for given, stages in ahead.items():
+        assert prepare.stages_ahead(config(*given), workdir) == stages
     checkpoints.save(tmp_path / "rl", step=0, state={"x": jax.numpy.zeros(1)}, host={"step": 0})
-    assert not prepare.has_imitation_ahead(config, workdir)
+    for given in ahead:
+        assert prepare.stages_ahead(config(*given), workdir) == ("RL",)
 
 
 @pytest.mark.parametrize("rank, dtype", [(2, "bfloat16"), (0, "bfloat16"), (2, "float32")])

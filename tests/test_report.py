@@ -119,14 +119,16 @@ def test_verdict_says_whether_intervals_overlap(root):
     assert "overlap: this may be chance" in report_data.verdict(report_data.read(root))
 
 
-def test_a_run_without_imitation_says_nothing_of_it(root):
+def test_a_run_without_imitation_says_nothing_of_it(tmp_path):
     """RL on a model that was there, or nothing but its evaluation."""
+    root = tmp_path
+    make_run(root, stages=("baseline", "rl"))
     content = {"config": {"sft": {"num_steps": 0}, "model": {"directory": "models/a"}}}
     (root / "config.json").write_text(json.dumps(content))
     run = report_data.read(root)
     assert [e.name for e in run.milestones[2:]] == ["model as loaded", "after RL (80 iterations)"]
     assert report_data.verdict(run).startswith(
-        "RL added 21.0 points of held-out success over the model as loaded (42.0 % to 63.0 %)")
+        "RL added 63.0 points of held-out success over the model as loaded (0.0 % to 63.0 %)")
     assert "after imitation" not in table_text(root)
     content["config"]["model"]["directory"] = None
     (root / "config.json").write_text(json.dumps(content))

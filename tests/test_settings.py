@@ -133,6 +133,11 @@ def test_what_a_run_does_not_read_is_named():
     assert {"sft.optimizer.final_fraction", "rl.optimizer.final_fraction"} <= set(settings.unused(constant))
     only_played = settings.unused(changed("textworld_quickstart.py", **{"rl.num_iterations": 0}))
     assert "rl.*" in only_played and "rl.group_size" not in only_played
+    assert "learner.remat" not in only_played  # imitation reads it
+    none = settings.unused(
+        changed("textworld_quickstart.py", **{"rl.num_iterations": 0, "sft.num_steps": 0})
+    )
+    assert "learner.remat" in none and "learner.compute_dtype" not in none
     for used in ("rl.advantage.gae_lambda", "rl.loss.clip_low", "lora.alpha", "lora.*", "model.*"):
         assert used not in unused
 

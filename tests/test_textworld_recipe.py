@@ -38,6 +38,6 @@ def test_the_practitioners_recipe(tmp_path, smoke_games):
     config["compilation_cache_dir"] = None
     train.run(config, str(tmp_path / "run"))
     lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
-    assert [line["phase"] for line in lines] == ["baseline", "eval", "rl", "rl"]
+    assert [line["phase"] for line in lines] == ["baseline", "rl", "rl"]
     assert lines[0]["walkthrough/successes"] == lines[-1]["eval/episodes"] == 2
     assert "loss/value" in lines[-1] and lines[-1]["policy/sampler_gap_max"] <= 1e-4

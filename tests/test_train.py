@@ -151,11 +151,15 @@ def test_imitation_ends_at_its_target_and_is_not_taken_up_again(finished, cache,
     # Between the losses of the second line and the first: 4 of 12 steps.
     target = (logged[0]["loss/action"] + logged[1]["loss/action"]) / 2
     assert logged[1]["loss/action"] < target < logged[0]["loss/action"]
-    arguments = (tmp_path / "new", cache, f"--config.sft.target_loss={target}",
-                 "--config.rl.num_iterations=1")
-    run(*arguments)
+    arguments = (tmp_path / "new", cache, f"--config.sft.target_loss={target}")
+    run(*arguments, "--config.rl.num_iterations=0")
+    imitated = comparable(tmp_path / "new")
+    assert [line for line in imitated if line["phase"] == "sft"] == logged[:2]
+    assert imitated[-1]["phase"] == "eval" and (tmp_path / "new" / "model").exists()
+    arguments = (*arguments, "--config.rl.num_iterations=1")  # it ended there, and may go on
+    assert "continuing after sft step 4" in run(*arguments).stderr
     lines = comparable(tmp_path / "new")
-    assert [line for line in lines if line["phase"] == "sft"] == logged[:2]
+    assert lines[:-1] == imitated and lines[-1]["phase"] == "rl"
     # As if killed between imitation's last checkpoint and the first of RL.
     shutil.rmtree(tmp_path / "new" / "checkpoints" / "rl")
     assert "continuing after sft step 4" in run(*arguments).stderr
@@ -169,6 +173,32 @@ def test_imitation_ends_at_its_target_and_is_not_taken_up_again(finished, cache,
     assert "rl.num_iterations is 1, but the run in" in refused.stderr and "has done 2" in refused.stderr
     kept = json.loads((tmp_path / "new" / "config.json").read_text())
     assert kept["config"]["rl"]["num_iterations"] == 2
+
+
+def test_a_model_is_evaluated_without_what_training_needs(finished, cache, tmp_path):
+    folder = finished / "model"
+    arguments = (
+        tmp_path / "new", cache, f"--config.model.directory={folder}",
+        f"--config.tokenizer.directory={folder}", "--config.sft.num_steps=0",
+    )
+    plan_of = "memory per device in "
+    told = run(*arguments, "--config.rl.num_iterations=0").stderr
+    assert plan_of + "evaluation" in told and plan_of + "RL" not in told and "optimizer  " not in told
+    (line,) = comparable(tmp_path / "new")
+    ended = comparable(finished)[-1]
+    played = [key for key in ended if key.startswith("eval")]
+    assert len(played) > 20 and [line[key] for key in played] == [ended[key] for key in played]
+    facts = lambda: json.loads((tmp_path / "new" / "config.json").read_text())["facts"]["games"]
+    assert list(facts()) == ["test"]  # no other games were made
+    (saved,) = (tmp_path / "new" / "checkpoints" / "sft").iterdir()
+    leaves = json.loads((saved / "checkpoint.json").read_text())["leaves"]
+    assert leaves and not any("opt_state" in name for name in leaves)
+    # Trained further, it is not evaluated anew where RL begins.
+    told = run(*arguments, "--config.rl.num_iterations=1").stderr
+    assert "continuing after sft step 0" in told and plan_of + "RL" in told
+    lines = comparable(tmp_path / "new")
+    assert lines[0] == line and [each["phase"] for each in lines] == ["baseline", "rl"]
+    assert lines[1]["policy/sampler_gap_max"] <= 1e-4 and set(facts()) == {"demo", "train", "test"}
 
 
 def smoke_config() -> dict:
@@ -403,7 +433,7 @@ def test_memory_is_kept_where_there_is_room_for_four_times_the_plan(monkeypatch,
     monkeypatch.setattr(train.pages, "keep", lambda: kept.append(True))
     config = smoke_config() | {"memory_limit_gb": limit / 1e9}
     setup = small_setup()
-    train._plan(config, setup, None, *reinforce.make_programs(config, setup.model))
+    train._plan(config, setup, ("RL",), None, *reinforce.make_programs(config, setup.model))
     assert bool(kept) == is_kept
 
 
@@ -420,7 +450,8 @@ def test_the_plan_of_rl_makes_no_critic(monkeypatch, sizes):
 
     monkeypatch.setattr(train.plan, "make", spy)
     with sharding.use(mesh):
-        train._plan(config, setup, None, *reinforce.make_programs(config, setup.model, mesh=mesh))
+        programs = reinforce.make_programs(config, setup.model, mesh=mesh)
+        train._plan(config, setup, ("RL",), None, *programs)
     policy, head = plan.per_device(setup.trainable), 4 * (SMALL.hidden_size + 1)
     assert seen == [(0, 2 * policy + head, policy)]
 

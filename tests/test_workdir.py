@@ -106,6 +106,11 @@ def test_facts_are_recorded_once_and_compared(tmp_path):
     with pytest.raises(workdir.WorkdirError, match='games.test: "abc" → "xyz"'):
         folder.record("games", {"test": "xyz"})
     assert json.loads(folder.config.read_text())["facts"] == {"games": {"test": "abc"}}
+    folder.record("games", {"test": "abc", "train": "def"})  # of a stage that is new
+    folder.record("games", {"test": "abc"})
+    assert json.loads(folder.config.read_text())["facts"] == {"games": {"test": "abc", "train": "def"}}
+    with pytest.raises(workdir.WorkdirError, match="games.train"):
+        folder.record("games", {"train": "abc"})
 
 
 def test_changed_package_version_is_reported(tmp_path):
