@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxagentrl import calls, compiles, dispatch, prefixes, sampling, shapes, turns
-from jaxagentrl.models import decoder
+from jaxagentrl.models import decoder, kv_cache
 from jaxagentrl.turns import Counters, TurnRequest, TurnSample, Waiting
 
 
@@ -100,11 +100,14 @@ class Engine:
         self._fork = sampling.make_fork()
         self._decode = sampling.make_decode(config, max_turn_tokens=max_turn_tokens)
         # Compiled: on a mesh a device makes its own part, not the whole first.
-        num_rows = self._shapes.shards.num_slots
-        empty = jax.jit(lambda: sampling.init(config, num_rows, max_length, cache_dtype))
+        num_rows, most = self._shapes.shards.num_slots, sampling.most(width_buckets, max_turn_tokens)
+        empty = jax.jit(lambda: sampling.init(config, num_rows, max_length, cache_dtype, most=most))
         self._held = [empty() for _ in range(num_waves)]
+        self._ring = kv_cache.ring(config.sliding_window, most=most, max_length=max_length)
         shape = (num_waves, self.slots_per_wave)
         self._lengths = np.zeros(shape, np.int32)
+        # How far a slot's row was ever written: of rows that are rings, what lies too far behind is gone.
+        self._reached = np.zeros(shape, np.int32)
         # The last sampled token of a slot's previous turn, which no cache holds yet; −1 for none.
         self._carry = np.full(shape, -1, np.int32)
         self._waiting: list[dict[int, Waiting]] = [{} for _ in range(num_waves)]
@@ -133,18 +136,23 @@ class Engine:
         """Gives the slot back. What its cache row holds is junk from here on."""
         self._check_settled(wave)
         self._waiting[wave].pop(slot, None)
-        self._lengths[wave, slot] = 0
+        self._lengths[wave, slot] = self._reached[wave, slot] = 0
         self._carry[wave, slot] = -1
 
     def rewind(self, wave: int, slot: int, ids: np.ndarray) -> int:
         """Keeps what the slot's cache row has in common with the beginning of `ids`, but not all of them,
-        and gives back the rest. Returns how many positions those are; the slot is to go on with ids[n:]."""
+        and gives back the rest. Returns how many positions those are; the slot is to go on with ids[n:]. None
+        where a row that is a ring has lost what the next token is to see of them."""
         self._check_settled(wave)
         held = self._ids[wave, slot, : min(len(ids) - 1, int(self._lengths[wave, slot]))]
         differs = held != ids[: len(held)]
         kept = int(differs.argmax()) if differs.any() else len(held)
+        reached = self._reached[wave, slot]
+        if kept < self._shortest(reached):
+            kept = 0
         self.release(wave, slot)
-        self._lengths[wave, slot] = kept
+        if kept:
+            self._lengths[wave, slot], self._reached[wave, slot] = kept, reached
         return kept
 
     def clear(self) -> None:
@@ -155,7 +163,7 @@ class Engine:
         self._launched = [None] * self.num_waves
         for waiting in self._waiting:
             waiting.clear()
-        self._lengths[:] = 0
+        self._lengths[:] = self._reached[:] = 0
         self._carry[:] = -1
 
     def cut(self, wave: int, slot: int, sample: TurnSample, keep: int) -> TurnSample:
@@ -305,7 +313,7 @@ class Engine:
             item.pieces.append(TurnSample(*(array[row, :count].copy() for array in arrays)))
             begin = int(self._lengths[wave, slot]) + len(item.ids)
             self._ids[wave, slot, begin : begin + count] = item.pieces[-1].ids
-            self._lengths[wave, slot] = begin + count - 1  # not the last one, if there is one
+            self._fill(wave, slot, begin + count - 1)  # not the last one, if there is one
             self._counters[wave].tokens_decoded += count
             self._counters[wave].decode_places += item.is_ready
             if sampled.unfinished[row]:
@@ -350,6 +358,15 @@ class Engine:
         for shape in self._shapes.decodes():
             yield self._decode_call(params, {}, *shape, restricted=restricted)
 
+    def _fill(self, wave: int, slot: int, length: int) -> None:
+        """Notes that a slot's row was written as far as this."""
+        self._lengths[wave, slot] = length
+        self._reached[wave, slot] = max(self._reached[wave, slot], length)
+
+    def _shortest(self, reached: np.ndarray) -> np.ndarray:
+        """To how many positions rows can be cut at the most that were written so far; see `kv_cache.Ring`."""
+        return np.zeros_like(reached) if self._ring is None else self._ring.shortest(reached)
+
     def _check_settled(self, wave: int) -> None:
         if self._launched[wave] is not None:
             raise RuntimeError(f"wave {wave} is on the device: receive it first.")
@@ -361,16 +378,20 @@ class Engine:
         wanted = held.copy()
         for slot in computing:
             wanted[slot] += len(waiting[slot].ids)
-        size, further = self._shapes.shards.size, self._shapes.further_extend
         copies = prefixes.find_within(
-            self._ids[wave], held, wanted, computing, size=size, further=further
+            self._ids[wave],
+            prefixes.Rows(held, wanted, self._shortest(self._reached[wave])),
+            computing,
+            size=self._shapes.shards.size,
+            further=self._shapes.further_extend,
         )
         for slot, item in waiting.items():
             item.leader = copies.get(slot)
 
     def _copy_leaders(self, wave: int) -> list[Future[jax.Array]]:
         """Copies what leaders have in their cache by now to their followers."""
-        waiting, lengths = self._waiting[wave], self._lengths[wave]
+        waiting, lengths, reached = self._waiting[wave], self._lengths[wave], self._reached[wave]
+        shortest = self._shortest(reached)
 
         def length_now(copy: prefixes.Copy) -> int:
             """What can be copied, 0 before it is there."""
@@ -379,6 +400,9 @@ class Engine:
             is_all_but_one = held == copy.length - 1 and source is not None and len(source.ids) == 1
             return min(held, copy.length) if held >= copy.length or is_all_but_one else 0
 
+        for item in waiting.values():
+            if item.leader is not None and 0 < length_now(item.leader) < shortest[item.leader.source]:
+                item.leader = None  # gone by now: the row computes it
         copies = {
             slot: length
             for slot, item in sorted(waiting.items())
@@ -388,9 +412,10 @@ class Engine:
         for num_rows, filled, slots in self._shapes.tile_forks(copies):
             pairs = [(waiting[slot].leader.source, slot) for slot in slots]
             markers.append(self._run(wave, self._fork_call(pairs, num_rows, filled)))
+        marks = {slot: int(reached[waiting[slot].leader.source]) for slot in copies}
         for slot, length in copies.items():
             item, saved = waiting[slot], length - int(lengths[slot])
-            lengths[slot] = length
+            lengths[slot], reached[slot] = length, marks[slot]
             self._counters[wave].tokens_forked += saved
             item.ids, item.leader = item.ids[saved:], None
         return markers
@@ -426,7 +451,7 @@ class Engine:
         new = {slot: (ids, int(lengths[slot])) for slot, ids in rows.items()}
         marker = self._run(wave, self._extend_call(params, new, shape))
         for slot, ids in rows.items():
-            lengths[slot] += len(ids)
+            self._fill(wave, slot, int(lengths[slot]) + len(ids))
             self._waiting[wave][slot].ids = self._waiting[wave][slot].ids[len(ids) :]
         num_tokens = sum(map(len, rows.values()))
         self._counters[wave].tokens_extended += num_tokens

@@ -106,9 +106,9 @@ def _arrays(
 ) -> _Arrays:
     with _for_decoding(mesh):
         slots = _possible(model, options).shards.num_slots
-    held = jax.eval_shape(
-        lambda: sampling.init(model, slots, options["max_length"], options["cache_dtype"])
-    )
+    sizes = (slots, options["max_length"], options["cache_dtype"])
+    most = sampling.most(options["width_buckets"], options["max_turn_tokens"])
+    held = jax.eval_shape(lambda: sampling.init(model, *sizes, most=most))
     given = sharding.abstract(
         jax.eval_shape(learner.policy_of, (frozen or {}) | trainable), mesh
     )
@@ -117,7 +117,7 @@ def _arrays(
     if mesh is not None:
         local = sharding.decoding_mesh(mesh)
         held = sampling.Held(
-            sharding.abstract_cache(held.cache, local), sharding.abstract_rows(held.hidden, local)
+            sharding.abstract_cache(held.caches, local), sharding.abstract_rows(held.hidden, local)
         )
         policy = sharding.abstract(policy, local)
     return _Arrays(given, policy, held)

@@ -24,6 +24,17 @@ class Copy(NamedTuple):
     length: int
 
 
+class Rows(NamedTuple):
+    """What the S rows of a cache hold."""
+
+    held: np.ndarray  # [S], positions in the cache
+    wanted: np.ndarray  # [S], the same when all is appended: more than it holds of a row that is computing
+    shortest: np.ndarray  # [S], how many positions at least can be copied of those that it holds
+
+    def part(self, where: slice) -> "Rows":
+        return Rows(*(array[where] for array in self))
+
+
 def common_lengths(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """How many tokens each two rows have in common from the first on.
 
@@ -57,8 +68,7 @@ def common_lengths(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def find(
     ids: np.ndarray,
-    held: np.ndarray,
-    wanted: np.ndarray,
+    rows: Rows,
     computing: Sequence[int],
     *,
     further: float,
@@ -67,8 +77,6 @@ def find(
 
     Args:
         ids: [S, M] int32, what rows hold and, behind it, what they are to append.
-        held: [S], positions in the cache.
-        wanted: [S], the same when all is appended: more than it holds of a row that is computing.
         computing: rows that have something to append, in the order in which they are thought of: a row
             may take from those before it what they have yet to compute.
         further: tokens that must be saved for rows to wait for a part of what another computes and
@@ -79,19 +87,19 @@ def find(
     """
     if not computing:
         return {}
+    held, wanted, _ = rows
     common = common_lengths(ids, wanted)
     np.fill_diagonal(common, 0)
-    copies = _find(common, held, wanted, computing, partly=True)
+    copies = _find(common, rows, computing, partly=True)
     late = [row for row, copy in copies.items() if held[copy.source] < copy.length < wanted[row] - 1]
     if late and sum(copies[row].length - held[row] for row in late) < further:
-        copies = _find(common, held, wanted, computing, partly=False)
+        copies = _find(common, rows, computing, partly=False)
     return copies
 
 
 def find_within(
     ids: np.ndarray,
-    held: np.ndarray,
-    wanted: np.ndarray,
+    rows: Rows,
     computing: Sequence[int],
     *,
     size: int,
@@ -100,12 +108,11 @@ def find_within(
     """`find` within each `size` rows, which lie on the same device: nothing is copied between devices, who
     compute what they have in common at the same time."""
     copies = {}
-    for start in range(0, len(held), size):
+    for start in range(0, len(rows.held), size):
         mine = slice(start, start + size)
         found = find(
             ids[mine],
-            held[mine],
-            wanted[mine],
+            rows.part(mine),
             [row - start for row in computing if start <= row < start + size],
             further=further,
         )
@@ -113,8 +120,9 @@ def find_within(
     return copies
 
 
-def _find(common, held, wanted, computing, *, partly: bool) -> dict[int, Copy]:
+def _find(common, rows: Rows, computing, *, partly: bool) -> dict[int, Copy]:
     """`find` with the tokens in common [S, S]; whether rows may wait for a part."""
+    held, wanted, shortest = rows
     promised = np.zeros_like(held)
     copies = {}
     for row in computing:
@@ -122,6 +130,7 @@ def _find(common, held, wanted, computing, *, partly: bool) -> dict[int, Copy]:
         now = np.minimum(np.minimum(common[row], held), but_one)
         later = np.minimum(common[row], promised)
         later = np.where(promised == wanted[row], later, np.minimum(later, but_one))
+        now, later = (np.where(n < shortest, 0, n) for n in (now, later))
         best = Copy(int(now.argmax()), int(now.max()))
         waits = Copy(int(later.argmax()), int(later.max()))
         if best.length < held[row] + LEAST:

@@ -36,11 +36,11 @@ _MAX_BLOCKS = 128
 class Held(NamedTuple):
     """What the device keeps of a wave's slots between calls."""
 
-    cache: kv_cache.KVCache
+    caches: tuple[kv_cache.KVCache, ...]  # of `decoder.init_caches`
     hidden: jax.Array  # [S, D] float32, final hidden state of the last token that `extend` appended
 
 
-_ROWS_OF_HELD = Held(cache=1, hidden=0)  # the dimension that slots are
+_ROWS_OF_HELD = Held(caches=1, hidden=0)  # the dimension that slots are
 
 
 class Controls(NamedTuple):
@@ -118,11 +118,17 @@ def check(
         raise ValueError(f"sampling.linger_share must be in [0, 1), got {linger_share}.")
 
 
-def init(config: decoder.DecoderConfig, num_slots: int, max_length: int, dtype: str) -> Held:
-    """Empty slots. `dtype` is one of `kv_cache.DTYPES`."""
-    sizes = (config.num_layers, num_slots, max_length, config.num_kv_heads, config.head_dim)
-    hidden = jnp.zeros((num_slots, config.hidden_size))
-    return Held(kv_cache.init(*sizes, dtype), sharding.constrain_rows(hidden))
+def most(width_buckets: Sequence[int], max_turn_tokens: int) -> int:
+    """New tokens of a row in one call, at the most."""
+    return max(*width_buckets, max_turn_tokens)
+
+
+def init(
+    config: decoder.DecoderConfig, num_slots: int, max_length: int, dtype: str, *, most: int
+) -> Held:
+    """Empty slots. `dtype` is one of `kv_cache.DTYPES`; `most` as the function of that name."""
+    caches = decoder.init_caches(config, num_slots, max_length, dtype, most=most)
+    return Held(caches, sharding.constrain_rows(jnp.zeros((num_slots, config.hidden_size))))
 
 
 class Extend(Protocol):
@@ -151,11 +157,11 @@ def make_extend(config: decoder.DecoderConfig) -> Extend:
     """
 
     def append(params, held, tokens, slots, lengths, counts, *, filled):
-        x, cache = decoder.hidden_cached(
+        x, caches = decoder.hidden_cached(
             config,
             params,
             tokens,
-            held.cache,
+            held.caches,
             slots,
             lengths,
             counts,
@@ -163,7 +169,7 @@ def make_extend(config: decoder.DecoderConfig) -> Extend:
             only_last=True,
         )
         hidden = held.hidden.at[slots].set(x[:, 0].astype(jnp.float32), mode="drop")
-        return Held(cache, hidden), lengths + counts
+        return Held(caches, hidden), lengths + counts
 
     @functools.partial(
         jax.jit,
@@ -188,9 +194,9 @@ def make_fork():
     """
 
     def copy(held, sources, targets, *, filled):
-        cache = kv_cache.copy_rows(held.cache, sources, targets, filled)
+        caches = tuple(kv_cache.copy_rows(cache, sources, targets, filled) for cache in held.caches)
         kept = jnp.take(held.hidden, sources, axis=0, mode="clip")
-        return Held(cache, held.hidden.at[targets].set(kept, mode="drop")), targets + 0
+        return Held(caches, held.hidden.at[targets].set(kept, mode="drop")), targets + 0
 
     @functools.partial(jax.jit, static_argnames="filled", donate_argnames="held")
     def fork(held, sources, targets, *, filled):
@@ -231,13 +237,13 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
     def play(
         params, held, slots, pending, lengths, is_ready, controls, until, *, filled, restricted
     ):
-        cache, num_rows = held.cache, pending.shape[0]
+        caches, num_rows = held.caches, pending.shape[0]
         dtype = params["embed"]["embedding"].dtype
-        if slots is not None and dtype == jnp.float32:
-            windows = decoder.windows(config)
-            cache, filled = kv_cache.mirrored(
-                cache, slots, lengths, filled, dtype, most=max_turn_tokens, windows=windows
-            )
+        is_mirrored = slots is not None and dtype == jnp.float32
+        if is_mirrored:
+            mirror = functools.partial(kv_cache.mirrored, most=max_turn_tokens)
+            caches = tuple(mirror(cache, slots, lengths, filled, dtype) for cache in caches)
+            filled = kv_cache.in_blocks(filled)
             params = decoding_layout.for_rows(params, num_rows)
         shape = (num_rows, max_turn_tokens)
         draw = functools.partial(_draw, config, params, controls, restricted=restricted)
@@ -246,20 +252,20 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
             return sharding.sum_over_rows(jnp.sum(carry[1]["active"])) > until
 
         def step(carry):
-            cache, turns = carry
+            caches, turns = carry
             active = turns["active"]
-            x, cache = decoder.hidden_cached(
+            x, caches = decoder.hidden_cached(
                 config,
                 params,
                 turns["pending"][:, None],
-                cache,
+                caches,
                 slots,
                 turns["lengths"],
                 active.astype(jnp.int32),
                 filled=filled,
             )
             moved = {"lengths": turns["lengths"] + active, "steps": turns["steps"] + 1}
-            return cache, draw(turns | moved, x[:, 0], active)
+            return caches, draw(turns | moved, x[:, 0], active)
 
         turns = {
             "pending": pending,
@@ -278,11 +284,12 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
             lambda turns: turns,
             turns,
         )
-        cache, turns = jax.lax.while_loop(is_running, step, (cache, turns))
-        if cache.mirrors is not None:
-            cache = kv_cache.settled(cache, slots, lengths, most=max_turn_tokens)
+        caches, turns = jax.lax.while_loop(is_running, step, (caches, turns))
+        if is_mirrored:
+            settle = functools.partial(kv_cache.settled, most=max_turn_tokens)
+            caches = tuple(settle(cache, slots, lengths, turns["lengths"]) for cache in caches)
         sampled = Sampled(*turns["out"], turns["counts"], turns["active"], turns["steps"])
-        return held._replace(cache=cache), sampled
+        return held._replace(caches=caches), sampled
 
     @functools.partial(
         jax.jit,

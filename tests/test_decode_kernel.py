@@ -33,6 +33,16 @@ def oracle(q, k, v, cache, layer, lengths, window, softcap):
     return out
 
 
+def in_rings(cache, lengths, window, size=128):
+    """The same rows as those of layers with a window have them; what is lost is lost."""
+    keys, values = np.zeros_like(cache.keys[..., :size]), np.zeros_like(cache.values[..., :size, :])
+    for row, length in enumerate(lengths):
+        for position in range(length):
+            keys[:, row, ..., position % size] = cache.keys[:, row, ..., position]
+            values[:, row, :, position % size] = cache.values[:, row, :, position]
+    return kv_cache.KVCache(keys, values, window=window)
+
+
 @pytest.mark.parametrize("programs", [1, 512], ids=["one part", "many parts"])
 @pytest.mark.parametrize(
     "heads, window, softcap",
@@ -41,19 +51,19 @@ def oracle(q, k, v, cache, layer, lengths, window, softcap):
 def test_the_kernel_is_attention_on_the_cache(heads, window, softcap, programs, monkeypatch):
     monkeypatch.setattr(decode_kernel, "_PROGRAMS", programs)
     q, k, v, cache, layer, lengths, is_real = decode_kernel.trial_inputs(*heads, 16, *["float32"] * 2)
+    given = cache if window is None else in_rings(cache, lengths, window)
     attended, written = decode_kernel.attend(
-        q, k, v, jax.tree.map(jnp.asarray, cache), layer, lengths, is_real,
-        filled=cache.max_length, scale=SCALE, softcap=softcap,
-        window=None if window is None else jnp.int32(window), interpret=True,
+        q, k, v, jax.tree.map(jnp.asarray, given), layer, lengths, is_real,
+        filled=cache.size, scale=SCALE, softcap=softcap, interpret=True,
     )
     wanted = oracle(q, k, v, cache, int(layer), lengths, window, softcap)
     np.testing.assert_allclose(attended[is_real], wanted[is_real], atol=2e-6)
     for row, (length, kept) in enumerate(zip(lengths, is_real, strict=True)):
         if kept:  # the new token's place; of idle rows nothing is written
-            cache.keys[layer, row, :, :, length] = k[row]
-            cache.values[layer, row, :, length] = v[row]
-    np.testing.assert_array_equal(written.keys, cache.keys)
-    np.testing.assert_array_equal(written.values, cache.values)
+            given.keys[layer, row, :, :, length % given.size] = k[row]
+            given.values[layer, row, :, length % given.size] = v[row]
+    np.testing.assert_array_equal(written.keys, given.keys)
+    np.testing.assert_array_equal(written.values, given.values)
 
 
 def test_which_caches_the_kernel_takes(monkeypatch):
@@ -119,7 +129,7 @@ def test_a_decode_step_by_the_kernel_and_by_products(local, monkeypatch):
         sliding_window=None if local is None else 9, window_layers=local,
     )
     params = decoder.init(config, jax.random.key(0))
-    cache = kv_cache.init(2, 3, 64, 2, 16, "float32")
+    cache = decoder.init_caches(config, 3, 64, "float32", most=20)
     tokens = np.random.default_rng(0).integers(0, 50, (3, 20)).astype(np.int32)
     counts = np.array([20, 3, 11], np.int32)
     zeros = np.zeros(3, np.int32)

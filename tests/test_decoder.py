@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxagentrl import logprobs
-from jaxagentrl.models import decoder, kv_cache, layers, lora, rope
+from jaxagentrl.models import decoder, layers, lora, rope
 
 CONFIG = decoder.DecoderConfig(
     vocab_size=61,
@@ -184,15 +184,15 @@ def test_appending_in_any_pieces_equals_one_pass(name):
     config, params = variant(name)
     ids = tokens(3, 20)
     whole = decoder.hidden(config, params, ids)
-    cache = kv_cache.init(2, 5, 24, 2, 8, "float32")
+    caches = decoder.init_caches(config, 5, 24, "float32", most=12)
     slots = jnp.array([4, 0, 2])
     start = 0
     for width in (7, 1, 12):
-        part, cache = decoder.hidden_cached(
+        part, caches = decoder.hidden_cached(
             config,
             params,
             ids[:, start : start + width],
-            cache,
+            caches,
             slots,
             jnp.full(3, start),
             jnp.full(3, width),
@@ -200,15 +200,15 @@ def test_appending_in_any_pieces_equals_one_pass(name):
         )
         np.testing.assert_allclose(part, whole[:, start : start + width], atol=1e-5)
         start += width
-    untouched = np.asarray(cache.keys)[:, [1, 3]]
-    np.testing.assert_array_equal(untouched, 0.0)
+    for cache in caches:
+        np.testing.assert_array_equal(np.asarray(cache.keys)[:, [1, 3]], 0.0)
 
 
 def test_padding_of_an_append_writes_nowhere(params):
-    cache = kv_cache.init(2, 2, 16, 2, 8, "float32")
+    caches = decoder.init_caches(CONFIG, 2, 16, "float32", most=6)
     counts, slots = jnp.array([2, 3]), jnp.array([0, 2])  # slot 2 does not exist: a padding row
-    _, cache = decoder.hidden_cached(
-        CONFIG, params, tokens(2, 6), cache, slots, jnp.zeros(2, jnp.int32), counts, filled=16
+    _, (cache,) = decoder.hidden_cached(
+        CONFIG, params, tokens(2, 6), caches, slots, jnp.zeros(2, jnp.int32), counts, filled=16
     )
     keys = np.asarray(cache.keys)
     assert np.all(np.any(keys[:, 0, :2] != 0, axis=(-2, -1)))

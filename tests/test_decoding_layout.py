@@ -51,7 +51,7 @@ def test_few_rows_are_the_right_side_of_every_product_with_weights(name, transpo
     laid_out = decoding_layout.for_decoding(params, "float32")
 
     def left_sides(rows: int) -> list[list[int]]:
-        held = sampling.init(config, SLOTS, 150, "float32")
+        held = sampling.init(config, SLOTS, 150, "float32", most=16)
         settings = jax.tree.map(lambda x: x[:rows], controls())
         slots, zeros = jnp.arange(rows), jnp.zeros(rows, jnp.int32)
         decode = sampling.make_decode(config, max_turn_tokens=TURN)

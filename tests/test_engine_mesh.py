@@ -87,8 +87,8 @@ def test_what_is_sampled_does_not_depend_on_the_mesh(sizes, num_slots, config, o
 def test_no_device_holds_a_whole_cache_even_while_it_is_made(monkeypatch):
     init, whole = kv_cache.init, []
 
-    def watched(*sizes):
-        made = init(*sizes)
+    def watched(*sizes, **options):
+        made = init(*sizes, **options)
         whole.append(not isinstance(made.keys, jax.core.Tracer))
         return made
 
@@ -96,7 +96,7 @@ def test_no_device_holds_a_whole_cache_even_while_it_is_made(monkeypatch):
     with sharding.use(mesh_of(4, 1, 2)):
         eng = make_engine(8)
     assert whole == [False]  # within a program
-    sizes = {shard.data.shape for shard in eng._held[0].cache.keys.addressable_shards}
+    sizes = {shard.data.shape for shard in eng._held[0].caches[0].keys.addressable_shards}
     assert sizes == {(CONFIG.num_layers, 2, 1, CONFIG.head_dim, 96)}
 
 
@@ -106,7 +106,7 @@ def programs(sizes, num_slots=16):
     with sharding.use(mesh):
         split = shards.of_wave(num_slots)
         policy = sharding.for_decoding(sharding.place(POLICY, mesh), mesh)
-        held = jax.jit(lambda: sampling.init(CONFIG, split.num_slots, 96, "float32"))()
+        held = jax.jit(lambda: sampling.init(CONFIG, split.num_slots, 96, "float32", most=16))()
         decode = sampling.make_decode(CONFIG, max_turn_tokens=4)
         stop_ids = np.array([5], np.int32)
         every = [
@@ -150,7 +150,7 @@ def test_a_fork_holds_one_layer_at_a_time():
     sizes = []
     for num_layers in layers:
         config = dataclasses.replace(CONFIG, num_layers=num_layers)
-        held = sampling.init(config, 16, 96, "float32")
+        held = sampling.init(config, 16, 96, "float32", most=16)
         call = calls.fork(sampling.make_fork(), [], 16, 96, shards=shards.of_wave(16))
         program = call.program.lower(held=held, **call.arguments).compile()
         sizes.append(program.memory_analysis().temp_size_in_bytes)
@@ -165,7 +165,7 @@ def test_kernels_are_tried_on_one_device_and_work_on_rows_of_their_own(sizes):
     q, k, v = (np.resize(x, (8, *x.shape[1:])) for x in (q, k, v))
     cache = jax.tree.map(lambda x: np.resize(x, (2, 8, *x.shape[2:])), cache)
     lengths, is_real = np.arange(8, dtype=np.int32) * 17, np.arange(8) % 3 > 0
-    options = dict(filled=cache.max_length, scale=0.3, interpret=True)
+    options = dict(filled=cache.size, scale=0.3, interpret=True)
     sound = functools.partial(decode_kernel.attend_all, interpret=True)
     inputs = decode_kernel.trial_inputs(4, 2, 16, "float32", "float32")
     passed = []

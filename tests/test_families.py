@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from jaxagentrl import chat, tokenizer
-from jaxagentrl.models import decoder, kv_cache, pretrained, pretrained_config, rope, sharding
+from jaxagentrl.models import decoder, pretrained, pretrained_config, rope, sharding
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -103,7 +103,7 @@ def test_decoding_with_a_cache_equals_scoring(case, score):
     """Teacher forcing through the cache, in pieces that cross the window, one token at a time last."""
     *_, config, params = case
     whole = score(TOKENS, *plain_inputs())
-    cache = kv_cache.init(config.num_layers, 2, 32, config.num_kv_heads, config.head_dim, "float32")
+    cache = decoder.init_caches(config, 2, 32, "float32", most=9)
     append = jax.jit(
         lambda tokens, cache, start: decoder.hidden_cached(
             config, params, tokens, cache, None, jnp.full(2, start),
@@ -215,8 +215,7 @@ def test_exports_say_the_same_in_transformers(name, words, tmp_path):
 
     step = jax.jit(lambda tokens, cache, start: decoder.hidden_cached(
         config, params, tokens, cache, None, start[None], jnp.full(1, tokens.shape[1]), filled=128))
-    cache = kv_cache.init(
-        config.num_layers, 1, 128, config.num_kv_heads, config.head_dim, "float32")
+    cache = decoder.init_caches(config, 1, 128, "float32", most=len(ids))
     tokens, start, ours = np.array([ids], np.int32), 0, []
     while len(ours) < 16 and not set(ours) & set(ends):
         x, cache = step(tokens, cache, jnp.int32(start))

@@ -11,7 +11,7 @@ import safetensors.numpy
 from test_sharding import UNTIED, assert_close, assert_placed, data, whole_rows
 
 from jaxagentrl import learner, optimizer
-from jaxagentrl.models import decoder, kv_cache, lora, pretrained, pretrained_config, sharding
+from jaxagentrl.models import decoder, lora, pretrained, pretrained_config, sharding
 from jaxagentrl.types import TrainState
 
 TARGETS = ("attention/(q|v)", "mlp/.*")
@@ -109,7 +109,7 @@ def test_a_base_in_the_dtype_of_the_computation_trains_the_same_adapters(policy)
 def test_the_cached_pass_has_the_adapters_too(policy):
     params = lora.attach(policy, trained(policy), 4.0)
     tokens = data()[0].tokens[:4, :8]
-    cache = kv_cache.init(UNTIED.num_layers, 4, 8, UNTIED.num_kv_heads, 8, "float32")
+    cache = decoder.init_caches(UNTIED, 4, 8, "float32", most=8)
     counts = np.full(4, 8, np.int32)
     cached, _ = decoder.hidden_cached(
         UNTIED, params, tokens, cache, None, 0 * counts, counts, filled=8

@@ -34,8 +34,8 @@ def sampled(config, params, lengths, *, capacity: int, filled: int, order=None):
     `order` is the slot of each row, None all slots in order without saying so: on CPU what reads
     the cache itself.
     """
-    held = sampling.init(config, SLOTS, capacity, "float32")
     widest = max(lengths)
+    held = sampling.init(config, SLOTS, capacity, "float32", most=widest)
     ids = tokens(SLOTS, widest + 1)
     lengths = jnp.array(lengths, jnp.int32)
     extend = sampling.make_extend(config)
@@ -52,7 +52,7 @@ def sampled(config, params, lengths, *, capacity: int, filled: int, order=None):
     slots = None if order is None else rows
     given = (slots, pending, lengths, jnp.zeros(len(rows), bool), settings, jnp.int32(0))
     held, made = decode(params, held, *given, filled=filled, restricted=False)
-    return held.cache, made
+    return held.caches, made
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,9 @@ def sampled(config, params, lengths, *, capacity: int, filled: int, order=None):
 def test_mirrors_change_neither_samples_nor_the_cache(name, lengths, capacity, filled):
     config, params = variant(name)
     run = functools.partial(sampled, config, params, lengths, capacity=capacity, filled=filled)
-    plain_cache, plain = run()
+    plain_caches, plain = run()
     order = [3, 0, 4, 1]  # without slot 2, which is idle
-    cache, ours = run(order=order)
+    caches, ours = run(order=order)
     assert int(ours.steps) == int(plain.steps) > 3
     for row, slot in enumerate(order):
         count = int(plain.counts[slot])
@@ -80,8 +80,8 @@ def test_mirrors_change_neither_samples_nor_the_cache(name, lengths, capacity, f
         np.testing.assert_allclose(
             ours.logprobs[row, :count], plain.logprobs[slot, :count], atol=2e-5
         )
-    assert cache.mirrors is None
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cache, plain_cache)
+    assert all(cache.mirrors is None for cache in caches)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), caches, plain_caches)
 
 
 def test_rows_that_are_padding_change_nothing():
@@ -106,34 +106,48 @@ def in_a_row(blocks):
 @pytest.mark.parametrize("dtype", kv_cache.DTYPES)
 def test_steps_read_of_a_mirror_what_a_later_call_reads_of_the_cache(dtype, window):
     """Keys and values that are rounded for the cache are so at once."""
-    rng, lengths, slots = np.random.default_rng(0), jnp.array([70, 63]), jnp.array([2, 0])
+    rng, slots = np.random.default_rng(0), jnp.array([2, 0])
+    before = jnp.array([330, 63])  # of a ring of 192 positions the first row's begin again
 
     def new(rows, width):
         return jnp.asarray(rng.standard_normal((2, rows, width, 2, 8)), jnp.float32)
 
-    cache = kv_cache.init(1, 3, 150, 2, 8, dtype)
-    cache = kv_cache.write(cache, 0, None, jnp.tile(jnp.arange(70), (3, 1)), *new(3, 70))
-    options = dict(most=4, windows=[window])
-    mirrored, size = kv_cache.mirrored(cache, slots, lengths, 100, jnp.float32, **options)
+    cache = kv_cache.init(1, 3, 400, 2, 8, dtype, window=window, most=66)
+    assert cache.size == (400 if window is None else 192)
+    for start in range(0, 330, 66):
+        positions = start + jnp.tile(jnp.arange(66), (2, 1))
+        positions = jnp.where(positions < before[:, None], positions, kv_cache.NOWHERE)
+        cache = kv_cache.write(cache, 0, slots, positions, *new(2, 66))
+    mirrored = kv_cache.mirrored(cache, slots, before, 340, jnp.float32, most=4)
     for step in range(3):
-        mirrored = kv_cache.write(mirrored, 0, slots, lengths[:, None] + step, *new(2, 1))
+        mirrored = kv_cache.write(mirrored, 0, slots, before[:, None] + step, *new(2, 1))
+    after = kv_cache.settled(mirrored, slots, before, before + 3, most=4)
+    later = kv_cache.near(after, before + 3, width=1, filled=340)
+    keys, values = kv_cache.read(after, 0, slots, later, jnp.float32)
+    keys = keys if later.starts is None else in_a_row(keys)
     (mirror,) = mirrored.mirrors
-    after = kv_cache.settled(mirrored, slots, lengths, most=4)
-    keys, values = kv_cache.read(after, 0, slots, 100, jnp.float32)
-    for row in range(2):
-        begin = 0 if mirror.starts is None else int(mirror.starts[row])
-        count = int(lengths[row]) + 3 - begin
-        assert begin < int(lengths[row]) < begin + mirror.values.shape[2] <= max(size, begin + 64)
-        seen = (in_a_row(mirror.keys)[row, ..., :count], mirror.values[row, :, :count])
-        kept = (keys[row, ..., begin : begin + count], values[row, :, begin : begin + count])
+    for row, end in enumerate(before + 3):
+        first = 0 if window is None else end - window + 1
+        begins = [0 if starts is None else int(starts[row]) for starts in (mirror.starts, later.starts)]
+        here, there = (slice(first - begin, end - begin) for begin in begins)
+        seen = (in_a_row(mirror.keys)[row, ..., here], mirror.values[row, :, here])
+        kept = (keys[row, ..., there], values[row, :, there])
         for one, other in zip(seen, kept, strict=True):  # int8: a scale of rounded numbers is another by a bit
+            assert one.size == 2 * 8 * (end - first)
             np.testing.assert_allclose(one, other, rtol=1e-6 if dtype == "int8" else 0, atol=0)
+
+
+def test_tokens_that_a_ring_is_too_short_for_are_refused():
+    cache = kv_cache.init(1, 3, 4000, 2, 8, "float32", window=100, most=64)
+    assert kv_cache.near(cache, jnp.zeros(3, jnp.int32), width=64, filled=4000).size <= cache.size == 256
+    with pytest.raises(ValueError, match="256 positions.*100 are not long enough for 200"):
+        kv_cache.near(cache, jnp.zeros(3, jnp.int32), width=200, filled=4000)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_no_program_makes_floats_of_a_whole_cache_that_is_held_in_less(dtype):
     config, params = variant("plain")
-    held = sampling.init(config, SLOTS, 150, dtype)
+    held = sampling.init(config, SLOTS, 150, dtype, most=16)
     rows, zeros = jnp.arange(SLOTS), jnp.zeros(SLOTS, jnp.int32)
     extend = sampling.make_extend(config).lower(
         params, held, jnp.zeros((SLOTS, 8), jnp.int32), rows, zeros, zeros, filled=100
@@ -142,7 +156,7 @@ def test_no_program_makes_floats_of_a_whole_cache_that_is_held_in_less(dtype):
         params, held, rows, zeros, zeros, zeros > 0, controls(), jnp.int32(0), filled=100, restricted=False
     )
     fork = sampling.make_fork().lower(held, rows, rows, filled=100)
-    keys, values = (",".join(map(str, x.shape)) for x in (held.cache.keys, held.cache.values))
+    keys, values = (",".join(map(str, x.shape)) for x in (held.caches[0].keys, held.caches[0].values))
     for lowered in (extend, decode, fork):
         text = lowered.compile().as_text()
         assert f"{ {'bfloat16': 'u16', 'int8': 's8'}[dtype] }[{keys}]" in text
@@ -154,7 +168,7 @@ def test_no_step_cuts_the_cache_or_the_weights():
 
     def largest_cut(slots):
         config, params = variant("plain")
-        held = sampling.init(config, SLOTS, 150, "float32")
+        held = sampling.init(config, SLOTS, 150, "float32", most=16)
         decode = sampling.make_decode(config, max_turn_tokens=TURN)
         zeros, is_ready = jnp.zeros(SLOTS, jnp.int32), jnp.zeros(SLOTS, bool)
         traced = jax.make_jaxpr(functools.partial(decode, filled=100, restricted=False))(
@@ -192,7 +206,7 @@ def inner_programs(eqn):
 def test_an_extend_makes_keys_and_values_alone_of_all_tokens_in_its_last_layer():
     config, params = variant("plain")
     rows, width = 4, 32
-    held = sampling.init(config, rows, 64, "float32")
+    held = sampling.init(config, rows, 64, "float32", most=16)
     slots, zeros, counts = jnp.arange(rows), jnp.zeros(rows, jnp.int32), jnp.full(rows, width)
 
     def products(program) -> tuple[int, int]:
@@ -224,7 +238,7 @@ def test_products_of_an_extend_are_not_left_to_ynnpack():
         pytest.skip("this jaxlib has no such option.")
     config, params = variant("plain")
     rows, width = 4, 32
-    held = sampling.init(config, rows, 64, "float32")
+    held = sampling.init(config, rows, 64, "float32", most=16)
     given = (params, held, tokens(rows, width), jnp.arange(rows), *2 * [jnp.zeros(rows, jnp.int32)])
 
     def fused(program) -> int:
@@ -242,7 +256,7 @@ def test_products_of_an_extend_are_not_left_to_ynnpack():
 def reorder(given):
     """Arguments of an extend as `hidden_cached` takes them."""
     params, held, ids, *others = given
-    return params, ids, held.cache, *others
+    return params, ids, held.caches, *others
 
 
 def test_weights_apart_stay_apart():

@@ -104,7 +104,7 @@ def test_the_plan_counts_what_arrays_take_and_runs_the_largest_micro_batch():
     assert made.always["parameters"] == sum(x.nbytes for x in jax.tree.leaves(trainable))
     assert made.always["optimizer"] == 2 * made.always["parameters"] + 8  # two counters
     assert made.always["reference"] == 0
-    held = sampling.init(UNTIED, 4, 24, "float32")
+    held = sampling.init(UNTIED, 4, 24, "float32", most=16)
     assert made.always["cache"] == 2 * sum(x.nbytes for x in jax.tree.leaves(held))
     # Logits of the largest micro-batch are in it, and it is compiled once and for all.
     assert made.updating["update"] > 4 * 24 * UNTIED.vocab_size * 4

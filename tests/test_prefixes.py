@@ -30,6 +30,11 @@ def packed(texts, size=16):
     return ids, np.array([len(text) for text in texts])
 
 
+def whole(held, wanted):
+    """Rows that have lost nothing."""
+    return prefixes.Rows(held, wanted, np.zeros_like(held))
+
+
 def test_the_example_is_true():
     assert doctest.testmod(prefixes).failed == 0
 
@@ -46,7 +51,7 @@ def test_what_is_copied_is_there_in_time(texts, data, partly):
     ids, wanted = packed(texts, 64)
     held = np.array([data.draw(st.integers(0, length)) for length in wanted])
     computing = [row for row in range(len(texts)) if held[row] < wanted[row]]
-    copies = prefixes.find(ids, held, wanted, computing, further=0 if partly else np.inf)
+    copies = prefixes.find(ids, whole(held, wanted), computing, further=0 if partly else np.inf)
     done = set()
     for row in computing:
         # The longest that another row holds now, or that a row before holds when it is done; its last
@@ -79,11 +84,23 @@ def test_a_row_waits_for_a_part_only_where_that_is_wanted():
     ids, wanted = packed([system + mine, system + yours, system + mine], 32)
     held = np.zeros(3, int)
     expected = {1: Copy(0, 20), 2: Copy(0, 30)}
-    assert prefixes.find(ids, held, wanted, [0, 1, 2], further=20) == expected
-    assert prefixes.find(ids, held, wanted, [0, 1, 2], further=21) == {2: Copy(0, 30)}
+    assert prefixes.find(ids, whole(held, wanted), [0, 1, 2], further=20) == expected
+    assert prefixes.find(ids, whole(held, wanted), [0, 1, 2], further=21) == {2: Copy(0, 30)}
     # What is there already is worth no wait, unless nothing is left to compute after it.
     held[1] = 30
-    assert prefixes.find(ids, held, wanted, [0, 2], further=20) == {0: Copy(1, 20), 2: Copy(0, 30)}
+    assert prefixes.find(ids, whole(held, wanted), [0, 2], further=20) == {0: Copy(1, 20), 2: Copy(0, 30)}
+
+
+def test_what_a_row_has_lost_is_not_copied_from_it():
+    texts = [[1] * 40, [1] * 20 + [2] * 10, [1] * 30 + [3] * 10]
+    ids, wanted = packed(texts, 40)
+    held = np.array([40, 0, 0])
+    assert prefixes.find(ids, whole(held, wanted), [1, 2], further=0) == {1: Copy(0, 20), 2: Copy(0, 30)}
+    lost = prefixes.Rows(held, wanted, np.array([25, 0, 0]))
+    assert prefixes.find(ids, lost, [1, 2], further=0) == {2: Copy(0, 30)}
+    # But from a row that will compute it.
+    lost = prefixes.Rows(held, wanted, np.array([31, 0, 0]))
+    assert prefixes.find(ids, lost, [1, 2], further=0) == {2: Copy(1, 20)}
 
 
 @hypothesis.given(rows, st.data())
@@ -93,12 +110,12 @@ def test_rows_copy_from_their_own_shard_what_they_would_copy_if_it_were_alone(te
     held = np.array([data.draw(st.integers(0, length)) for length in wanted])
     computing = [row for row in range(len(texts)) if held[row] < wanted[row]]
     size = data.draw(st.integers(1, 3))
-    copies = prefixes.find_within(ids, held, wanted, computing, size=size, further=0)
+    copies = prefixes.find_within(ids, whole(held, wanted), computing, size=size, further=0)
     alone = {}
     for start in range(0, len(texts), size):
         mine = np.arange(start, min(start + size, len(texts)))
         among = [row - start for row in computing if row in mine]
-        found = prefixes.find(ids[mine], held[mine], wanted[mine], among, further=0)
+        found = prefixes.find(ids[mine], whole(held, wanted).part(mine), among, further=0)
         alone |= {start + row: Copy(start + copy.source, copy.length) for row, copy in found.items()}
     assert copies == alone
     assert all(row // size == copy.source // size for row, copy in copies.items())

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from jaxagentrl import hosts, learner, optimizer
-from jaxagentrl.models import decoder, kv_cache, sharding
+from jaxagentrl.models import decoder, sharding
 from jaxagentrl.packing import Rows, pack
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
@@ -285,14 +285,15 @@ def test_a_sharded_cache_decodes_the_same_tokens():
             policy = sharding.for_decoding(
                 sharding.place(jax.tree.map(jnp.asarray, params(model)), mesh)["policy"], mesh
             )
-            cache = kv_cache.init(model.num_layers, 4, 8, model.num_kv_heads, 8, "float32")
+            caches = decoder.init_caches(model, 4, 8, "float32", most=3)
+            (cache,) = caches
             if local is not None:
                 places = sharding.abstract_cache(cache.keys, local).sharding
                 assert cache.keys.sharding.is_equivalent_to(places, 5)
                 assert cache.keys.addressable_shards[0].data.shape == (2, 1, 2, 8, 8)
             program = jax.jit(functools.partial(decoder.hidden_cached, model, filled=8))
-            hidden, cache = program(policy, prompt, cache, None, 0 * counts, counts)
-        outcomes.append(jax.device_get((hidden, cache)))
+            hidden, caches = program(policy, prompt, caches, None, 0 * counts, counts)
+        outcomes.append(jax.device_get((hidden, caches)))
     assert_close(*outcomes)
 
 

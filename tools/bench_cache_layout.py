@@ -126,12 +126,12 @@ def main() -> None:
 
     @jax.jit
     def run_mirrored(cache, q):
-        cache, held = kv_cache.mirrored(
-            cache, jnp.arange(s), jnp.zeros(s, jnp.int32), args.filled, q.dtype,
-            most=1, windows=[None] * LAYERS,
+        cache = kv_cache.mirrored(
+            cache, jnp.arange(s), jnp.zeros(s, jnp.int32), args.filled, q.dtype, most=1
         )
+        held = kv_cache.Stretch(None, kv_cache.in_blocks(args.filled))
         places = jnp.full((s, 1), args.filled - 28)
-        mask = (jnp.arange(held) <= places)[:, None]
+        mask = (jnp.arange(held.size) <= places)[:, None]
 
         def step(_, carry):
             cache, q = carry

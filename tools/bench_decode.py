@@ -50,13 +50,16 @@ def bandwidth() -> float:
     return 5 * 2 * x.nbytes / bench_packed.best_s(run, 3)
 
 
-def step_bytes(params: decoder.Params, cache: kv_cache.KVCache, mean_length: float) -> float:
+def step_bytes(
+    params: decoder.Params, caches: tuple[kv_cache.KVCache, ...], mean_length: float
+) -> float:
     """What one step must read: weights, looked-up embeddings aside, and the filled cache."""
     weights = sum(x.nbytes for x in jax.tree.leaves(params))
     if "lm_head" in params:
         weights -= params["embed"]["embedding"].nbytes
+    (cache,) = caches  # none of `bench_packed.MODELS` has windows
     held = cache.keys.nbytes + cache.values.nbytes
-    return weights + held * mean_length / cache.max_length
+    return weights + held * mean_length / cache.size
 
 
 def measure(args: argparse.Namespace, params: decoder.Params, slots: int, speed: float) -> None:
@@ -64,8 +67,8 @@ def measure(args: argparse.Namespace, params: decoder.Params, slots: int, speed:
     # The step in the middle sees --filled positions, and the bucket is the next multiple of 128.
     lengths = np.full(slots, args.filled - args.steps // 2, np.int32)
     filled = -(-(args.filled + args.steps // 2) // 128) * 128
-    held = sampling.init(config, slots, filled, args.dtype)
-    needed = step_bytes(params, held.cache, args.filled)
+    held = sampling.init(config, slots, filled, args.dtype, most=args.steps)
+    needed = step_bytes(params, held.caches, args.filled)
     controls = sampling.Controls(
         budgets=np.full(slots, args.steps, np.int32),
         temperatures=np.ones(slots, np.float32),

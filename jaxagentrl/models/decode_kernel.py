@@ -10,6 +10,7 @@ Shapes: S rows, H query heads, K key/value heads with K dividing H, G = H / K, E
 positions, N layers, P parts.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -37,8 +38,8 @@ def takes(cache: kv_cache.KVCache, num_heads: int, dtype: jnp.dtype) -> bool:
     trial on heads like these. Not in float32, of which Triton's products keep 10 bits."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return False
-    _, _, num_kv_heads, head_dim, max_length = cache.keys.shape
-    sizes_fit = head_dim >= 16 and head_dim & (head_dim - 1) == 0 and max_length % _BLOCK == 0
+    _, _, num_kv_heads, head_dim, size = cache.keys.shape
+    sizes_fit = head_dim >= 16 and head_dim & (head_dim - 1) == 0 and size % _BLOCK == 0
     if not sizes_fit or cache.key_scales is not None or num_heads // num_kv_heads > _MIN_GROUP:
         return False
     return _passes(num_heads, num_kv_heads, head_dim, dtype.name, cache.keys.dtype.name)
@@ -56,7 +57,6 @@ def attend(
     filled: int,
     scale: float,
     softcap: float | None = None,
-    window: jax.Array | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, kv_cache.KVCache]:
     """Attention of one new token per row, on the row's cache and on itself, and its keys' and values'
@@ -64,25 +64,26 @@ def attend(
 
     Args:
         q: [S, H, E]. k, v: [S, K, E], of the new tokens.
-        cache: `takes(cache, H)` holds.
+        cache: `takes(cache, H)` holds. With a window its rows are rings, of which no more is read.
         layer: [] int32.
         lengths: [S] int32, positions that are filled already.
         is_real: [S] bool, rows whose new token is kept; of the others nothing is written.
         filled: static bound on lengths + 1.
         scale, softcap: as in `attention.attend`.
-        window: [] int32, how many tokens are seen, the new one included; None is all.
         interpret: run the kernel's program on any backend, slowly: for tests.
 
     Returns:
         [S, H, E] and the cache.
     """
     rows, heads, size = q.shape
-    num_kv_heads, max_length = cache.keys.shape[2], cache.max_length
+    num_kv_heads, window = cache.keys.shape[2], cache.window
     group = heads // num_kv_heads
     blocks = pl.cdiv(filled, _BLOCK)
+    if window is not None:  # the first and the last of them in part
+        blocks = min(blocks, pl.cdiv(window, _BLOCK) + 1)
     parts = min(pl.cdiv(_PROGRAMS, rows * num_kv_heads), blocks)
     first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths + 1 - window, 0)
-    places = jnp.where(is_real, lengths, max_length)
+    places = jnp.where(is_real, lengths % cache.size, cache.size)
     k, v = k.astype(cache.keys.dtype), v.astype(cache.values.dtype)
     number = pl.BlockSpec((1,), lambda s, k, p: (s,))
     vector = pl.BlockSpec((None, None, size), lambda s, k, p: (s, k, 0))
@@ -133,7 +134,7 @@ def attend(
         weights = jax.nn.softmax(weights, axis=2)
         attended = jnp.sum(weights[..., None] * attended, axis=2)
     attended = attended.reshape(rows, heads, size).astype(q.dtype)
-    return attended, kv_cache.KVCache(keys, values)
+    return attended, dataclasses.replace(cache, keys=keys, values=values)
 
 
 def _kernel(
@@ -163,15 +164,14 @@ def _kernel(
         jnp.where(has_own, own, _LOWEST),
         jnp.where(has_own, jnp.ones_like(own), 0.0),
     )
-    offsets = jnp.arange(_BLOCK)
+    offsets, num_blocks = jnp.arange(_BLOCK), keys_ref.shape[-1] // _BLOCK
 
     def body(block, carry):
         sums, maximum, normalizer = carry
-        start = pl.multiple_of(block * _BLOCK, _BLOCK)
-        where = pl.ds(start, _BLOCK)
+        where = pl.ds(pl.multiple_of(block % num_blocks * _BLOCK, _BLOCK), _BLOCK)
         keys = keys_ref[layer, row, head, :, where].astype(q.dtype)
         scores = cap(triton.dot(q, keys) * scale, softcap)
-        positions = start + offsets
+        positions = block * _BLOCK + offsets
         seen = ((positions >= first) & (positions < length))[None]
         scores = jnp.where(seen, scores, _LOWEST)
         higher = jnp.maximum(maximum, jnp.max(scores, axis=1))
@@ -181,8 +181,8 @@ def _kernel(
         sums = sums * shrink[:, None] + triton.dot(weights.astype(q.dtype), values)
         return sums, higher, normalizer * shrink + jnp.sum(weights, axis=1)
 
-    low = jnp.maximum(part * blocks_per_part, first // _BLOCK)
-    high = jnp.minimum((part + 1) * blocks_per_part, pl.cdiv(length, _BLOCK))
+    low = first // _BLOCK + part * blocks_per_part
+    high = jnp.minimum(low + blocks_per_part, pl.cdiv(length, _BLOCK))
     sums, maximum, normalizer = jax.lax.fori_loop(low, high, body, carry)
     # A part may have nothing to see: 0, of weight 0.
     safe = jnp.where(normalizer > 0, normalizer, 1.0)
@@ -221,17 +221,17 @@ def attend_all(q, k, v, cache, layer, lengths, is_real, **options):
     """`attend` as the trial wants it: what real rows give, with a row's positions shared out and, where
     one block is all, not; and the cache."""
     new = (q, k, v, cache, layer, lengths, is_real)
-    shared, written = attend(*new, filled=cache.max_length, scale=_TRIAL_SCALE, **options)
+    shared, written = attend(*new, filled=cache.size, scale=_TRIAL_SCALE, **options)
     alone, _ = attend(*new, filled=_BLOCK, scale=_TRIAL_SCALE, **options)
     return _compared(shared, alone, lengths, is_real), written
 
 
 def products(q, k, v, cache, layer, lengths, is_real):
     """`attend_all` by a write, a read and two products."""
-    filled = cache.max_length
-    places = jnp.where(is_real, lengths, filled)[:, None]
+    filled = cache.size
+    places = jnp.where(is_real, lengths, kv_cache.NOWHERE)[:, None]
     cache = kv_cache.write(cache, layer, None, places, k[:, None], v[:, None])
-    keys, values = kv_cache.read(cache, layer, None, filled, q.dtype)
+    keys, values = kv_cache.read(cache, layer, None, kv_cache.Stretch(None, filled), q.dtype)
     seen = (jnp.arange(filled)[None] <= lengths[:, None])[:, None]
     attended = attention.attend_cached(q[:, None], keys, values, seen, scale=_TRIAL_SCALE)[:, 0]
     return _compared(attended, attended, lengths, is_real), cache

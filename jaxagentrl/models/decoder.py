@@ -8,8 +8,8 @@ What families of published models do differently are settings of `DecoderConfig`
 norms of queries and keys (Qwen3), sliding windows in all or some layers (Mistral, Gemma), soft caps,
 norms after each block, norms that scale by 1 + w, scaled embeddings, another rotation in the layers
 with a window (Gemma 2 and 3). A setting that is off adds nothing to the compiled program. Where
-layers differ, the scan takes along which kind each one is; they branch only where those with a window
-read less of a cache.
+layers differ, the scan of whole sequences takes along which kind each one is; that on a cache, of which
+each kind has its own, takes a period of the pattern at once.
 
 One set of modules serves both passes: `hidden` attends within a batch of whole sequences (scoring,
 training), `hidden_cached` appends a few tokens to rows of a KV cache (sampling).
@@ -197,23 +197,49 @@ def finish_params(params: Params) -> Params:
     return {"layer": last, "final_norm": params["final_norm"]}
 
 
+def init_caches(
+    config: DecoderConfig, num_slots: int, max_length: int, dtype: str, *, most: int
+) -> tuple[kv_cache.KVCache, ...]:
+    """Empty KV caches, one for each kind of layers.
+
+    Args:
+        max_length: positions of a slot.
+        dtype: one of `kv_cache.DTYPES`.
+        most: new tokens of one call, and of a decode loop.
+    """
+    layers = windows(config)
+    return tuple(
+        kv_cache.init(
+            layers.count(window),
+            num_slots,
+            max_length,
+            config.num_kv_heads,
+            config.head_dim,
+            dtype,
+            window=window,
+            most=most,
+        )
+        for window in _kinds(config)
+    )
+
+
 def hidden_cached(
     config: DecoderConfig,
     params: Params,
     tokens: jax.Array,
-    cache: kv_cache.KVCache,
+    caches: tuple[kv_cache.KVCache, ...],
     slots: jax.Array | None,
     lengths: jax.Array,
     counts: jax.Array,
     *,
     filled: int,
     only_last: bool = False,
-) -> tuple[jax.Array, kv_cache.KVCache]:
+) -> tuple[jax.Array, tuple[kv_cache.KVCache, ...]]:
     """Appends tokens to cache rows and returns their hidden states.
 
     Args:
         tokens: [R, W] int32, the new tokens of each row, right-padded.
-        cache: keys and values of all slots.
+        caches: keys and values of all slots, of `init_caches`.
         slots: [R] int32, the cache row of each row of tokens; None when R is all slots in order.
             A row that is itself padding names a slot out of range: its writes are dropped.
         lengths: [R] int32, tokens already in the cache.
@@ -224,7 +250,7 @@ def hidden_cached(
             of one.
 
     Returns:
-        [R, W, D] hidden states ([R, 1, D] with `only_last`) and the cache with the new keys and values.
+        [R, W, D] hidden states ([R, 1, D] with `only_last`) and the caches with the new keys and values.
     """
     width = tokens.shape[1]
     offsets = jnp.arange(width)
@@ -234,61 +260,61 @@ def hidden_cached(
         jnp.take(table[..., 0, :, :], positions, axis=-2, mode="clip")
         for table in rope_tables(config, np.arange(filled)[None])
     )
-    parts = _cache_parts(config, cache, positions, filled)
-    # A padding token writes nowhere: its position is sent out of range.
-    targets = jnp.where(offsets[None] < counts[:, None], positions, cache.max_length)
+    parts = [_cache_part(cache, positions, filled) for cache in caches]
+    targets = jnp.where(offsets[None] < counts[:, None], positions, kv_cache.NOWHERE)
     graph, layers = _layers(config, params)
     scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
-    local_layers = _local_layers(config)
     x = embed(config, params, tokens)
-    is_fused = width == 1 and slots is None and _has_decode_kernel(config, cache, x.dtype)
+    is_fused = width == 1 and slots is None and _has_decode_kernel(config, caches, x.dtype)
 
     def at_last(x: jax.Array) -> jax.Array:
         """[..., R, 1, E] of [..., R, W, E]."""
         last = jnp.maximum(counts - 1, 0).reshape(*[1] * (x.ndim - 3), -1, 1, 1)
         return jnp.take_along_axis(x, last, axis=-2)
 
-    def step(carry, index, *, only_last: bool = False):
-        x, cache = carry
+    def step(carry, index, place: tuple[int, Any], *, only_last: bool = False):
+        """A layer, which is of this kind and in its cache the so-manieth."""
+        (x, caches), (kind, at) = carry, place
         if isinstance(layers, tuple):
             layer_params = layers[index]
         else:
             layer_params = jax.tree.map(lambda leaf: _at(leaf, index), layers)
-        layer = merge(graph, layer_params)
-        is_local = None if local_layers is None else _at(local_layers, index)
-        q, k, v = layer.attention.qkv(layer.attention_norm(x), _table_of(tables, is_local))
+        layer, cache = merge(graph, layer_params), caches[kind]
+        table = _table_of(tables, jnp.bool_(cache.window is not None))
+        q, k, v = layer.attention.qkv(layer.attention_norm(x), table)
         if is_fused:
-            window = _window_of(config, is_local, filled)
             new = (q[:, 0], k[:, 0], v[:, 0])
             attended, cache = decode_kernel.attend(
-                *new, cache, index, lengths, counts > 0, filled=filled, window=window, **scores
+                *new, cache, at, lengths, counts > 0, filled=filled, **scores
             )
             attended = attended[:, None]
         else:
-            cache = kv_cache.write(cache, index, slots, targets, k, v)
+            cache = kv_cache.write(cache, at, slots, targets, k, v)
+            seen = parts[kind].seen
             if only_last:
-                x = at_last(x)
-                table = _table_of(tuple(map(at_last, tables)), is_local)
-                q, _, _ = layer.attention.qkv(layer.attention_norm(x), table)
+                x, seen = at_last(x), at_last(seen)
+                q, _, _ = layer.attention.qkv(layer.attention_norm(x), tuple(map(at_last, table)))
+            keys, values = kv_cache.read(cache, at, slots, parts[kind].stretch, q.dtype)
+            attended = attention.attend_cached(q, keys, values, seen, **scores)
+        caches = (*caches[:kind], cache, *caches[kind + 1 :])
+        return layer.add_mlp(layer.add_attention(x, attended)), caches
 
-            def attend(part: _CachePart) -> jax.Array:
-                keys, values = kv_cache.read(
-                    cache, index, slots, part.size, q.dtype, starts=part.starts
-                )
-                seen = at_last(part.seen) if only_last else part.seen
-                return attention.attend_cached(q, keys, values, seen, **scores)
+    carry, places = (x, caches), _places(config)
+    period = _period(config)
+    rounds = 0 if isinstance(layers, tuple) else (config.num_layers - only_last) // period
+    each = [sum(kind == other for other, _ in places[:period]) for kind in range(len(caches))]
 
-            attended = _attend_to_part(config, attend, parts, index)
-        return (layer.add_mlp(layer.add_attention(x, attended)), cache), None
+    def steps(carry, turn):
+        for offset, (kind, at) in enumerate(places[:period]):
+            carry = step(carry, turn * period + offset, (kind, turn * each[kind] + at))
+        return carry, None
 
-    carry = (x, cache)
-    in_loop = 0 if isinstance(layers, tuple) else config.num_layers - only_last
-    if in_loop:
+    if rounds:
         # By index: a slice of the stacked weights would be a copy of them.
-        carry, _ = jax.lax.scan(step, carry, jnp.arange(in_loop))
-    for index in range(in_loop, config.num_layers):
+        carry, _ = jax.lax.scan(steps, carry, jnp.arange(rounds))
+    for index in range(rounds * period, config.num_layers):
         is_last = index == config.num_layers - 1
-        carry, _ = step(carry, index, only_last=only_last and is_last)
+        carry = step(carry, index, places[index], only_last=only_last and is_last)
     return final_norm(config, params, carry[0]), carry[1]
 
 
@@ -379,52 +405,23 @@ def _table_of(
 
 
 class _CachePart(NamedTuple):
-    """What a layer reads of the cache."""
+    """What layers of a kind read of their cache."""
 
-    size: int
+    stretch: kv_cache.Stretch
     seen: jax.Array  # [R, W, size] bool
-    starts: jax.Array | None  # [R] int32, each row's first position; None is 0
 
 
-def _cache_parts(
-    config: DecoderConfig, cache: kv_cache.KVCache, positions: jax.Array, filled: int
-) -> tuple[_CachePart, _CachePart]:
-    """What layers without and with the model's window read for new tokens at `positions` [R, W]."""
-    window, width = config.sliding_window, positions.shape[1]
-
-    def part(starts: jax.Array | None, size: int, window: int | None = None) -> _CachePart:
-        index = jnp.arange(size)[None, None]
-        index = index if starts is None else index + starts[:, None, None]
-        distance = positions[:, :, None] - index
-        seen = distance >= 0
-        return _CachePart(size, seen if window is None else seen & (distance < window), starts)
-
-    far = part(None, filled)
-    if window is None:
-        return far, far
+def _cache_part(cache: kv_cache.KVCache, positions: jax.Array, filled: int) -> _CachePart:
+    """What is read for new tokens at `positions` [R, W]."""
     if cache.mirrors is None:
-        first = positions[:, 0]
-        return far, part(*kv_cache.near(first, width=width, window=window, filled=filled), window)
-    mirror = cache.mirrors[windows(config).index(window)]
-    return far, part(mirror.starts, mirror.values.shape[2], window)
-
-
-def _attend_to_part(
-    config: DecoderConfig,
-    attend: Callable[[_CachePart], jax.Array],
-    parts: tuple[_CachePart, _CachePart],
-    index: jax.Array | int,
-) -> jax.Array:
-    """`attend` to what the layer with this index reads."""
-    far, near = parts
-    if config.window_layers is None:
-        return attend(near)
-    if isinstance(index, int):
-        return attend(near if config.window_layers[index] else far)
-    is_local = _at(_local_layers(config), index)
-    if near.starts is None:
-        return attend(far._replace(seen=jnp.where(is_local, near.seen, far.seen)))
-    return jax.lax.cond(is_local, lambda: attend(near), lambda: attend(far))
+        stretch = kv_cache.near(cache, positions[:, 0], width=positions.shape[1], filled=filled)
+    else:
+        stretch = kv_cache.Stretch(cache.mirrors[0].starts, cache.mirrors[0].values.shape[2])
+    index = jnp.arange(stretch.size)[None, None]
+    index = index if stretch.starts is None else index + stretch.starts[:, None, None]
+    distance = positions[:, :, None] - index
+    seen = distance >= 0
+    return _CachePart(stretch, seen if cache.window is None else seen & (distance < cache.window))
 
 
 def windows(config: DecoderConfig) -> tuple[int | None, ...]:
@@ -447,22 +444,31 @@ def _within_window(
     return near if mask is None else mask & near
 
 
-def _window_of(
-    config: DecoderConfig, is_local: jax.Array | None, filled: int
-) -> jax.Array | None:
-    """How many positions one layer sees, as data; None where no layer has a window."""
-    if config.sliding_window is None:
-        return None
-    window = jnp.int32(config.sliding_window)
-    return window if is_local is None else jnp.where(is_local, window, jnp.int32(filled))
+def _kinds(config: DecoderConfig) -> tuple[int | None, ...]:
+    """The windows that there are, each once."""
+    return tuple(dict.fromkeys(windows(config)))
 
 
-def _has_decode_kernel(config: DecoderConfig, cache: kv_cache.KVCache, dtype: jnp.dtype) -> bool:
+def _places(config: DecoderConfig) -> list[tuple[int, int]]:
+    """[N], of each layer its kind and the how-manieth of its kind it is."""
+    layers, kinds = windows(config), _kinds(config)
+    return [(kinds.index(window), layers[:i].count(window)) for i, window in enumerate(layers)]
+
+
+def _period(config: DecoderConfig) -> int:
+    """After how many layers their kinds repeat."""
+    layers = windows(config)
+    return next(n for n in range(1, len(layers) + 1) if layers[n:] == layers[:-n])
+
+
+def _has_decode_kernel(
+    config: DecoderConfig, caches: tuple[kv_cache.KVCache, ...], dtype: jnp.dtype
+) -> bool:
     """Whether decode steps attend by the kernel for GPUs. It knows nothing of meshes: of one that splits heads
     it takes no part, nor where rows are not `sharding.over_rows`."""
     if jax.default_backend() != "gpu" or sharding.active():
         return False
-    return decode_kernel.takes(cache, config.num_heads, dtype)
+    return all(decode_kernel.takes(cache, config.num_heads, dtype) for cache in caches)
 
 
 def _layers(config: DecoderConfig, params: Params) -> tuple[nnx.GraphDef, Params]:

@@ -4,6 +4,10 @@ N layers, S slots, M positions, K heads, E head size. A slot's first `length` po
 what lies beyond is junk that no mask lets anyone read. Reads and writes touch one layer at a time so
 that the cache can be a scan carry, which XLA updates in place.
 
+Layers with a window have a cache of their own, in which a row is a ring: position p lies at p modulo M, where
+M is what the window and the new tokens of a call need, however long an episode grows. Who cuts a row back, or
+copies the beginning of another, asks `Ring` whether that is still there.
+
 Keys have their positions last, values their head size: that is how each is read in a decode step, a
 vector against a matrix that lies in memory in the order of the sum's result. On a CPU it took
 0.55 of the time of attention against positions first for both (`tools/bench_cache_layout.py`).
@@ -14,8 +18,7 @@ blocks of 64 positions, each [E, 64]: read as one stretch of memory, at 27 GB/s 
 (`docs/performance.md`; `tools/bench_cache_layout.py` times whole steps of attention). Steps write to the
 mirrors alone; when the call ends, the cache is `settled`.
 
-Of a layer with a window only the positions that new tokens see are read (`near`), and mirrored. All are
-kept: a row may be rewound, and another may copy what is further back.
+Of a ring only the positions that new tokens see are read, in whole blocks (`near`), and mirrored.
 
 On CPU a bfloat16 cache holds its numbers as integers of their bits: to write some bfloat16 numbers into an array,
 XLA makes float32 of the whole array and bfloat16 again, which takes 500 times as long.
@@ -25,17 +28,26 @@ round(x / s) with s = max |x| / 127, so each entry is off by at most s / 2.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxagentrl.models import sharding
 
 DTYPES = ("float32", "bfloat16", "int8")
 
+NOWHERE = 2**30  # a position that nothing is written at
+
 _BLOCK = 64  # positions of a mirror's block of keys; 32 is as fast, 16 and 128 are not
+
+
+def in_blocks(size: int) -> int:
+    """So many positions, in whole blocks."""
+    return -(-size // _BLOCK) * _BLOCK
 
 
 class Mirror(NamedTuple):
@@ -54,53 +66,113 @@ class Mirror(NamedTuple):
         return jnp.where(places < 0, self.values.shape[2], places)
 
 
+class Stretch(NamedTuple):
+    """Which positions of rows are read."""
+
+    starts: jax.Array | None  # [R] int32, each row's first, a block's beginning; None: all begin at 0
+    size: int
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
+    """Of all layers that see equally far."""
+
     keys: jax.Array  # [N, S, K, E, M]
     values: jax.Array  # [N, S, K, M, E]
     key_scales: jax.Array | None = None  # [N, S, K, M] float32, of an int8 cache
     value_scales: jax.Array | None = None  # [N, S, K, M] float32, of an int8 cache
     mirrors: tuple[Mirror, ...] | None = None  # [N], within a call that has them
+    # How many tokens a token sees, itself included; None is all. With a window rows are rings.
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
-    def max_length(self) -> int:
+    def size(self) -> int:
+        """M."""
         return self.keys.shape[-1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """What a row has left of what was written into it: its last `size` positions.
+
+    >>> ring = Ring(size=128, window=20)
+    >>> ring.shortest(np.array([100, 128, 200]))
+    array([ 0,  0, 91])
+    """
+
+    size: int
+    window: int
+
+    def shortest(self, reached: np.ndarray) -> np.ndarray:
+        """To how many positions rows can be cut at the most, so that a token behind sees all that it should.
+
+        Args:
+            reached: [...], the positions that were written of each row, cut or not.
+        """
+        lost = reached - self.size
+        return np.where(lost > 0, lost + self.window - 1, 0)
+
+
+def ring(window: int | None, *, most: int, max_length: int) -> Ring | None:
+    """How long a row of layers with this window is, in whole blocks; None where rows are no rings.
+
+    Args:
+        most: new tokens of one call.
+        max_length: of a slot.
+    """
+    return None if window is None else Ring(in_blocks(min(max_length, window + most + _BLOCK - 1)), window)
+
+
 def init(
-    num_layers: int, num_slots: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: str
+    num_layers: int,
+    num_slots: int,
+    max_length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    *,
+    window: int | None = None,
+    most: int = 1,
 ) -> KVCache:
-    """An empty cache. `dtype` is one of `DTYPES`."""
+    """An empty cache of layers with this window. `dtype` is one of `DTYPES`; `most` as of `ring`."""
+    size = max_length if window is None else ring(window, most=most, max_length=max_length).size
     rows = (num_layers, num_slots, num_kv_heads)
-    scales = [jnp.zeros((*rows, max_length)) for _ in range(2)] if dtype == "int8" else [None, None]
+    scales = [jnp.zeros((*rows, size)) for _ in range(2)] if dtype == "int8" else [None, None]
     if dtype == "bfloat16" and jax.default_backend() == "cpu":
         dtype = "uint16"
     cache = KVCache(
-        jnp.zeros((*rows, head_dim, max_length), dtype),
-        jnp.zeros((*rows, max_length, head_dim), dtype),
+        jnp.zeros((*rows, head_dim, size), dtype),
+        jnp.zeros((*rows, size, head_dim), dtype),
         *scales,
+        window=window,
     )
     return _placed(cache)
 
 
-def near(
-    lengths: jax.Array, *, width: int, window: int, filled: int
-) -> tuple[jax.Array | None, int]:
-    """What `width` tokens behind the `lengths` [R] of their rows see through a window.
+def near(cache: KVCache, lengths: jax.Array, *, width: int, filled: int) -> Stretch:
+    """What `width` tokens behind the `lengths` [R] of their rows see, in whole blocks.
 
     Args:
-        window: how many tokens a token sees, itself included.
         filled: bound on what is filled with the new tokens.
 
-    Returns:
-        Each row's first position [R] and how many there are from it on; None and `filled` where these are
-        all.
+    Raises:
+        ValueError: the cache's rings were made for fewer new tokens at once.
     """
-    reach = window + width - 1
+    if cache.window is None:
+        return Stretch(None, filled)
+    # The first position that is seen may be the last of its block.
+    reach = in_blocks(cache.window + width + _BLOCK - 2)
     if reach >= filled:
-        return None, filled
-    return jnp.clip(lengths + 1 - window, 0, filled - reach), reach
+        reach = filled
+    if reach > cache.size:
+        raise ValueError(
+            f"rows of {cache.size} positions for a window of {cache.window} are not long enough for {width} "
+            "new tokens at once; make the cache with a larger `most`."
+        )
+    if reach == filled:
+        return Stretch(None, filled)
+    return Stretch(jnp.maximum(lengths + 1 - cache.window, 0) // _BLOCK * _BLOCK, reach)
 
 
 def mirrored(
@@ -111,73 +183,51 @@ def mirrored(
     dtype: jnp.dtype,
     *,
     most: int,
-    windows: Sequence[int | None],
-) -> tuple[KVCache, int]:
-    """The cache with mirrors, in `dtype`, of the first `filled` positions of `slots` [R], and how many positions
-    those are in whole blocks. Of a layer with a window, what up to `most` tokens behind `lengths` [R] see.
-
-    `windows` [N] are the layers'.
-    """
-    size = -(-filled // _BLOCK) * _BLOCK
+) -> KVCache:
+    """The cache with mirrors, in `dtype`, of what up to `most` tokens behind the `lengths` [R] of `slots` [R]
+    see of the first `filled` positions, in whole blocks."""
+    stretch = near(cache, lengths, width=most, filled=in_blocks(filled))
+    size = stretch.size
 
     def held(array: jax.Array, axis: int) -> jax.Array:
-        array = jax.lax.slice_in_dim(array, 0, min(size, cache.max_length), axis=axis)
+        """[S, ...], of rows that begin at 0 in whole blocks: the last may reach beyond a row."""
+        if stretch.starts is not None:
+            return array
+        array = jax.lax.slice_in_dim(array, 0, min(size, cache.size), axis=axis)
         missing = [(0, 0)] * array.ndim
-        missing[axis] = (0, max(size - cache.max_length, 0))
+        missing[axis] = (0, size - array.shape[axis])
         return jnp.pad(array, missing)
 
-    def block(array: jax.Array, slot: jax.Array, start: jax.Array) -> jax.Array:
-        """[..., 64] of [S, ..., M]."""
-        begin = (slot, *[0] * (array.ndim - 2), start)
-        return jax.lax.dynamic_slice(array, begin, (1, *array.shape[1:-1], _BLOCK))[0]
+    def of_keys(array: jax.Array) -> jax.Array:
+        return _blocks(held(array, array.ndim - 1), slots, stretch)
 
-    def mirror(layer: int, window: int | None) -> Mirror:
-        reach = size if window is None else -(-(window + most - 1) // _BLOCK) * _BLOCK
-        if reach >= size:
-            # One gather: of a gather that is transposed XLA makes two copies.
-            blocks = jax.vmap(jax.vmap(block, (None, None, 0)), (None, 0, None))
-            starts, places = None, jnp.arange(0, size, _BLOCK)
-        else:
-            blocks = jax.vmap(jax.vmap(block, (None, None, 0)), (None, 0, 0))
-            starts = jnp.clip(lengths + 1 - window, 0, size - reach)
-            places = starts[:, None] + jnp.arange(0, reach, _BLOCK)[None]
+    def of_values(array: jax.Array) -> jax.Array:
+        array = held(array, 2)
+        if stretch.starts is None:
+            return jnp.take(array, slots, axis=0, mode="clip")
+        return _joined_blocks(array, slots, stretch)
 
-        def in_blocks(array: jax.Array) -> jax.Array:
-            return blocks(held(array, array.ndim - 1), slots, places)
+    def mirror(layer: int) -> Mirror:
+        at_layer = jax.tree.map(lambda array: array[layer], cache)
+        return Mirror(*_read(at_layer, of_keys, of_values, dtype), stretch.starts)
 
-        def in_a_row(array: jax.Array) -> jax.Array:
-            array = held(array, 2)
-            if starts is None:
-                return jnp.take(array, slots, axis=0, mode="clip")
-            return _stretches(array, slots, starts, reach, axis=1)
-
-        keys, values = in_blocks(cache.keys[layer]), in_a_row(cache.values[layer])
-        if cache.key_scales is None:
-            return Mirror(_numbers(keys, dtype), _numbers(values, dtype), starts)
-        key_scales, value_scales = in_blocks(cache.key_scales[layer]), in_a_row(cache.value_scales[layer])
-        return Mirror(
-            _numbers(keys, dtype, key_scales[..., None, :]),
-            _numbers(values, dtype, value_scales[..., None]),
-            starts,
-        )
-
-    mirrors = tuple(map(mirror, range(cache.keys.shape[0]), windows))
-    return dataclasses.replace(cache, mirrors=mirrors), size
+    return dataclasses.replace(cache, mirrors=tuple(map(mirror, range(cache.keys.shape[0]))))
 
 
-def settled(cache: KVCache, slots: jax.Array, lengths: jax.Array, *, most: int) -> KVCache:
-    """The cache without its mirrors, with the `most` positions from `lengths` [R] on as they hold them.
-
-    Of these as many as were written are new. Behind them both hold the same, or junk.
-    """
+def settled(
+    cache: KVCache, slots: jax.Array, lengths: jax.Array, ends: jax.Array, *, most: int
+) -> KVCache:
+    """The cache without its mirrors, with the positions from `lengths` [R] to `ends` [R] as they hold them, which
+    are `most` at the most."""
     positions = lengths[:, None] + jnp.arange(most)[None]
     rows = jnp.arange(positions.shape[0])[:, None]
+    targets = jnp.where(positions < ends[:, None], positions, NOWHERE)
     mirrors, cache = cache.mirrors, dataclasses.replace(cache, mirrors=None)
     for layer, mirror in enumerate(mirrors):
         places = mirror.place(positions)
         block, inside = jnp.divmod(places, _BLOCK)
         keys, values = mirror.keys[rows, block, :, :, inside], mirror.values[rows, :, places]
-        cache = write(cache, layer, slots, positions, keys, values)
+        cache = write(cache, layer, slots, targets, keys, values)
     return cache
 
 
@@ -191,14 +241,16 @@ def write(
 ) -> KVCache:
     """Writes [R, W, K, E] keys and values of one layer at (slots [R], positions [R, W]).
 
-    `slots` None means all slots in order. A slot or position out of range is dropped. Of a cache with
-    mirrors only these are written, until it is `settled`; it takes its layer as an int.
+    `slots` None means all slots in order. Nothing is written at a slot out of range, or at `NOWHERE`. Of a
+    cache with mirrors only these are written, until it is `settled`; it takes its layer as an int.
     """
     if slots is None:
         slots = jnp.arange(positions.shape[0])
     if cache.mirrors is not None:
         return _write_to_mirror(cache, layer, positions, keys, values)
     # The compiler does not see that heads, which index the cache here, have nothing to do with each other.
+    if cache.window is not None:
+        positions = jnp.where(positions == NOWHERE, NOWHERE, positions % cache.size)
     put = sharding.over_heads(_put, keys.shape[2], (2, None, None, None, 2, 2), 2)
     return _placed(put(cache, layer, slots, positions, keys, values))
 
@@ -208,8 +260,7 @@ def _write_to_mirror(
 ) -> KVCache:
     mirror = cache.mirrors[layer]
     rows, heads = jnp.arange(keys.shape[0])[:, None, None], jnp.arange(keys.shape[2])[None, None]
-    is_dropped = positions >= cache.max_length
-    inside_of = jnp.where(is_dropped, mirror.values.shape[2], mirror.place(positions))[:, :, None]
+    inside_of = mirror.place(positions)[:, :, None]
     block, inside = jnp.divmod(inside_of, _BLOCK)
     keys, values = _as_kept(cache, keys), _as_kept(cache, values)
     mirror = mirror._replace(
@@ -239,14 +290,15 @@ def _put(
         where = (layer, rows, heads, slice(None), places)
         return array.at[where].set(_stored(new, array.dtype), mode="drop")
 
-    if cache.key_scales is None:
-        return KVCache(put_keys(cache.keys, keys), put(cache.values, values))
-    (keys, key_scales), (values, value_scales) = quantize(keys), quantize(values)
-    return KVCache(
-        put_keys(cache.keys, keys),
-        put(cache.values, values),
-        put(cache.key_scales, key_scales),
-        put(cache.value_scales, value_scales),
+    scales = {}
+    if cache.key_scales is not None:
+        (keys, key_scales), (values, value_scales) = quantize(keys), quantize(values)
+        scales = {
+            "key_scales": put(cache.key_scales, key_scales),
+            "value_scales": put(cache.value_scales, value_scales),
+        }
+    return dataclasses.replace(
+        cache, keys=put_keys(cache.keys, keys), values=put(cache.values, values), **scales
     )
 
 
@@ -254,75 +306,106 @@ def read(
     cache: KVCache,
     layer: jax.Array | int,
     slots: jax.Array | None,
-    size: int,
+    stretch: Stretch,
     dtype: jnp.dtype,
-    *,
-    starts: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys [R, K, E, size] and values [R, K, size, E] of one layer in `dtype`, the first positions or, with
-    `starts` [R], those from there on.
+    """Keys and values of one layer in `dtype`, as `attention.attend_cached` takes them: [R, K, E, size], where
+    they do not begin at 0 in blocks [R, C, K, E, 64], and [R, K, size, E].
 
     `slots` None means all slots in order. Of a cache with mirrors, the layer's mirror.
     """
     if cache.mirrors is not None:
         return cache.mirrors[layer][:2]
 
-    def take(array: jax.Array, axis: int) -> jax.Array:
-        block = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
-        if starts is not None:
-            return _stretches(block, slots, starts, size, axis=axis - 1)
-        block = jax.lax.slice_in_dim(block, 0, size, axis=axis)
-        return block if slots is None else jnp.take(block, slots, axis=0, mode="clip")
+    def from_0(axis: int) -> Callable[[jax.Array], jax.Array]:
+        def taken(array: jax.Array) -> jax.Array:
+            array = jax.lax.slice_in_dim(array, 0, stretch.size, axis=axis % array.ndim)
+            return array if slots is None else jnp.take(array, slots, axis=0, mode="clip")
 
-    keys, values = take(cache.keys, 3), take(cache.values, 2)
-    if cache.key_scales is None:
+        return taken
+
+    parts = from_0(-1), from_0(2)
+    if stretch.starts is not None:
+        rows = jnp.arange(len(stretch.starts)) if slots is None else slots
+        parts = tuple(
+            functools.partial(part, slots=rows, stretch=stretch) for part in (_blocks, _joined_blocks)
+        )
+    at_layer = jax.tree.map(
+        lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), cache
+    )
+    return _read(at_layer, *parts, dtype)
+
+
+def _read(
+    at_layer: KVCache,
+    of_keys: Callable[[jax.Array], jax.Array],
+    of_values: Callable[[jax.Array], jax.Array],
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:
+    """Numbers of what the two functions take of a layer's arrays [S, ...]: `of_keys` of those that have their
+    positions last, `of_values` of those that have them third."""
+    keys, values = of_keys(at_layer.keys), of_values(at_layer.values)
+    if at_layer.key_scales is None:
         return _numbers(keys, dtype), _numbers(values, dtype)
-    key_scales, value_scales = take(cache.key_scales, 2), take(cache.value_scales, 2)
+    key_scales, value_scales = of_keys(at_layer.key_scales), of_values(at_layer.value_scales)
     return (
-        _numbers(keys, dtype, key_scales[:, :, None, :]),
+        _numbers(keys, dtype, key_scales[..., None, :]),
         _numbers(values, dtype, value_scales[..., None]),
     )
 
 
-def _stretches(
-    array: jax.Array, slots: jax.Array | None, starts: jax.Array, size: int, *, axis: int
-) -> jax.Array:
-    """Of each slot, `size` positions from its start on; they are on `axis` of a slot's part of the array."""
+def _blocks(array: jax.Array, slots: jax.Array, stretch: Stretch) -> jax.Array:
+    """[R, C, ..., 64] of [S, ..., M]: the stretch of each slot, in a ring, by blocks."""
 
-    def stretch(row: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(row, start, size, axis=axis)
+    def block(slot: jax.Array, start: jax.Array) -> jax.Array:
+        begin = (slot, *[0] * (array.ndim - 2), start)
+        return jax.lax.dynamic_slice(array, begin, (1, *array.shape[1:-1], _BLOCK))[0]
 
-    if slots is None:
-        return jax.vmap(stretch)(array, starts)
+    # One gather: of a gather that is transposed XLA makes two copies.
+    return jax.vmap(jax.vmap(block, (None, 0)))(slots, _begins(stretch, len(slots), array.shape[-1]))
 
-    def of_slot(slot: jax.Array, start: jax.Array) -> jax.Array:
-        begin, sizes = [slot, *[0] * (array.ndim - 1)], [1, *array.shape[1:]]
-        begin[axis + 1], sizes[axis + 1] = start, size
+
+def _joined_blocks(array: jax.Array, slots: jax.Array, stretch: Stretch) -> jax.Array:
+    """[R, K, C · 64, ...] of [S, K, M, ...]: the stretch of each slot, in a ring."""
+
+    def block(slot: jax.Array, start: jax.Array) -> jax.Array:
+        begin = (slot, 0, start, *[0] * (array.ndim - 3))
+        sizes = (1, array.shape[1], _BLOCK, *array.shape[3:])
         return jax.lax.dynamic_slice(array, begin, sizes)[0]
 
-    return jax.vmap(of_slot)(slots, starts)
+    begins = _begins(stretch, len(slots), array.shape[2])
+    found = jax.vmap(jax.vmap(block, (None, 0), 1))(slots, begins)  # [R, K, C, 64, ...]
+    return found.reshape(*found.shape[:2], -1, *found.shape[4:])
+
+
+def _begins(stretch: Stretch, num_rows: int, size: int) -> jax.Array:
+    """[R, C] where the blocks of each row's stretch begin, in rows of `size` positions."""
+    starts = jnp.zeros(num_rows, jnp.int32) if stretch.starts is None else stretch.starts
+    return (starts[:, None] + jnp.arange(0, stretch.size, _BLOCK)[None]) % size
 
 
 def copy_rows(cache: KVCache, sources: jax.Array, targets: jax.Array, filled: int) -> KVCache:
-    """Copies the first `filled` positions of rows `sources` [R] to rows `targets` [R].
+    """Copies the first `filled` positions of rows `sources` [R] to rows `targets` [R]: of rings what they have left.
 
     A target out of range is dropped. Layer by layer: what is copied is in memory once more meanwhile.
     """
+    size = min(filled, cache.size)
 
     def copy(array: jax.Array, layer: jax.Array, axis: int) -> jax.Array:
         block = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
-        block = jax.lax.slice_in_dim(block, 0, filled, axis=axis - 1)
+        block = jax.lax.slice_in_dim(block, 0, size, axis=axis - 1)
         block = jnp.take(block, sources, axis=0, mode="clip")
-        index = (layer, targets, *[slice(None)] * (axis - 2), slice(0, filled))
+        index = (layer, targets, *[slice(None)] * (axis - 2), slice(0, size))
         return array.at[index].set(block, mode="drop")
 
     def copy_layer(layer: jax.Array, cache: KVCache) -> KVCache:
-        scales = (cache.key_scales, cache.value_scales)
-        return KVCache(
-            copy(cache.keys, layer, 4),
-            copy(cache.values, layer, 3),
-            *(array if array is None else copy(array, layer, 3) for array in scales),
-        )
+        scales = {
+            name: copy(getattr(cache, name), layer, 3)
+            for name in ("key_scales", "value_scales")
+            if getattr(cache, name) is not None
+        }
+        keys, values = copy(cache.keys, layer, 4), copy(cache.values, layer, 3)
+        return dataclasses.replace(cache, keys=keys, values=values, **scales)
 
     return _placed(jax.lax.fori_loop(0, cache.keys.shape[0], copy_layer, cache))
 
