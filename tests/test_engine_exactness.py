@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxagentrl import engine, logprobs, tiling
-from jaxagentrl.models import decoder
+from jaxagentrl.models import decoder, kv_cache
 
 CONFIG = decoder.DecoderConfig(
     vocab_size=37,
@@ -24,9 +24,11 @@ CONFIG = decoder.DecoderConfig(
     head_dim=8,
     intermediate_size=48,
 )
-# Windows that are shorter than what is read at once, in every second layer and in all.
+# Windows that are shorter than what is read at once: in every second layer, in a pattern whose last period is
+# not whole, in all.
 WINDOWS = [
-    dataclasses.replace(CONFIG, sliding_window=9, window_layers=layers) for layers in ((True, False), None)
+    dataclasses.replace(CONFIG, sliding_window=9, num_layers=count, window_layers=layers)
+    for count, layers in ((2, (True, False)), (5, (True, True, False, True, True)), (2, None))
 ]
 STOP = 5
 LENGTH = 96
@@ -185,9 +187,19 @@ def test_any_schedule_gives_the_log_probs_of_a_plain_forward_pass(costs):
     assert eng.counters.tokens_forked > forked
 
 
-@pytest.mark.parametrize("config", WINDOWS, ids=["every second layer", "all layers"])
-def test_layers_with_a_window_read_what_they_see(config):
+@pytest.fixture
+def short_rings(monkeypatch):
+    """Blocks of 8, so that rows of layers with a window are rings of 32 positions."""
+    monkeypatch.setattr(kv_cache, "_BLOCK", 8)
+    make_engine.cache_clear()
+    yield
+    make_engine.cache_clear()
+
+
+@pytest.mark.parametrize("config", WINDOWS, ids=["every second layer", "pairs", "all layers"])
+def test_layers_with_a_window_read_what_they_see(config, short_rings):
     eng = make_engine(config=config)
+    assert sorted(cache.size for cache in eng._held[0].caches)[0] == 32 < LENGTH
 
     @hypothesis.settings(deadline=None, max_examples=20, derandomize=True)
     @hypothesis.given(schedules)
@@ -195,6 +207,39 @@ def test_layers_with_a_window_read_what_they_see(config):
         assert largest_error(play(eng, schedule, config), config) <= 1e-4
 
     check()
+
+
+def test_what_a_ring_has_lost_is_computed_again(short_rings):
+    config = WINDOWS[0]
+    eng = make_engine(config=config)
+    (episode,) = play(eng, [(("go", 2, 20, 3), *idle(1)[0][1:])] * 3, config)
+    reached = len(episode.ids) - 1
+    assert reached > 64
+    opening = np.array(episode.ids[:25], np.int32)
+
+    def copied(length: int) -> int:
+        """Of an episode that begins with so many of its tokens."""
+        before = eng.counters.tokens_forked
+        again = Episode(1, ids=episode.ids[:length])
+        eng.submit(0, engine.TurnRequest(1, np.array(again.ids, np.int32), 3, (1,)))
+        while eng.is_busy(0):
+            receive(eng, {1: again}, config)
+        assert largest_error([again], config) <= 1e-4
+        count = eng.counters.tokens_forked - before
+        assert eng._reached[0, 1] == (reached if count else len(again.ids) - 1)  # it lacks what its source lacks
+        eng.release(0, 1)
+        return count
+
+    # A token at position n sees 9: of 32 those are there for the last 24 positions.
+    assert copied(reached - 24) == 0 and copied(reached - 23) == reached - 24
+    assert eng.rewind(0, 0, np.array(episode.ids[: reached - 23], np.int32)) == reached - 24
+    assert eng._reached[0, 0] == reached  # what is lost stays so
+    assert eng.rewind(0, 0, np.array(episode.ids[: reached - 24], np.int32)) == 0 == eng.length(0, 0)
+    last = Episode(2, ids=opening.tolist())
+    eng.submit(0, engine.TurnRequest(0, opening, 3, (2,)))
+    while eng.is_busy(0):
+        receive(eng, {0: last}, config)
+    assert largest_error([last], config) <= 1e-4
 
 
 def long_schedule(seed: int, steps: int):
