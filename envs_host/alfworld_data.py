@@ -114,9 +114,16 @@ def read(
 
 
 def _stamp(folder: str) -> str:
-    """Changes when task folders come, go or get other trials."""
-    with os.scandir(folder) as entries:
-        seen = sorted((entry.name, entry.stat().st_mtime_ns) for entry in entries)
+    """Changes when task folders come, go or get other trials, and when trials get files: a download brings the
+    games last."""
+    seen = []
+    with os.scandir(folder) as tasks:
+        for task in tasks:
+            seen.append((task.name, task.stat().st_mtime_ns))
+            if task.is_dir():
+                with os.scandir(task.path) as trials:
+                    seen += ((f"{task.name}/{trial.name}", trial.stat().st_mtime_ns) for trial in trials)
+    seen.sort()
     content = [_MANIFEST_FORMAT, folder, seen]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -34,6 +34,10 @@ from envs_host.types import GameFileError, Task
 
 _DIGEST = {"textworld": textworld_engine.digest, "alfworld": alfworld_engine.digest}
 _SCRATCH = "jaxagentrl-games-"
+
+
+class GenerationError(RuntimeError):
+    """Games could not be made, by no fault of theirs; the message says what happened and what to do."""
 _STALE_S = 3600.0
 
 
@@ -73,8 +77,10 @@ def generate(
 
     Raises:
         ValueError: a spec is wrong, or two are the same.
-        RuntimeError: a worker process died.
+        GenerationError: a worker process died.
     """
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1, or None for as many as there are cores, got {num_workers}.")
     wanted = [Spec.parse(spec) for spec in specs]
     twice = [spec.name for spec, count in collections.Counter(wanted).items() if count > 1]
     if twice:
@@ -156,7 +162,7 @@ def _generate_in_processes(specs: list[Spec], cache_dir: str, num_workers: int) 
                 try:
                     complaint = connection.recv()
                 except (EOFError, OSError) as error:
-                    raise RuntimeError(
+                    raise GenerationError(
                         f"a process making {spec.name if spec else 'games'} died "
                         f"({children[connection].last_words()}). The games made so far are kept: "
                         "run the same again to go on."

@@ -1,5 +1,6 @@
 """The making of a TextWorld game: generate, compile, play through. See maker.py."""
 
+import errno
 import functools
 import os
 import subprocess
@@ -131,6 +132,11 @@ def _compile(source: str, story_path: str, verbose: bool = False) -> None:
             )
             if ended.returncode != 0:
                 output = ended.stdout.decode(errors="replace").strip()[-500:]
+                if ended.returncode < 0 or os.strerror(errno.ENOSPC) in output:  # no fault of the game's
+                    raise OSError(
+                        f"{command[0]} ended with {ended.returncode}, for want of memory or of room in "
+                        f"{tempfile.gettempdir()} perhaps: {output or 'it said nothing'}"
+                    )
                 raise SetAside(f"does not compile ({os.path.basename(command[0])}): {output}")
 
 

@@ -13,6 +13,8 @@ from jaxagentrl.divergences import MAX_LOG_RATIO, kl
 from jaxagentrl.group_advantages import center, group_std
 from jaxagentrl.types import Array
 
+_ROUNDING = 1e-11  # some hundred of float32's, squared
+
 
 def explained_variance(
     values: Array, returns: Array, mask: Array, *, axis_name: masking.AxisName = None
@@ -29,7 +31,9 @@ def explained_variance(
         [] float32; 0 where the returns do not vary.
     """
     values, returns = masking.clean([values, returns], mask, differentiable=0)
-    _, total = masking.masked_mean_and_var(returns, mask, axis_name=axis_name)
+    mean, total = masking.masked_mean_and_var(returns, mask, axis_name=axis_name)
+    _, spread = masking.masked_mean_and_var(values, mask, axis_name=axis_name)
+    total = _but_rounding(total, jnp.square(mean) + spread)
     _, left = masking.masked_mean_and_var(returns - values, mask, axis_name=axis_name)
     return masking.divide(total - left, total)
 
@@ -66,8 +70,18 @@ def explained_variance_per_turn(
             jnp.square(centered), ids, num_groups=num_turns, axis_name=axis_name
         )
 
+    sizes = masking.group_sum(
+        jnp.square(returns.reshape(-1)), ids, num_groups=num_turns, axis_name=axis_name
+    )
     total, left = squares(returns), squares(returns - values)
+    total = _but_rounding(total, sizes + squares(values))
     return masking.divide(total - left, total)
+
+
+def _but_rounding(variation: Array, sizes: Array) -> Array:
+    """Squares of what returns vary by, without those of rounding. Returns are A + V: where they are all one
+    number they differ by what V was rounded by, whose squares are a part of `sizes`."""
+    return jnp.where(variation > _ROUNDING * sizes, variation, 0.0)
 
 
 def clip_fractions(

@@ -64,18 +64,21 @@ def breakdown(prefix: str, rollout: Rollout) -> dict[str, float]:
 
 
 def play(
-    tasks: Sequence[Task], pool: Pool, policy: Policy, *, max_turns: int
+    tasks: Sequence[Task], pool: Pool, policy: Policy, *, max_turns: int, max_in_flight: int = 64
 ) -> tuple[int, int, int]:
-    """Plays every task once with a rule instead of a model.
+    """Plays every task once with a rule instead of a model, so many at a time.
 
     Returns:
         (episodes won, episodes played to their end, environment failures).
     """
-    turns = dict.fromkeys(range(len(tasks)), 0)
+    waiting = collections.deque(range(len(tasks)))
+    turns: dict[int, int] = {}
     won = failures = 0
-    for index, task in enumerate(tasks):
-        pool.reset(index, task)
-    while turns:
+    while waiting or turns:
+        while waiting and len(turns) < max_in_flight:
+            index = waiting.popleft()
+            turns[index] = 0
+            pool.reset(index, tasks[index])
         for index, answer in pool.poll():
             failed = isinstance(answer, EnvFailure)
             ended = isinstance(answer, StepResult) and (answer.terminated or answer.truncated)

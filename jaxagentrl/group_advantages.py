@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from jaxagentrl import masking
 from jaxagentrl.types import Array
 
+# Of a float32 sum of up to some hundred rewards, as a share of it.
+ROUNDING = 2.0**-19
+
 
 def group_normalized(
     scores: Array,
@@ -182,7 +185,7 @@ def whiten(
         (x − mean) / √(var + ε)
 
     verl's convention: sample variance, ε under the root. Other code adds 1e-8 to the std, or takes
-    the population variance. Entries that are all equal give exactly 0.
+    the population variance. Entries that are all equal give exactly 0, if the mean is taken off.
 
     Args:
         x: [...] float.
@@ -227,7 +230,8 @@ def center(
 ) -> tuple[Array, Array]:
     """Scores less their group's mean, and the size of each row's group; both [B], 0 for padding.
 
-    Sums run over R − min R, which makes groups of equal scores come out exactly 0. With `counted`
+    Sums run over R − min R, which makes groups of equal scores come out exactly 0; and so do groups whose
+    scores differ by no more than `ROUNDING` of the largest. With `counted`
     ([B] bool, True somewhere in every group) mean and size are those of the counted rows.
     """
     chex.assert_rank([scores, group_ids], 1)
@@ -240,7 +244,11 @@ def center(
     shifted = masking.zero_off(scores, inside) - masking.take_group(lowest, group_ids)
     sums = masking.group_sum(shifted, ids, num_groups=num_groups, axis_name=axis_name)
     mean = masking.take_group(masking.divide(sums, size), group_ids)
-    return shifted - mean, masking.take_group(size, group_ids)
+    # Scores that are sums of the same rewards in another order differ by rounding, which is no signal.
+    highest = -masking.group_min(-scores, ids, num_groups=num_groups, axis_name=axis_name)
+    rounding = ROUNDING * jnp.maximum(jnp.abs(lowest), jnp.abs(highest))
+    differs = masking.take_group((highest - lowest > rounding).astype(jnp.float32), group_ids) > 0
+    return jnp.where(differs, shifted - mean, 0.0), masking.take_group(size, group_ids)
 
 
 def group_std(

@@ -97,8 +97,8 @@ def forward(
     """Scores [B, L] tokens with the policy and, if there is one, the critic.
 
     Args:
-        needed: [B, L] bool, tokens whose log-probs and entropies are read; the others' are 0. Values
-            are of every token.
+        needed: [B, L] bool, tokens whose log-probs and entropies are read; the others' are 0, or with a
+            `tree` what another row needs there. Values are of every token.
         remat: what the backward pass recomputes, a name of `decoder.REMAT`.
         compute_dtype: of activations and of the weights they meet; "bfloat16" halves both. Norms,
             softmax and log-probs are float32 all the same, and so are gradients and parameters.
@@ -175,7 +175,8 @@ def make_score(
 ) -> Callable[..., Scores]:
     """Program (params, tokens [B, L], needed [B, L], work) → `Scores` [B, L].
 
-    Zeros where `work` has no token, and log-probs and entropies of what is not `needed`.
+    Zeros where `work` has no token. Log-probs and entropies of what is not `needed` are not to be read: 0, or in
+    trees another row's.
     """
 
     forward_part = functools.partial(

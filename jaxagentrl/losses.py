@@ -347,9 +347,13 @@ def _clip(
     clip_high: float,
     dual_clip: float | None,
 ) -> Array:
-    """−min(ρA, clip(ρ)A), and no more than −cA where A < 0."""
-    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    loss = -jnp.minimum(ratio * advantages, clipped * advantages)
-    if dual_clip is None:
-        return loss
-    return jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
+    """−min(ρA, clip(ρ)A), and no more than −cA where A < 0.
+
+    By comparisons, not by minima: at a bound, which the ratio 1 may be, those would halve the gradient.
+    """
+    low, high = 1.0 - clip_low, 1.0 + clip_high
+    is_over = jnp.where(advantages < 0, ratio < low, ratio > high)
+    bounded = jnp.where(is_over, jnp.where(advantages < 0, low, high), ratio)
+    if dual_clip is not None:
+        bounded = jnp.where((advantages < 0) & (bounded > dual_clip), dual_clip, bounded)
+    return -bounded * advantages

@@ -13,8 +13,13 @@ if __name__ == "__main__":
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from envs_host.games import GenerationError
 from envs_host.pool import PoolError
 from jaxagentrl import demos, hosts, interrupts, metrics, train
+
+
+# What ends a run with a sentence.
+_TOLD = (ValueError, OSError, metrics.NonFiniteError, demos.DemonstrationError, GenerationError, PoolError)
 
 
 class _OrNone(flags.ArgumentParser):
@@ -58,7 +63,7 @@ def main(argv: list[str]) -> None:
         if _DISTRIBUTED.value or any(value is not None for value in given):
             hosts.start(*given)
         train.run(config, _WORKDIR.value)
-    except (ValueError, OSError, metrics.NonFiniteError, demos.DemonstrationError, PoolError) as error:
+    except _TOLD as error:
         if _DEBUG.value:
             raise
         sys.exit(f"error: {error}\n(--debug shows where)")

@@ -129,6 +129,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
         # Demonstrations are also what a tokenizer is trained on.
         only_held_out=stages == ("evaluation",) and config["tokenizer"]["directory"] is not None,
     )
+    _check_games(config["sft"], splits)
     workdir.record("games", {name: _fingerprint(split) for name, split in splits.items()})
     with make_pool(config) as pool:
         replays = _replays(splits.get("demo", []), pool)
@@ -159,6 +160,21 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             frozen=frozen,
             engine=decoding,
             mesh=mesh,
+        )
+
+
+def _check_games(sft: Mapping[str, Any], splits: Mapping[str, Sequence[Task]]) -> None:
+    """Seeds may give fewer games than there are of them: some are set aside, some are in another split."""
+    if empty := [name for name, split in splits.items() if not split and name != "demo"]:
+        raise ValueError(
+            f"there is no game in {', '.join(f'splits.{name}' for name in empty)}: of all of its seeds the game was set "
+            "aside, or is in a split before it; change the seeds or env.params."
+        )
+    there = len(splits.get("demo", ()))
+    if sft["num_steps"] and sft["batch_size"] > there:
+        raise ValueError(
+            f"sft.batch_size is {sft['batch_size']}, but of the games of splits.demo there are only {there}: give it "
+            "more seeds, or lower the batch size."
         )
 
 

@@ -14,6 +14,7 @@ from jaxagentrl import (
     diagnostics,
     divergences,
     estimate,
+    group_advantages,
     imitate,
     learner,
     losses,
@@ -129,7 +130,7 @@ def _check_values(rl: Mapping[str, Any]) -> None:
         # Where A < 0 the loss is at most -cA, and at ratio 1 it is -A.
         ("loss.dual_clip", loss["dual_clip"], 1, infinity),
         ("loss.value_coefficient", loss["value_coefficient"], 0, infinity),
-        ("loss.value_clip", loss["value_clip"], 0, infinity),
+        ("loss.value_clip", loss["value_clip"], 1e-6, infinity),
         ("loss.entropy_coefficient", loss["entropy_coefficient"], 0, infinity),
         ("loss.importance_cap", loss["importance_cap"], 1, infinity),
         ("kl.coefficient", kl["coefficient"], 0, infinity),
@@ -437,6 +438,9 @@ def _facts(batch, credit, turn_rewards, trajectories, work, used) -> dict[str, f
     for trajectory, value in zip(trajectories, returns, strict=True):
         groups.setdefault(trajectory.group, []).append(value)
     deviations = [float(np.std(values)) for values in groups.values()]
+    # Of sums of the same rewards in another order, see `advantages.center`.
+    rounding = [group_advantages.ROUNDING * max(map(abs, values)) for values in groups.values()]
+    is_flat = [max(v) - min(v) <= least for v, least in zip(groups.values(), rounding, strict=True)]
     places = sum(int(stack.count) * math.prod(stack.shape) for stack in work)
     tokens = computed = sum(trajectories[row].num_tokens for row in used)
     if isinstance(work[0], trees.Trees):
@@ -445,7 +449,7 @@ def _facts(batch, credit, turn_rewards, trajectories, work, used) -> dict[str, f
     return {
         "batch/reward_mean": float(np.mean(returns)),
         "batch/group_std_mean": float(np.mean(deviations)),
-        "batch/groups_without_signal": float(np.mean([d == 0.0 for d in deviations])),
+        "batch/groups_without_signal": float(np.mean(is_flat)),
         "batch/advantage_std": float(np.std(credit)),
         "batch/padding_share": 1.0 - computed / max(1, places),
         "batch/shared_share": (tokens - computed) / max(1, tokens),

@@ -164,7 +164,7 @@ def verdict(run: Run) -> str | None:
     """One sentence on what RL added to imitation, or to what it began with; None when either was not
     measured."""
     before, after = run.last(run.before_rl), run.last("rl")
-    if before is None or after is None:
+    if before is None or after is None or not (before.episodes and after.episodes):
         return None
     points = 100 * (after.success - before.success)
     apart = before.high < after.low or after.high < before.low

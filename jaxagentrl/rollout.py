@@ -20,7 +20,7 @@ from jaxagentrl import chat, contexts, windowed
 from jaxagentrl.engine import Engine, TurnRequest, TurnSample
 from jaxagentrl.episodes import Episode, branch, episodes, task_word
 from jaxagentrl.rules import Rules
-from jaxagentrl.trajectory import Trajectory, Turn, anchor_of
+from jaxagentrl.trajectory import Trajectory, Turn
 
 
 __all__ = ["Episode", "Rollout", "Rules", "branch", "collect", "episodes", "task_word"]
@@ -57,6 +57,7 @@ class _Live:
     asked: float = 0.0  # when its environment was sent what it has to answer
     turns: list[Turn] = dataclasses.field(default_factory=list)
     observation: str = ""
+    anchor: str | None = None  # of the turn on its way
     prompt_ids: np.ndarray | None = None
     sample: TurnSample | None = None  # waits for the environment's answer
     action: str = ""
@@ -351,6 +352,9 @@ class _Player:
             self._finish(wave, slot, item, StopReason.TOKEN_LIMIT)
             return
         item.observation, item.prompt_ids = answer.observation, prompt_ids
+        # Of the world's own refusals: in the style of `windowed`, `Turn.valid_command` is of the form alone.
+        moved = not item.turns or answer.info.valid_command
+        item.anchor = answer.observation if moved else item.turns[-1].anchor
         rules, stream = self.rules, (*item.episode.stream, len(item.turns))
         self.engine.submit(
             wave,
@@ -425,7 +429,7 @@ class _Player:
                 intermediate_reward=intermediate,
                 valid_command=valid,
                 score=item.score,
-                anchor=anchor_of(item.turns, item.observation),
+                anchor=item.anchor,
                 fresh=item.fresh,
             )
         )

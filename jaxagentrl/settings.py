@@ -10,6 +10,7 @@ keys are usual, but somebody who has just set one should hear of it.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -141,10 +142,23 @@ def _check_keys(config: Config) -> None:
 def _check_values(config: Config) -> None:
     """One key at a time."""
     values = dict(flat(config))
+    for path, kind, said in (
+        *((f"sampling.{name}", int, "integers") for name in ("filled_buckets", "width_buckets", "row_divisors")),
+        ("learner.length_buckets", int, "integers"),
+        ("eval.other_temperatures", int | float, "numbers"),
+        ("rollout.stop_strings", str, "texts"),
+        ("lora.targets", str, "texts"),
+    ):
+        entries = values[path] if isinstance(values[path], tuple | list) else [None]
+        if not all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in entries):
+            raise ValueError(f"{path} must be a tuple of {said}, got {values[path]!r}.")
+    for path in ("eval.temperature", "rollout.temperature"):
+        if not math.isfinite(values[path]):
+            raise ValueError(f"{path} must be a number, got {values[path]!r}.")
     styles = (*PROMPT_STYLES, windowed.STYLE)
     for path, is_right, expected in (
         *((key, _at_least(1), "at least 1") for key in (
-            "pool.num_workers", "learner.tokens_per_part", "learner.row_multiple", "sft.batch_size",
+            "env.num_workers", "pool.num_workers", "learner.tokens_per_part", "learner.row_multiple", "sft.batch_size",
             "sft.log_every", "sft.save_every",
         )),
         *((key, _at_least(0), "0 or more") for key in (
@@ -315,6 +329,7 @@ def unused(config: Config) -> list[str]:
         "learner.tree_length": reinforce.tree_length(config) == config["learner"]["tree_length"],
         "lora": config["lora"]["rank"] > 0,
         "sft": config["sft"]["num_steps"] > 0,
+        "rollout.temperature": rl["num_iterations"] > 0,
         "rl": rl["num_iterations"] > 0,
         "sft.optimizer.final_fraction": config["sft"]["optimizer"]["decay_steps"] is not None,
         "rl.optimizer.final_fraction": rl["optimizer"]["decay_steps"] is not None,

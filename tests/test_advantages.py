@@ -684,6 +684,23 @@ def test_equal_scores_give_exactly_zero(value):
         np.testing.assert_array_equal(got, np.zeros_like(got))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_that_differ_by_the_rounding_of_their_sums_are_equal(sign):
+    """All of a group lost, with the same penalties on different turns: that is no signal."""
+    rewards = sign * np.random.default_rng(9).uniform(0.01, 1, 20).astype(np.float32)
+    orders = [rewards[np.random.default_rng(row).permutation(20)] for row in range(8)]
+    sums = jnp.array([functools.reduce(np.add, order) for order in orders])
+    assert len(set(np.asarray(sums).tolist())) > 1
+    ids = jnp.zeros(8, jnp.int32)
+    for scale in ("std", "none"):
+        made = advantages.group_normalized(sums, ids, num_groups=1, scale=scale)
+        np.testing.assert_array_equal(made, 0.0)
+    np.testing.assert_array_equal(advantages.leave_one_out(sums, ids, num_groups=1), 0.0)
+    # A reward of a hundred-thousandth of the score is one.
+    made = advantages.leave_one_out(sums.at[0].multiply(1.00001), ids, num_groups=1)
+    assert abs(float(made[0])) > 0.9e-5 * abs(float(sums[0]))
+
+
 def test_a_group_of_one_and_padding_rows_get_zero():
     scores = np.array([5.0, np.nan, np.inf, 3.0], np.float32)
     ids = np.array([0, 2, -1, 1], np.int32)  # 2 and −1 are out of range

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 
 import pytest
@@ -118,6 +119,12 @@ def test_the_manifest_is_kept_until_the_folders_change(data, tmp_path, monkeypat
         patched.setattr(os, "walk", None)  # A second start walks no folders.
         again = alfworld_data.read("train", **options)
     assert not again.indexed and again.tasks == first.tasks
+    # The games come last, into folders that are there.
+    game = pathlib.Path(first.tasks[0].file)
+    game.rename(game.with_name("later"))
+    assert len(alfworld_data.read("train", **options).tasks) == len(first.tasks) - 1
+    game.with_name("later").rename(game)
+    assert alfworld_data.read("train", **options).tasks == first.tasks
     shutil.rmtree(data / "json_2.1.1" / "train" / "a-A-None-B-3")
     assert alfworld_data.read("train", **options).indexed
     manifest = next((tmp_path / "cache").glob("*.manifest.json"))

@@ -24,6 +24,20 @@ def test_explained_variance():
     assert diagnostics.explained_variance(returns, np.ones((1, 4), np.float32), mask) == 0.0
 
 
+@pytest.mark.parametrize("outcome", [0.0, 1.0])
+def test_returns_that_vary_by_rounding_do_not_vary(outcome):
+    """Episodes that end alike: the returns are advantages and values, added up again."""
+    values = np.random.default_rng(0).uniform(-2, 2, (4, 9)).astype(np.float32)
+    noise = np.random.default_rng(1).uniform(-1e-7, 1e-7, (4, 9))
+    returns = (outcome + noise).astype(np.float32)
+    assert np.ptp(returns) > 0
+    mask = np.ones((4, 9), bool)
+    assert diagnostics.explained_variance(values, returns, mask) == 0
+    ids = np.zeros((4, 9), np.int32)
+    per_turn = diagnostics.explained_variance_per_turn(values, returns, mask, ids, num_turns=1)
+    assert per_turn[0] == 0
+
+
 def test_explained_variance_per_turn():
     turns = np.array([[0, 0, 1, 1, -1], [0, 1, 1, 2, 2]], np.int32)
     mask = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], bool)

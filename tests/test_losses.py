@@ -174,6 +174,18 @@ def test_clipping_removes_the_surrogates_gradient():
     assert gradient(2.0, -1.0, dual=3.0) == 0.0
 
 
+@pytest.mark.parametrize("bounds", [(0.0, 0.2, None), (0.0, 0.0, None), (0.2, 0.2, 1.0)])
+def test_a_bound_at_ratio_1_leaves_the_gradient_there_whole(bounds):
+    low, high, dual = bounds
+    credit, mask = jnp.array([[1.0, -2.0]]), jnp.ones((1, 2), bool)
+
+    def loss(x):
+        return jnp.sum(losses.clipped_surrogate(
+            x, jnp.zeros((1, 2)), credit, action_mask=mask, clip_low=low, clip_high=high, dual_clip=dual))
+
+    np.testing.assert_allclose(jax.grad(loss)(jnp.zeros((1, 2))), -credit)
+
+
 def test_huge_log_ratios_stay_finite():
     new, old = jnp.array([0.0, -1000.0]), jnp.array([-1000.0, 0.0])
     options = {"clip_low": 0.2, "clip_high": 0.2}

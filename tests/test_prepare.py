@@ -95,6 +95,7 @@ def test_what_fits_no_device_is_refused_before_weights_are_read(
         raise Reached
 
     monkeypatch.setattr(prepare, "games", lambda *_, **__: {"demo": []})
+    monkeypatch.setattr(prepare, "_check_games", lambda *_: None)
     monkeypatch.setattr(prepare, "make_pool", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(prepare, "_tokenizer", lambda *_: trained)
     monkeypatch.setattr(pretrained, "load", load)
@@ -132,6 +133,16 @@ def test_what_a_run_holds_is_known_before_it_is_there(monkeypatch, sizes, rank, 
     with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
         made = engine.Engine(model, stop_ids=(3,), **config["sampling"])
     assert rl.always["cache"] == plan.per_device(made._held)
+
+
+def test_games_that_are_not_there_are_found_out_before_anything_is_learned():
+    there = {"demo": [1] * 15, "train": [1], "test": [1]}
+    with pytest.raises(ValueError, match="no game in splits.train: of all of its seeds"):
+        prepare._check_games({"num_steps": 0}, there | {"train": []})
+    with pytest.raises(ValueError, match="sft.batch_size is 16, but of the games of splits.demo there are only 15"):
+        prepare._check_games({"num_steps": 2, "batch_size": 16}, there)
+    prepare._check_games({"num_steps": 2, "batch_size": 15}, there)
+    prepare._check_games({"num_steps": 0, "batch_size": 16}, {"test": [1]})
 
 
 def test_a_run_prepares_for_the_stages_that_it_has_ahead(tmp_path):

@@ -119,6 +119,13 @@ def test_verdict_says_whether_intervals_overlap(root):
     assert "overlap: this may be chance" in report_data.verdict(report_data.read(root))
 
 
+def test_no_verdict_where_nothing_was_played(root):
+    lines = metrics.read(root / "metrics.jsonl")
+    lines[-1].update({"eval/success_rate": "nan"} | metrics.success_metrics("eval", 0, 0))
+    (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report_data.verdict(report_data.read(root)) is None
+
+
 def test_a_run_without_imitation_says_nothing_of_it(tmp_path):
     """RL on a model that was there, or nothing but its evaluation."""
     root = tmp_path

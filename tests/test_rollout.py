@@ -9,7 +9,7 @@ from fake_engine import FakeEngine
 from records import make_task
 
 from envs_host.types import EnvFailure, Info, ResetResult, StepResult, StopReason
-from jaxagentrl import evaluate, metrics, rewards, rollout
+from jaxagentrl import evaluate, metrics, rewards, rollout, windowed
 
 EOT = 1
 
@@ -147,7 +147,8 @@ class ScriptedEngine(FakeEngine):
 
 
 def play(
-    scripts: dict[str, list[str]], *, max_turns=3, max_length=60, slots=2, pool=None, engine=None, **rules
+    scripts: dict[str, list[str]], *, max_turns=3, max_length=60, slots=2, pool=None, engine=None,
+    prompt_style="brief", **rules
 ):
     tasks = [make_task(name, index) for index, name in enumerate(scripts)]
     by_word = dict(enumerate(scripts.values()))
@@ -165,7 +166,7 @@ def play(
         rules=rollout.Rules(
             max_turns=max_turns,
             temperature=1.0,
-            prompt_style="brief",
+            prompt_style=prompt_style,
             show_admissible=False,
             **rules,
         ),
@@ -222,6 +223,15 @@ def test_refused_commands_leave_a_turn_in_the_state_of_the_turn_before():
     """GiGPO compares what was done in equal states: worlds answer every refused command alike."""
     scripts = {"one": ["bad", "a", "bad", "bad", "one"], "two": ["a", "bad", "two"]}
     one, two = play(scripts, max_turns=5).trajectories
+    # Also where a turn's validity is that of its form.
+    in_form = {
+        name: [f"<think>so</think><action>{said}</action>" for said in script] for name, script in scripts.items()
+    }
+    rules = {"prompt_style": windowed.STYLE, "context": "last_turns", "history_turns": 2}
+    thinking = play(in_form, max_turns=5, **rules).trajectories
+    for plain, formed in zip((one, two), thinking, strict=True):
+        assert [turn.anchor for turn in formed.turns] == [turn.anchor for turn in plain.turns]
+        assert all(turn.valid_command for turn in formed.turns)
     assert [turn.observation for turn in one.turns] == [
         "start", "after bad", "after a", "after bad", "after bad",
     ]
@@ -529,6 +539,9 @@ def test_rule_agents_play_through_the_pool():
     rule = lambda task, turn, admissible: task.name if turn else "a"  # noqa: E731
     assert evaluate.play(tasks, ScriptedPool(), rule, max_turns=3) == (2, 2, 0)
     assert evaluate.play(tasks, ScriptedPool(), rule, max_turns=1) == (0, 2, 0)
+    pool, most = ScriptedPool(), []
+    pool.reset = lambda *given, reset=pool.reset: (reset(*given), most.append(len(pool.live)))
+    assert evaluate.play(tasks, pool, rule, max_turns=3, max_in_flight=1) == (2, 2, 0) and most == [1, 1]
     crash = lambda task, turn, admissible: "crash"  # noqa: E731
     assert evaluate.play(tasks, ScriptedPool(), crash, max_turns=3) == (0, 0, 2)
 

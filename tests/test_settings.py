@@ -87,6 +87,14 @@ def test_the_quick_start_has_every_key_and_the_docs_tell_of_each():
         ("rollout.max_turns", None, "rollout.max_turns must not be None"),
         ("rl.skip_zero_signl", False, "did you mean rl.skip_zero_signal"),
         ("unheard_of", 1, "nothing reads, see docs/config.md"),
+        ("env.num_workers", -1, "env.num_workers must be at least 1"),
+        ("sampling.width_buckets", (96.5,), "sampling.width_buckets must be a tuple of integers"),
+        ("sampling.row_divisors", (1, 1.5), "sampling.row_divisors must be a tuple of integers"),
+        ("learner.length_buckets", ("80", 240), "learner.length_buckets must be a tuple of integers"),
+        ("eval.other_temperatures", ("a",), "eval.other_temperatures must be a tuple of numbers"),
+        ("rollout.stop_strings", (1,), "rollout.stop_strings must be a tuple of texts"),
+        ("eval.temperature", float("nan"), "eval.temperature must be a number"),
+        ("rl.loss.value_clip", 0.0, "rl.loss.value_clip must be at least 1e-06"),
     ],
 )
 def test_wrong_settings_are_refused_with_their_key(path, value, words):
@@ -137,7 +145,7 @@ def test_what_a_run_does_not_read_is_named():
     none = settings.unused(
         changed("textworld_quickstart.py", **{"rl.num_iterations": 0, "sft.num_steps": 0})
     )
-    assert "learner.remat" in none and "learner.compute_dtype" not in none
+    assert {"learner.remat", "rollout.temperature"} <= set(none) and "learner.compute_dtype" not in none
     for used in ("rl.advantage.gae_lambda", "rl.loss.clip_low", "lora.alpha", "lora.*", "model.*"):
         assert used not in unused
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from envs_host import textworld, textworld_maker, textworld_text
 from envs_host.textworld_engine import Engine, Extras, Moment, Outcome, digest
+from envs_host.games import GenerationError
 from envs_host.memory import Engines, Memory
 from envs_host.specs import SetAside, Spec
 from envs_host.pool import EnvPool
@@ -618,3 +619,19 @@ def test_a_branch_goes_on_from_the_same_state(tasks, tmp_path):
         for mine, theirs in zip(branched.turns, walked.turns, strict=True):
             assert (mine.observation, mine.score) == (theirs.observation, theirs.score)
             assert mine.prompt_ids.tolist() == theirs.prompt_ids.tolist()  # with the possible commands
+
+
+@pytest.mark.parametrize("does", ["kill -9 $$", "echo 'No space left on device'; exit 1"])
+def test_a_compiler_that_has_no_room_says_nothing_of_the_game(tmp_path, monkeypatch, does):
+    """Else a full disk would take games out of the cache for ever."""
+    compiler = tmp_path / "home" / "share" / "inform7" / "Compilers" / "ni"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text(f"#!/bin/sh\n{does}\n")
+    compiler.chmod(0o755)
+    spec, cache_dir = next(iter(SPECS.values())), tmp_path / "games"
+    with monkeypatch.context() as broken:
+        broken.setenv("INFORM_HOME", str(tmp_path / "home"))
+        with pytest.raises(GenerationError, match="want of memory or of room.*kept: run the same again"):
+            textworld.generate([spec], cache_dir=cache_dir, num_workers=1, progress=False)
+    report = textworld.generate([spec], cache_dir=cache_dir, num_workers=1, progress=False)
+    assert report.set_aside == 0 and len(report.tasks) == 1
