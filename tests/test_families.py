@@ -400,6 +400,20 @@ def config_json(**changes):
     (dict(rope_parameters={"rope_type": "default", "rope_theta": 5e4},
           rope_scaling={"type": "linear", "factor": 2.0}),
      r"rope_scaling stands in the place of rope_parameters.*50000\.0"),
+    (dict(hidden_size=32.0), "hidden_size is 32.0, expected a positive integer"),
+    (dict(model_type=["llama"]), r"model_type is \['llama'\], expected one of"),
+    (dict(tie_word_embeddings="false"), "tie_word_embeddings is 'false', expected true or false"),
+    (dict(rope_theta=0), "rope_theta is 0, expected more"),
+    (dict(model_type="mistral", sliding_window=8.5), "sliding_window is 8.5, expected a positive integer"),
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=None),
+     "max_window_layers is missing"),
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers="1"),
+     "max_window_layers is '1', expected a number"),
+    (dict(model_type="qwen2", layer_types=3), "layer_types is 3, expected a list"),
+    (dict(model_type="gemma3_text", query_pre_attn_scalar=None), "query_pre_attn_scalar is missing"),
+    (dict(model_type="gemma3_text", rope_parameters={"full_attention": 5}),
+     "rope_parameters.full_attention is 5, expected an object"),
+    (dict(model_type="gemma3_text", sliding_window_pattern="6"), "sliding_window_pattern is '6', expected a number"),
 ])
 def test_strange_values_are_named_as_the_file_has_them(changes, named, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_json(**changes)))

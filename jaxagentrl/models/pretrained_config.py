@@ -41,9 +41,11 @@ _NAMES = SIZES | {
     "num_key_value_heads": "num_kv_heads", "query_pre_attn_scalar": "query_scale_dim",
     "rms_norm_eps": "norm_eps",
 }
-_COUNTS = (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
+_COUNTS = (
+    *SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "sliding_window_pattern",
+)
 _NUMBERS = (
-    "rms_norm_eps", "rope_theta", "rope_local_base_freq", "sliding_window", "query_pre_attn_scalar",
+    "rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "max_window_layers",
     "attn_logit_softcapping", "final_logit_softcapping",
 )
 
@@ -60,7 +62,7 @@ def read_config(directory: str | os.PathLike) -> decoder_config.DecoderConfig:
     """
     path = pathlib.Path(directory).expanduser() / FILE
     settings = _text_settings(read_object(path))
-    family = BY_MODEL_TYPE.get(settings.get("model_type"))
+    family = BY_MODEL_TYPE.get(str(settings.get("model_type")))
     if family is None:
         raise PretrainedError(
             f"{path}: model_type is {settings.get('model_type')!r}, expected one of "
@@ -80,9 +82,10 @@ def read_config(directory: str | os.PathLike) -> decoder_config.DecoderConfig:
     settings = dict(family.defaults) | given
     problems += [
         f"{key} is missing"
-        for key in (*SIZES, "rms_norm_eps", "max_position_embeddings") if settings.get(key) is None
+        for key in (*SIZES, "rms_norm_eps", "max_position_embeddings", *_further(settings, family))
+        if settings.get(key) is None
     ]
-    problems += _not_numbers(settings)
+    problems += _of_wrong_types(settings)
     windows, rotations = {}, {}
     if not problems:
         windows = _read_windows(settings, family, problems)
@@ -170,19 +173,38 @@ def _unsupported_settings(settings: Mapping[str, Any], family: Family) -> list[s
     return problems
 
 
-def _not_numbers(settings: Mapping[str, Any]) -> list[str]:
-    """What must be a number and is another thing."""
+def _further(settings: Mapping[str, Any], family: Family) -> list[str]:
+    """Keys that this family needs beyond those of all."""
+    needed = ["query_pre_attn_scalar"] if family.query_scale else []
+    has_layers = settings.get("layer_types") is not None or not settings.get("use_sliding_window")
+    by_number = family.pattern == "from max_window_layers" and not has_layers
+    return needed + (["max_window_layers"] if by_number else [])
+
+
+def _of_wrong_types(settings: Mapping[str, Any]) -> list[str]:
+    """What must be a number, a list or an object and is another thing."""
     problems = []
     for key in (*_COUNTS, *_NUMBERS):
         value = settings.get(key)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not is_number:
             problems.append(f"{key} is {value!r}, expected a number")
-        elif value is not None and key in _COUNTS and (value < 1 or value != int(value)):
+        elif value is not None and key in _COUNTS and (value < 1 or not isinstance(value, int)):
             problems.append(f"{key} is {value!r}, expected a positive integer")
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(settings.get(key), Mapping | None):
             problems.append(f"{key} is {settings[key]!r}, expected an object")
+    for kind in (_FULL, _LOCAL):
+        entry = (settings.get("rope_parameters") or {}).get(kind) if not problems else None
+        if not isinstance(entry, Mapping | None):
+            problems.append(f"rope_parameters.{kind} is {entry!r}, expected an object")
+    if not isinstance(settings.get("layer_types"), list | None):
+        problems.append(f"layer_types is {settings['layer_types']!r}, expected a list")
+    if not isinstance(settings.get("tie_word_embeddings"), bool | None):
+        problems.append(f"tie_word_embeddings is {settings['tie_word_embeddings']!r}, expected true or false")
+    for key in ("rope_theta", "rope_local_base_freq"):
+        if settings.get(key) == 0:
+            problems.append(f"{key} is 0, expected more")
     return problems
 
 
