@@ -1,6 +1,8 @@
 """Text environments and the worker processes they run in. Nothing here imports jax."""
 
 import importlib
+import inspect
+from typing import Any
 
 from envs_host.types import TextEnv
 
@@ -21,6 +23,26 @@ def make(name: str, **kwargs) -> TextEnv:
     Raises:
         ValueError: the name is unknown, or its module has no such class.
     """
+    return _class_of(name)(**kwargs)
+
+
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """Looks whether an environment takes options of these names.
+
+    Raises:
+        ValueError: it does not, or is unknown; as of `make`.
+    """
+    taken = inspect.signature(_class_of(name)).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return
+    unknown = sorted(set(options) - set(taken))
+    if unknown:
+        raise ValueError(
+            f"environment {name!r} has no option {', '.join(unknown)}; it takes {', '.join(sorted(taken))}."
+        )
+
+
+def _class_of(name: str) -> type:
     target = name if ":" in name else ENVIRONMENTS.get(name)
     if target is None:
         raise ValueError(
@@ -39,4 +61,4 @@ def make(name: str, **kwargs) -> TextEnv:
             f"environment {name!r}: the module {module!r} has no class {attribute!r}: name one of "
             f"its classes {sorted(own)} after the colon, or another module before it."
         )
-    return members[attribute](**kwargs)
+    return members[attribute]

@@ -16,8 +16,18 @@ from typing import Any
 
 import jax
 
+import envs_host
 from envs_host import collect, naming
-from jaxagentrl import optimizer, prepare, reinforce, rewards, rules, sampling, windowed
+from jaxagentrl import (
+    optimizer,
+    prepare,
+    reinforce,
+    rewards,
+    rules,
+    sampling,
+    tokenizer,
+    windowed,
+)
 from jaxagentrl.chat import PROMPT_STYLES
 from jaxagentrl.models import decoder, lora, sharding
 
@@ -172,6 +182,7 @@ def _check_values(config: Config) -> None:
         )),
         ("sft.target_loss", _above(0), "above 0 (imitation ends at that loss), or None"),
         ("prompt.style", styles.__contains__, f"one of {', '.join(styles)}"),
+        ("tokenizer.names", tokenizer.NAMES.__contains__, f"one of {', '.join(tokenizer.NAMES)}"),
         ("learner.remat", decoder.REMAT.__contains__, f"one of {', '.join(decoder.REMAT)}"),
         ("learner.compute_dtype", ("float32", "bfloat16").__contains__, "float32 or bfloat16"),
         ("export_dtype", ("float32", "bfloat16", "float16").__contains__, "float32, bfloat16 or float16"),
@@ -220,6 +231,7 @@ def _check_games(config: Config) -> None:
                 f"env.name is {config['env']['name']!r}, but games of the family "
                 f"{games['family']!r} are played by {environment!r}."
             )
+    envs_host.check_options(config["env"]["name"], config["env"]["options"])
     if set(namings) != {"demo", "train"} or min(namings.values()) < 1:
         raise ValueError(
             "namings must give demo and train a number of at least 1 each (held-out games are played "

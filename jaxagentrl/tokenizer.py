@@ -56,6 +56,7 @@ _PATTERNS = {
     "whole": r" ?[\p{L}\p{N}]+(?:[-'’][\p{L}\p{N}]+)*| ?[^\s\p{L}\p{N}]+|\n|[^\S\n]+",
     "parts": r" ?\p{L}+|-\p{L}+|['’]\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\n|[^\S\n]+",
 }
+NAMES = tuple(_PATTERNS)
 _PHRASE_PATTERNS = {
     "whole": rf" ?(?:{_NAME})(?![\p{{L}}\p{{N}}])|(?:(?! ?(?:{_NAME})(?![\p{{L}}\p{{N}}]))"
     r"[^\n.:])+[.:]?|[.:]|\n",

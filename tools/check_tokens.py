@@ -30,7 +30,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -373,6 +373,15 @@ def _json_object(text: str) -> dict[str, Any]:
     return read
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
+        return int(text)
+
+    return read
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -387,12 +396,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for axis in sharding.AXES:
         parser.add_argument(f"--{axis}", type=int, default=1,
                             help=f"devices along an axis of the mesh, the run's mesh.{axis}")
-    parser.add_argument("--conversations", type=int, default=4)
-    parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--turn_tokens", type=int, default=32, help="most tokens of a turn")
+    parser.add_argument("--conversations", type=_at_least(1), default=4)
+    parser.add_argument("--turns", type=_at_least(1), default=4)
+    parser.add_argument("--turn_tokens", type=_at_least(1), default=32, help="most tokens of a turn")
     parser.add_argument("--tolerance", type=float, help="most that is allowed, in nats, of the gap that "
                         "is judged")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_at_least(0), default=0)
     options = parser.parse_args(arguments)
     try:
         return certify(options)

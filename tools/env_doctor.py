@@ -62,23 +62,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", required=True, help="a name of envs_host.ENVIRONMENTS, or module:Class")
-    parser.add_argument("--params", help="JSON: parameters of the games, by default the environment's own")
+    parser.add_argument("--params", type=_object, help="JSON: parameters of the games, by default the environment's own")
     parser.add_argument("--tasks", help="file of tasks, one JSON object a line, instead of made ones")
-    parser.add_argument("--options", default="{}", help="JSON: keyword arguments of the environment")
-    parser.add_argument("--num_tasks", type=int, default=8)
-    parser.add_argument("--num_episodes", type=int, default=40)
-    parser.add_argument("--max_turns", type=int, default=20)
-    parser.add_argument("--num_slots", type=int, default=256, help="episodes at a time in a rollout")
+    parser.add_argument("--options", type=_object, default={}, help="JSON: keyword arguments of the environment")
+    parser.add_argument("--num_tasks", type=_count, default=8)
+    parser.add_argument("--num_episodes", type=_count, default=40)
+    parser.add_argument("--max_turns", type=_count, default=20)
+    parser.add_argument("--num_slots", type=_count, default=256, help="episodes at a time in a rollout")
     parser.add_argument("--turn_s", type=float, default=0.5,
                         help="seconds in which the device decodes a turn of half of them")
     parser.add_argument("--tokenizer", help="folder of a tokenizer, to count an observation's tokens")
     parser.add_argument("--cache_dir", help="where games are kept; by default a temporary folder")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        tasks = _tasks(args, args.cache_dir or scratch)
-        options = json.loads(args.options)
-        findings = examine(args.env, tasks, options, args.num_episodes, args.max_turns)
-        rows, broken = table(args, findings, tasks)
+    try:
+        envs_host.check_options(args.env, args.options)
+        with tempfile.TemporaryDirectory() as scratch:
+            tasks = _tasks(args, args.cache_dir or scratch)
+            findings = examine(args.env, tasks, args.options, args.num_episodes, args.max_turns)
+            rows, broken = table(args, findings, tasks)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     print(f"| {args.env} | |\n|---|---|")
     for name, value in rows:
         print(f"| {name} | {value} |")
@@ -86,12 +89,28 @@ def main() -> None:
         sys.exit(f"broken: {', '.join(broken)}")
 
 
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return found
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
 def _tasks(args: argparse.Namespace, cache_dir: str) -> list[Task]:
     if args.tasks:
         with open(args.tasks, encoding="utf-8") as file:
             found = [Task.from_json(json.loads(line)) for line in file if line.strip()]
     else:
-        params = json.loads(args.params) if args.params else _PARAMS.get(args.env)
+        params = args.params or _PARAMS.get(args.env)
         if params is None:
             sys.exit(f"there are no games known for {args.env!r}: name some by --tasks=<file>")
         seeds = range(_SEED, _SEED + args.num_tasks)
