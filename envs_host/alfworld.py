@@ -59,7 +59,7 @@ class AlfworldEnv:
             remember: answer from the memory of the process where the same commands were given to
                 the same game before. The answers are the same (games are deterministic).
             accept_put: take "put mug 1 in/on desk 1", as ALFWorld said before 0.4, for
-                "move mug 1 to desk 1".
+                "move mug 1 to desk 1" in games that have forgotten it.
         """
         self._extras = (intermediate_reward, admissible_commands)
         self._accept_put = accept_put
@@ -139,7 +139,14 @@ class AlfworldEnv:
     def _cleaned(self, text: str) -> str:
         command = textworld_text.clean_command(text)[0].lower()
         put = _PUT.fullmatch(command) if self._accept_put else None
-        return f"move {put[1]} to {put[2]}" if put is not None else command
+        if put is None:
+            return command
+        here, moved = self._path[-1], f"move {put[1]} to {put[2]}"
+        as_said = here.children.get(command)
+        if as_said is not None and as_said.outcome.valid_command:
+            return command
+        # A game of before 0.4 knows the old word itself.
+        return command if moved not in here.children and command in self._commands(here) else moved
 
     def _key(self) -> tuple:
         return (self._task.digest, self._extras)

@@ -1,7 +1,10 @@
 """ALFWorld: houses, stepping against the engine it ships with, experts, bad input."""
 
+import dataclasses
 import json
+import pathlib
 import random
+import re
 
 import pytest
 
@@ -224,6 +227,23 @@ def test_put_as_before_version_0_4(tasks):
     for accept in (False, True):
         env = alfworld.AlfworldEnv(accept_put=accept)
         assert play(env, tasks[0], [*tasks[0].walkthrough[:-1], put])[-1].info.won == accept
+
+
+def test_a_game_that_says_put_is_played_as_it_was_made(tasks, tmp_path):
+    made = json.loads(pathlib.Path(tasks[0].file).read_text())
+    made["grammar"] = re.sub(
+        r'template :: "move ([^"]*?) to ([^"]*)"', r'template :: "put \1 in/on \2"', made["grammar"])
+    file = tmp_path / "game.tw-pddl"
+    file.write_text(json.dumps(made))
+    walkthrough = tuple(
+        re.sub("^move (.*) to (.*)$", r"put \1 in/on \2", command) for command in tasks[0].walkthrough)
+    assert walkthrough != tasks[0].walkthrough
+    old = dataclasses.replace(
+        tasks[0], file=str(file), digest=alfworld_engine.digest(str(file)), walkthrough=walkthrough)
+    for accept in (False, True, True):  # the last from memory
+        env = alfworld.AlfworldEnv(accept_put=accept)
+        last = play(env, old, walkthrough)[-1].info
+        assert last.won and last.command == walkthrough[-1]
 
 
 def test_memory_changes_no_answer(tasks):
