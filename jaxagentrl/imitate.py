@@ -93,6 +93,15 @@ def contexts_of(trajectories: Sequence[Trajectory]) -> Contexts:
     return contexts if any(len(pieces) > 1 for pieces in contexts) else None
 
 
+def starts_of(shape: tuple[int, int], contexts: Contexts) -> np.ndarray:
+    """[B, L] bool, the tokens that a text begins with, which nothing predicts."""
+    starts = np.zeros(shape, bool)
+    starts[:, 0] = True
+    for row, pieces in enumerate(contexts or ()):
+        starts[row, [start for start, _ in pieces]] = True
+    return starts
+
+
 def step_rows(num_rows: int, *, batch_size: int, seed: int, step: int) -> np.ndarray:
     """int32 [batch_size] rows of one step, a pure function of (seed, step).
 
@@ -171,15 +180,17 @@ def split(
     return tuple(stacks)
 
 
-def targets(batch: TrajectoryBatch, *, observation_weight: float) -> learner.Targets:
+def targets(
+    batch: TrajectoryBatch, starts: jax.Array, *, observation_weight: float
+) -> learner.Targets:
     """Weights of one step: the mean over its action tokens, and over its other tokens.
 
     Args:
         batch: the rows of the step.
+        starts: [B, L] bool, of `starts_of`.
         observation_weight: of the mean over prompt and observation tokens; 0 is plain imitation.
     """
-    read = batch.valid_mask & ~batch.action_mask
-    read = read.at[:, 0].set(False)  # nothing predicts the first token
+    read = batch.valid_mask & ~batch.action_mask & ~starts
     zeros = jnp.zeros(batch.tokens.shape)
     made = learner.Targets(
         advantages=zeros,
@@ -221,6 +232,7 @@ def train(
     demonstrations = imitation.demonstrations
     lengths, contexts = demonstrations.lengths, demonstrations.contexts
     num_rows = sharding.padded_rows(batch_size, mesh)
+    everything = (demonstrations.batch, starts_of(demonstrations.batch.tokens.shape, contexts))
     for step in range(first_step, num_steps):
         rows = step_rows(len(lengths), batch_size=batch_size, seed=seed, step=step)
         work = split(
@@ -235,8 +247,8 @@ def train(
             contexts=None if contexts is None else [contexts[row] for row in rows],
         )
         taken = np.pad(rows, (0, num_rows - batch_size), constant_values=-1)
-        batch = jax.tree.map(lambda x: x[taken], demonstrations.batch)
-        batch = sharding.place_rows(batch, mesh)
-        weighed = targets(batch, observation_weight=observation_weight)
+        mine = jax.tree.map(lambda x: x[taken], everything)
+        batch, starts = sharding.place_rows(mine, mesh)
+        weighed = targets(batch, starts, observation_weight=observation_weight)
         state, metrics = imitation.update(state, batch, weighed, work, frozen)
         yield step + 1, state, metrics

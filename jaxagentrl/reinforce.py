@@ -235,7 +235,8 @@ def learn(
     rl, mesh = config["rl"], programs.mesh
     turn_rewards = [rewards.turn_rewards(t, **config["reward"]) for t in trajectories]
     host_batch = _to_batch(trajectories, turn_rewards, config, mesh)
-    batch = sharding.place_rows(host_batch, mesh)
+    starts = imitate.starts_of(host_batch.tokens.shape, imitate.contexts_of(trajectories))
+    batch, starts = sharding.place_rows((host_batch, starts), mesh)
     whole = batch.tokens.shape[0]
     split = _splitter(host_batch.tokens, trajectories, config, mesh)
     used = np.arange(len(trajectories), dtype=np.int32)
@@ -258,6 +259,7 @@ def learn(
         for rows in np.array_split(order, num_steps) if num_steps else ():
             targets = _targets(
                 batch,
+                starts,
                 np.isin(np.arange(whole), rows),
                 aims,
                 aggregation=rl["aggregation"],
@@ -389,6 +391,7 @@ def records(
 
 def _targets(
     batch: TrajectoryBatch,
+    starts: jax.Array,
     mine: jax.Array,
     aims: _Aims,
     *,
@@ -396,10 +399,9 @@ def _targets(
     constant: float | None,
     observation_weight: float,
 ) -> learner.Targets:
-    """Targets of one minibatch: `mine` [B] bool are its rows."""
+    """Targets of one minibatch: `mine` [B] bool are its rows; `starts` are of `imitate.starts_of`."""
     action, valued = batch.action_mask & mine[:, None], aims.value_mask & mine[:, None]
-    read = batch.valid_mask & ~batch.action_mask & mine[:, None]
-    read = read.at[:, 0].set(False)  # nothing predicts the first token
+    read = batch.valid_mask & ~batch.action_mask & ~starts & mine[:, None]
     weigh = functools.partial(losses.aggregation_weights, mode=aggregation, constant=constant)
     made = learner.Targets(
         advantages=aims.credit,

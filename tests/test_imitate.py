@@ -23,7 +23,7 @@ def imitation():
     """A batch of demonstrations, their targets and one compiled program for all tests."""
     batch = imitate.load(make_trajectories(), length_buckets=(48,)).batch
     batch = jax.tree.map(lambda x: x[:6], batch)
-    targets = imitate.targets(batch, observation_weight=0.5)
+    targets = imitate.targets(batch, imitate.starts_of(batch.tokens.shape, None), observation_weight=0.5)
     step = learner.make_step(learner.make_sft_loss(MODEL), TRACE)
     return batch, targets, step
 
@@ -79,10 +79,23 @@ def test_imitation_rows_cover_every_epoch_and_depend_on_the_step_alone():
 def test_weights_of_a_step_sum_to_one():
     batch = imitate.load(make_trajectories(), length_buckets=(48,)).batch
     batch = jax.tree.map(lambda x: x[np.array([1, 4, -1])], batch)  # the last one is padding
-    targets = imitate.targets(batch, observation_weight=0.5)
+    targets = imitate.targets(batch, imitate.starts_of(batch.tokens.shape, None), observation_weight=0.5)
     np.testing.assert_allclose(np.sum(targets.weights), 1.0, rtol=1e-6)
     np.testing.assert_allclose(np.sum(targets.observation_weights), 0.5, rtol=1e-6)
     assert not np.any(np.asarray(targets.weights)[2]) and not np.any(batch.valid_mask[2])
+
+
+def test_a_text_s_first_token_is_not_among_what_is_predicted():
+    loaded = imitate.load(make_trajectories(), length_buckets=(48,))
+    batch = jax.tree.map(lambda x: x[:3], loaded.batch)
+    other = int(np.argmin(batch.action_mask[1] | (np.arange(48) == 0)))  # of the second row, not an action
+    starts = imitate.starts_of((3, 48), [[(0, 9)], [(0, other), (other, 9)], [(0, 9)]])
+    assert starts[:, 0].all() and starts.sum() == 4
+    alone = imitate.starts_of((3, 48), None)
+    some, all_ = (np.asarray(imitate.targets(batch, x, observation_weight=1.0).observation_weights)
+                  for x in (starts, alone))
+    assert not some[starts].any() and (all_ > 0).sum() == (some > 0).sum() + 1
+    np.testing.assert_allclose([some.sum(), all_.sum()], 1.0, rtol=1e-6)
 
 
 def run(config, mesh=None, *, num_steps=3, separate_contexts=False):
