@@ -34,11 +34,11 @@ from envs_host.types import GameFileError, Task
 
 _DIGEST = {"textworld": textworld_engine.digest, "alfworld": alfworld_engine.digest}
 _SCRATCH = "jaxagentrl-games-"
+_STALE_S = 3600.0
 
 
 class GenerationError(RuntimeError):
     """Games could not be made, by no fault of theirs; the message says what happened and what to do."""
-_STALE_S = 3600.0
 
 
 @dataclasses.dataclass(frozen=True)

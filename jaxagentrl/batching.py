@@ -198,15 +198,16 @@ def anchor_ids(
     """Numbers the states that turns were taken in: int32 [num_rows, max_turns].
 
     Two turns of one group have the same id if and only if their anchors are equal; a turn without an
-    anchor, and every place that holds no turn, has −1. Ids are below num_rows × max_turns.
+    anchor, and every place that holds no turn, has −1. Each group counts from 0: its ids are below the number
+    of its members × max_turns.
     """
     ids = np.full((num_rows, max_turns), -1, np.int32)
-    seen: dict[tuple[int, str], int] = {}
+    seen: dict[int, dict[str, int]] = {}
     for row, trajectory in enumerate(trajectories):
+        mine = seen.setdefault(trajectory.group, {})
         for index, turn in enumerate(trajectory.turns):
             if turn.anchor is not None:
-                key = (trajectory.group, turn.anchor)
-                ids[row, index] = seen.setdefault(key, len(seen))
+                ids[row, index] = mine.setdefault(turn.anchor, len(mine))
     return ids
 
 

@@ -71,6 +71,7 @@ def _make_credit(
         )
 
     def gigpo(rewards: Array, batch: TrajectoryBatch, _: Array, anchor_ids: Array) -> Array:
+        rows, turns = anchor_ids.shape
         return advantages.gigpo(
             rewards,
             batch.action_mask,
@@ -78,7 +79,7 @@ def _make_credit(
             anchor_ids,
             batch.group_ids,
             num_groups=num_groups,
-            num_anchors=anchor_ids.size,
+            num_anchors=-(-rows // num_groups) * turns,  # of a group, see `batching.anchor_ids`
             turn_discount=turn_discount,
             step_weight=step_weight,
             scale=group_scale,
@@ -124,7 +125,8 @@ def make_estimate(
 
     All results are [B, L]; `value_mask` is where the critic is trained on the returns: on all action
     tokens, but with turn_gae on the first of each turn, whose value alone is compared with a return.
-    `anchor_ids` are those of `batching.anchor_ids`; only gigpo reads them.
+    `anchor_ids` are those of `batching.anchor_ids`; only gigpo reads them, and takes groups to have at most
+    ⌈B / num_groups⌉ rows.
 
     Nothing is bootstrapped: an episode that was truncated is worth nothing more, as in the seed paper
     (arXiv 2510.01132). Its limits of turns and tokens are part of the task that is learned.

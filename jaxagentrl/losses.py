@@ -275,7 +275,8 @@ def aggregate(
         sequence_ids: [B, L] int in [0, L); given, a sequence is the tokens of one id in one row,
             for instance `turn_ids`. None: a sequence is a row.
         axis_name: mapped axis over which the batch is spread. The returned number is then the
-            global loss on every device.
+            global loss on every device. Of its gradients take the sum within `shard_map`; under `pmap`,
+            `vmap` or without `check_vma` a psum's gradient is a psum: take their mean there.
 
     Returns:
         [] float32; 0 for an empty mask.

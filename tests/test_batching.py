@@ -1,6 +1,7 @@
 """Batches hold every token of every trajectory once, in few shapes, with no silent change."""
 
 import dataclasses
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -172,3 +173,13 @@ def test_bucketing_saves_padding():
     assert batching.padding_share([batch for _, batch in pairs]) < 0.3
     with pytest.raises(ValueError, match="no batches"):
         batching.padding_share([])
+
+
+def test_anchors_are_numbered_within_their_group():
+    def trajectory(group, *anchors):
+        return types.SimpleNamespace(
+            group=group, turns=[types.SimpleNamespace(anchor=anchor) for anchor in anchors])
+
+    played = [trajectory(0, "a", "b", "a"), trajectory(1, "b", None), trajectory(0, "c", "b"), trajectory(1, "b", "a")]
+    ids = batching.anchor_ids(played, num_rows=5, max_turns=3)
+    np.testing.assert_array_equal(ids, [[0, 1, 0], [0, -1, -1], [2, 1, -1], [0, 1, -1], [-1, -1, -1]])
