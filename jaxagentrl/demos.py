@@ -175,7 +175,7 @@ def encode(
                     intermediate_reward=step.info.intermediate_reward,
                     valid_command=step.info.valid_command,
                     score=step.info.score,
-                    anchor=anchor_of(turns, seen[index].observation),
+                    anchor=anchor_of(turns, seen[index]),
                     fresh=own_prompt and index > 0,
                 )
             )

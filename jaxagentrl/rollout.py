@@ -20,8 +20,7 @@ from jaxagentrl import chat, contexts, windowed
 from jaxagentrl.engine import Engine, TurnRequest, TurnSample
 from jaxagentrl.episodes import Episode, branch, episodes, task_word
 from jaxagentrl.rules import Rules
-from jaxagentrl.trajectory import Trajectory, Turn
-
+from jaxagentrl.trajectory import Trajectory, Turn, anchor_of
 
 __all__ = ["Episode", "Rollout", "Rules", "branch", "collect", "episodes", "task_word"]
 
@@ -352,9 +351,7 @@ class _Player:
             self._finish(wave, slot, item, StopReason.TOKEN_LIMIT)
             return
         item.observation, item.prompt_ids = answer.observation, prompt_ids
-        # Of the world's own refusals: in the style of `windowed`, `Turn.valid_command` is of the form alone.
-        moved = not item.turns or answer.info.valid_command
-        item.anchor = answer.observation if moved else item.turns[-1].anchor
+        item.anchor = anchor_of(item.turns, answer)
         rules, stream = self.rules, (*item.episode.stream, len(item.turns))
         self.engine.submit(
             wave,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from envs_host.types import StopReason, Task
+from envs_host.types import ResetResult, StepResult, StopReason, Task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,14 +92,15 @@ class Turn:
         return cls(**record)
 
 
-def anchor_of(turns: Sequence[Turn], observation: str) -> str | None:
-    """The key of the state that `observation` leaves an episode of these turns in.
+def anchor_of(turns: Sequence[Turn], answer: ResetResult | StepResult) -> str | None:
+    """The key of the state that an episode of these turns is in after the world's answer to the last.
 
     Text worlds are told apart by what they say, as in GiGPO (Feng et al. 2025). A refused
     command leaves the world where it was, and so does the key: worlds answer all of them alike
-    ("Nothing happens."), and by that answer turns in quite different places would be compared.
+    ("Nothing happens."), and by that answer turns in quite different places would be compared. Whether it
+    refused it says itself: `Turn.valid_command` may be of a turn's form alone (`windowed`).
     """
-    return observation if not turns or turns[-1].valid_command else turns[-1].anchor
+    return answer.observation if not turns or answer.info.valid_command else turns[-1].anchor
 
 
 _TURN_ARRAYS = {
