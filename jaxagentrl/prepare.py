@@ -120,7 +120,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
     """Prepares a run; worker processes live as long as the context."""
     mesh = sharding.make_mesh(**config["mesh"])
     hosts.connect(mesh)
-    _check_folders(config)
+    _check_model(config)
     stages = stages_ahead(config, workdir)
     splits = games(
         config["env"],
@@ -178,16 +178,22 @@ def _check_games(sft: Mapping[str, Any], splits: Mapping[str, Sequence[Task]]) -
         )
 
 
-def _check_folders(config: Mapping[str, Any]) -> None:
-    """Reads of the model's and the tokenizer's folder what is small: games take minutes to make.
+def _check_model(config: Mapping[str, Any]) -> None:
+    """Reads of the model's and the tokenizer's folder what is small, and looks whether a model of the config's
+    shape can be written as the run ends: games take minutes to make.
 
     Raises:
-        ValueError: with what is missing or wrong in a folder.
+        ValueError: with what is missing or wrong in a folder, or of which settings there is no published model.
     """
     if config["tokenizer"]["directory"] is not None:
         tokenizer.load(config["tokenizer"]["directory"])
-    if config["model"]["directory"] is not None:
-        pretrained_config.read_config(config["model"]["directory"])
+    directory, shape = config["model"]["directory"], dict(config["model"])
+    del shape["directory"]
+    if directory is not None:
+        pretrained_config.read_config(directory)
+    else:  # the vocabulary is not there yet, and makes no difference
+        model = decoder.DecoderConfig(vocab_size=config["tokenizer"]["vocab_size"], **shape)
+        pretrained_config.to_json(model, config["export_dtype"])
 
 
 def stages_ahead(config: Mapping[str, Any], workdir: Workdir) -> tuple[plan.Stage, ...]:

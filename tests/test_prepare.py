@@ -135,6 +135,18 @@ def test_what_a_run_holds_is_known_before_it_is_there(monkeypatch, sizes, rank, 
     assert rl.always["cache"] == plan.per_device(made._held)
 
 
+@pytest.mark.parametrize("changes, words", [
+    (dict(sliding_window=24, window_layers=(True, False)), "no published family has these model settings"),
+    (dict(num_kv_heads=3), "model.num_heads .* must be a multiple of model.num_kv_heads"),
+])
+def test_a_model_that_could_not_be_written_is_refused_before_games_are_made(changes, words):
+    config = smoke_config()
+    prepare._check_model(config)
+    config["model"] |= changes
+    with pytest.raises(ValueError, match=words):
+        prepare._check_model(config)
+
+
 def test_games_that_are_not_there_are_found_out_before_anything_is_learned():
     there = {"demo": [1] * 15, "train": [1], "test": [1]}
     with pytest.raises(ValueError, match="no game in splits.train: of all of its seeds"):
