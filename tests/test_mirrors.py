@@ -1,5 +1,6 @@
 """Decode steps on CPU, which read mirrors of the cache, against steps that read the cache itself."""
 
+import doctest
 import functools
 import re
 
@@ -135,6 +136,10 @@ def test_steps_read_of_a_mirror_what_a_later_call_reads_of_the_cache(dtype, wind
         for one, other in zip(seen, kept, strict=True):  # int8: a scale of rounded numbers is another by a bit
             assert one.size == 2 * 8 * (end - first)
             np.testing.assert_allclose(one, other, rtol=1e-6 if dtype == "int8" else 0, atol=0)
+
+
+def test_the_example_of_a_ring_is_true():
+    assert doctest.testmod(kv_cache) == (0, 2)
 
 
 def test_tokens_that_a_ring_is_too_short_for_are_refused():

@@ -273,7 +273,7 @@ def hidden_cached(
         return jnp.take_along_axis(x, last, axis=-2)
 
     def step(carry, index, place: tuple[int, Any], *, only_last: bool = False):
-        """A layer, which is of this kind and in its cache the so-manieth."""
+        """A layer; its place says which of the caches is its kind's, and which layer of that it is."""
         (x, caches), (kind, at) = carry, place
         if isinstance(layers, tuple):
             layer_params = layers[index]
@@ -450,7 +450,7 @@ def _kinds(config: DecoderConfig) -> tuple[int | None, ...]:
 
 
 def _places(config: DecoderConfig) -> list[tuple[int, int]]:
-    """[N], of each layer its kind and the how-manieth of its kind it is."""
+    """[N], of each layer its kind and how many of its kind are before it."""
     layers, kinds = windows(config), _kinds(config)
     return [(kinds.index(window), layers[:i].count(window)) for i, window in enumerate(layers)]
 

@@ -248,9 +248,9 @@ def write(
         slots = jnp.arange(positions.shape[0])
     if cache.mirrors is not None:
         return _write_to_mirror(cache, layer, positions, keys, values)
-    # The compiler does not see that heads, which index the cache here, have nothing to do with each other.
     if cache.window is not None:
         positions = jnp.where(positions == NOWHERE, NOWHERE, positions % cache.size)
+    # The compiler does not see that heads, which index the cache here, have nothing to do with each other.
     put = sharding.over_heads(_put, keys.shape[2], (2, None, None, None, 2, 2), 2)
     return _placed(put(cache, layer, slots, positions, keys, values))
 
