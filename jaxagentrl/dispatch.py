@@ -41,7 +41,7 @@ def side_by_side(num_waves: int) -> int:
     """How many of so many waves run programs at a time: on CPU up to one per core, else one.
 
     Much of a decode step keeps one core busy, attention over the cache above all; another wave's program
-    has the others meanwhile (`docs/performance.md`). Not on a mesh of CPU devices, where the collectives
+    has the others meanwhile (`docs/performance_log.md`). Not on a mesh of CPU devices, where the collectives
     of two programs would wait for each other, nor on accelerators, which one program fills.
     """
     if jax.default_backend() != "cpu" or sharding.active():

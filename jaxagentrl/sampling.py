@@ -25,7 +25,7 @@ _DECODE_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 # Of extend: jaxlib 0.10's YNNPACK, to which XLA hands products, takes one core for batches of matrices of few
 # rows, which are attention's. Of its fusions only those of sums are left: an extend takes up to 25 % less
 # time, the more the longer the history, and with jaxlib 0.12 the same; decode steps would take more
-# (`docs/performance.md`).
+# (`docs/performance_log.md`, "Extends on both cores").
 _EXTEND_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}}
 
 # Blocks of the vocabulary that a token is looked for in. A divisor of most published vocabularies, which are

@@ -45,7 +45,8 @@ from jaxagentrl.types import TrainState
 STREAM_EVALUATE, STREAM_RL = 1, 2
 
 # How many times its plan a run on CPU has room for where it keeps the memory that its programs give back.
-# That lies in pieces, and imitation's beside RL's: 3.2 times the plan were held (`docs/performance.md`).
+# That lies in pieces, and imitation's beside RL's: 3.2 times the plan were held (`docs/performance.md`,
+# "Memory that is kept").
 _ROOM_TO_KEEP = 4
 
 # Keys that cannot change a result, only how fast it comes (a mesh: up to rounding), and where it ends.

@@ -44,7 +44,8 @@ from jaxagentrl.trajectory import Trajectory, Turn
 # Most that the two passes may differ, in nats. In float32 they differ by rounding, and the largest gap is
 # judged. In bfloat16 the largest of some hundred is a matter of luck: SmolLM2-135M, which trains well in it,
 # came to 0.24 to 0.46, but on average to 0.033 to 0.039 on every machine, and four layers of a 0.5B with
-# random weights to 0.0025 (docs/performance.md). So the mean is judged, with room for deeper models.
+# random weights to 0.0025 (docs/performance.md, "The gap between sampler and learner"). So the mean is judged,
+# with room for deeper models.
 # So it is with float32 and a cache in bfloat16 or int8.
 LIMITS = {"largest": 1e-4, "mean": 0.1}
 

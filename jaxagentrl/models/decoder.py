@@ -375,7 +375,7 @@ def _unroll(config: DecoderConfig) -> int:
 
     A loop keeps what the backward pass needs in stacked arrays, which are cleared, written and read
     again: on CPU a fifth of an update of three small layers, a twentieth of one of ten larger ones,
-    on an H200 a quarter of one of 24, and a third of its memory (`docs/performance.md`). The price is
+    on an H200 a quarter of one of 24, and a third of its memory (`docs/performance_log.md`). The price is
     a compile time that grows with depth. Deep models on CPU and on TPU, and those on a mesh, whose
     layers would all be gathered at once, keep their one body.
     """

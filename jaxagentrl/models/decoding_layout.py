@@ -17,7 +17,7 @@ from jaxagentrl.models.decoder import Params
 _JOINED = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
 
 # On CPU, calls of up to so many rows take transposed kernels, of layers of at least so many bytes: of more rows
-# or fewer bytes, which processors cache, steps are as fast or faster as they are (`docs/performance.md`).
+# or fewer bytes, which processors cache, steps are as fast or faster as they are (`docs/performance_log.md`).
 _FEW_ROWS = 64
 _UNCACHED = 4 << 20
 

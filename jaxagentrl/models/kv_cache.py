@@ -15,7 +15,7 @@ vector against a matrix that lies in memory in the order of the sum's result. On
 Decode steps on CPU read a mirror of the filled positions, made once for all steps of a call: of what
 is stacked and longer than filled, XLA would write a copy in every step and layer. In it the keys are
 blocks of 64 positions, each [E, 64]: read as one stretch of memory, at 27 GB/s where [E, M] gave 10
-(`docs/performance.md`; `tools/bench_cache_layout.py` times whole steps of attention). Steps write to the
+(`docs/performance_log.md`; `tools/bench_cache_layout.py` times whole steps of attention). Steps write to the
 mirrors alone; when the call ends, the cache is `settled`.
 
 Of a ring only the positions that new tokens see are read, in whole blocks (`near`), and mirrored.

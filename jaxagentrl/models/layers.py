@@ -31,7 +31,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     jax's own rule computes (dyᵀ·x)ᵀ. The same numbers, but XLA on CPU then writes a transposed copy of
     dy, element by element, in the midst of what dy is made of: a fifth of a whole update's time
-    (`docs/performance.md`).
+    (`docs/performance_log.md`).
     """
     return x @ kernel
 
@@ -53,7 +53,7 @@ def product_of_few(x: jax.Array, transposed: jax.Array) -> jax.Array:
     """x [..., D] @ transposed [F, D]ᵀ, for few rows of x, where most of the work is to read the weights.
 
     XLA on CPU is up to twice as fast with the weights on the left side of a product, row by row, as on its
-    right (`docs/performance.md`). Without the barrier its simplifier would turn the sides round again.
+    right (`docs/performance_log.md`). Without the barrier its simplifier would turn the sides round again.
     """
     rows = x.reshape(-1, x.shape[-1])
     y = jax.lax.dot_general(transposed, rows, (((1,), (1,)), ((), ())))
