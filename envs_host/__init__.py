@@ -9,6 +9,7 @@ from envs_host.types import TextEnv
 # Name -> "module:class". Modules are imported when first made: each needs its own library.
 ENVIRONMENTS = {
     "alfworld": "envs_host.alfworld:AlfworldEnv",
+    "swe": "envs_host.swe:SweEnv",
     "textworld": "envs_host.textworld:TextWorldEnv",
 }
 

@@ -5,9 +5,11 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from envs_host import alfworld_data, games, specs
+from envs_host import alfworld_data, games, specs, swe_data
 from envs_host.types import Task
 
+# Families whose tasks are read, not made -> the environment that plays them.
+_READ = {alfworld_data.FAMILY: "alfworld", swe_data.FAMILY: "swe"}
 # Order of the official games, so that the first few of a split are of all types and rooms.
 _ORDER_SEED = 0
 
@@ -27,12 +29,12 @@ def environment(params: Mapping[str, Any]) -> str:
         ValueError: the family is missing or unknown.
     """
     family = params.get("family")
-    if family == alfworld_data.FAMILY:
-        return "alfworld"
+    if family in _READ:
+        return _READ[family]
     if family not in specs.FAMILIES:
         raise ValueError(
             f"the game family {family!r} is unknown: env.params.family must be one of "
-            f"{sorted([*specs.FAMILIES, alfworld_data.FAMILY])}."
+            f"{sorted([*specs.FAMILIES, *_READ])}."
         )
     return specs.environment(family)
 
@@ -48,17 +50,17 @@ def tasks(
     """Makes or finds the games of a split.
 
     Args:
-        params: of the games, with their "family"; of family "alfworld-data" with "split", and
-            optionally "data_dir" and "task_types", as `alfworld_data.read` takes them.
-        seeds: one game each. Official games have none: they are shuffled once, and `seeds` are
-            positions, counted from `first`.
+        params: of the games, with their "family"; those of "alfworld-data" and "swe-data" are the
+            arguments of `alfworld_data.read` and `swe_data.read`.
+        seeds: one game each. Official games and instances have none: they are shuffled once, and `seeds`
+            are positions, counted from `first`.
         first: see there.
         cache_dir, num_workers: see `games.generate`.
 
     Raises:
         ValueError: parameters are wrong, or there are fewer official games than asked for.
     """
-    if params["family"] != alfworld_data.FAMILY:
+    if params["family"] not in _READ:
         made = [dict(params, seed=seed) for seed in seeds]
         report = games.generate(made, cache_dir=cache_dir, num_workers=num_workers)
         notices = []
@@ -66,23 +68,38 @@ def tasks(
             reason = next(iter(report.reasons.values()))
             notices = [f"{report.set_aside} of {len(made)} games set aside, e.g.: {reason}"]
         return Collection(report.tasks, notices)
-    options = {key: value for key, value in params.items() if key != "family"}
-    unknown = sorted(set(options) - {"split", "data_dir", "task_types"})
-    if unknown or "split" not in options:
-        raise ValueError(
-            f"{alfworld_data.FAMILY} takes the parameters split, data_dir and task_types, of which "
-            f"the first is needed; got {sorted(options)}."
-        )
-    found = alfworld_data.read(options.pop("split"), cache_dir=cache_dir, **options)
+    read = _alfworld if params["family"] == alfworld_data.FAMILY else _swe
+    found = read({key: value for key, value in params.items() if key != "family"}, cache_dir)
     order = random.Random(_ORDER_SEED).sample(found.tasks, len(found.tasks))
     chosen = order[seeds.start - first : seeds.stop - first]
     if len(chosen) < len(seeds):
         raise ValueError(
-            f"{params['split']} holds {len(order)} official games of these task types, but the "
-            f"splits ask for {seeds.stop - first}: lower the number."
+            f"of {params['family']} with these parameters there are {len(order)} tasks, but the splits ask for "
+            f"{seeds.stop - first}: lower the number. {' '.join(found.notices)}".rstrip()
         )
-    return Collection(
-        chosen,
-        [f"{count} games left out: {reason}" for reason, count in found.left_out.items()
-         if reason == "damaged"],
-    )
+    return Collection(chosen, found.notices)
+
+
+def _alfworld(options: dict[str, Any], cache_dir: str) -> Collection:
+    """All official games of a split."""
+    _check(alfworld_data.FAMILY, options, ("split",), ("data_dir", "task_types"))
+    found = alfworld_data.read(options.pop("split"), cache_dir=cache_dir, **options)
+    damaged = [count for reason, count in found.left_out.items() if reason == "damaged"]
+    return Collection(found.tasks, [f"{count} games left out: damaged" for count in damaged])
+
+
+def _swe(options: dict[str, Any], cache_dir: str) -> Collection:
+    """All instances that can be played."""
+    _check(swe_data.FAMILY, options, ("instances", "repositories"), ("python", "repos"))
+    found = swe_data.read(cache_dir=cache_dir, **options)
+    reasons = list(found.left_out.items())
+    notices = [f"{len(reasons)} instances left out, e.g. {reasons[0][0]}: {reasons[0][1]}"] if reasons else []
+    return Collection(found.tasks, notices)
+
+
+def _check(family: str, options: dict[str, Any], needed: tuple[str, ...], others: tuple[str, ...]) -> None:
+    if set(options) - {*needed, *others} or set(needed) - set(options):
+        raise ValueError(
+            f"{family} needs the parameters {', '.join(needed)} and may have {', '.join(others)}; got "
+            f"{', '.join(sorted(options)) or 'none'}."
+        )

@@ -3,8 +3,9 @@
 A game is named by a spec, e.g. `dict(family="custom", world_size=2, nb_objects=3, quest_length=4,
 theme="basic", seed=50001)`, and stored under the hash of the full spec and its library's version:
 
-    <key>.z8          the game; <key>.tw-pddl for ALFWorld
-    <key>.json        a description of it: TextWorld's for state tracking, ALFWorld's `traj_data`
+    <key>.z8          the game; <key>.tw-pddl for ALFWorld, <key>.swe.json for a repository
+    <key>.json        a description of it: TextWorld's for state tracking, ALFWorld's `traj_data`, a
+                      planted mistake
     <key>.task.json   its `Task`, or why it was set aside; written last, so an entry without it does
                       not exist and an interrupted generation leaves nothing broken
 
@@ -26,13 +27,17 @@ from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from envs_host import alfworld_engine, textworld_engine
+from envs_host import alfworld_engine, swe, swe_problem, textworld_engine
 from envs_host.maker import PARTIAL
 from envs_host.processes import Child
-from envs_host.specs import Spec
+from envs_host.specs import Spec, forget_repositories
 from envs_host.types import GameFileError, Task
 
-_DIGEST = {"textworld": textworld_engine.digest, "alfworld": alfworld_engine.digest}
+_DIGEST = {
+    "textworld": textworld_engine.digest,
+    "alfworld": alfworld_engine.digest,
+    "swe": swe_problem.digest,
+}
 _SCRATCH = "jaxagentrl-games-"
 _STALE_S = 3600.0
 
@@ -81,6 +86,7 @@ def generate(
     """
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, or None for as many as there are cores, got {num_workers}.")
+    forget_repositories()
     wanted = [Spec.parse(spec) for spec in specs]
     twice = [spec.name for spec, count in collections.Counter(wanted).items() if count > 1]
     if twice:
@@ -89,6 +95,7 @@ def generate(
     os.makedirs(cache_dir, exist_ok=True)
     _sweep(cache_dir, "*" + PARTIAL)
     _sweep(tempfile.gettempdir(), _SCRATCH + "*")
+    _sweep(tempfile.gettempdir(), swe.SCRATCH + "*")
     records = {spec: _load(spec, cache_dir) for spec in wanted}
     missing = [spec for spec in wanted if records[spec] is None]
     if missing:

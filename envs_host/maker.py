@@ -15,7 +15,11 @@ PARTIAL = ".partial"  # Ending of a file on its way into the cache.
 
 # Each has `prepare()`, once per process, and `build(spec, game path, description path) -> Task`,
 # which raises `SetAside`. Imported when first needed: each needs its own library.
-_MAKERS = {"textworld": "envs_host.textworld_maker", "alfworld": "envs_host.alfworld_maker"}
+_MAKERS = {
+    "textworld": "envs_host.textworld_maker",
+    "alfworld": "envs_host.alfworld_maker",
+    "swe": "envs_host.swe_maker",
+}
 
 
 def work(connection: Connection, cache_dir: str, scratch: str) -> None:

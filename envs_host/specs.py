@@ -6,12 +6,16 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from envs_host import swe_workspace
+from envs_host.types import GameFileError
+
 # Raise it when the same spec would give another entry in the cache.
-_CACHE_FORMAT = {"textworld": 1, "alfworld": 1}
-_SUFFIX = {"textworld": ".z8", "alfworld": ".tw-pddl"}
+_CACHE_FORMAT = {"textworld": 1, "alfworld": 1, "swe": 1}
+_SUFFIX = {"textworld": ".z8", "alfworld": ".tw-pddl", "swe": ".swe.json"}
 _REQUIRED = object()
 
 # ALFWorld's task types under its own names, in the order of its own numbers (1 to 6).
@@ -35,7 +39,8 @@ class _Parameter(NamedTuple):
     Attributes:
         default: `_REQUIRED` if there is none.
         form: its place in the task's name; a parameter at None or False has none.
-        allowed: `int` or `bool`, or a tuple of the values to choose from.
+        allowed: `int`, `bool`, `str` or `pathlib.Path` (a text that is made an absolute path), or a tuple of
+            the values to choose from. Of a text with slashes the name has what is behind the last.
     """
 
     default: Any
@@ -88,10 +93,18 @@ FAMILIES: dict[str, dict[str, _Parameter]] = {
         "closed": _Parameter(True, "closed", bool),
         "expert": _Parameter("planner", "{}", ("planner", "handcoded")),
     },
+    # Mistakes planted in a repository; see swe_maker.py.
+    "swe-bugs": {
+        "repository": _Parameter(_REQUIRED, "{}", pathlib.Path),
+        "files": _Parameter("*.py", "{}", str),
+        "tests": _Parameter(None, "{}", str),
+        "python": _Parameter(None, "{}", pathlib.Path),
+        "expert": _Parameter("reader", "{}", ("reader", "direct")),
+    },
 }
 
 # The environment that plays a family; TextWorld, unless it is named here.
-_ENVIRONMENTS = {"alfworld": "alfworld"}
+_ENVIRONMENTS = {"alfworld": "alfworld", "swe-bugs": "swe"}
 
 
 def environment(family: str) -> str:
@@ -134,6 +147,8 @@ class Spec:
             raise ValueError(f"{family} needs the parameter {missing}: add it to {dict(spec)}.")
         for name, value in params.items():
             _check(family, name, value)
+            if known[name].allowed is pathlib.Path and value is not None:
+                params[name] = os.path.abspath(os.path.expanduser(value))
         return cls(family, tuple(params.items()), seed)
 
     @property
@@ -146,7 +161,7 @@ class Spec:
         """E.g. "custom-w2-o3-q4-basic-s50001"."""
         forms = FAMILIES[self.family]
         parts = [
-            forms[name].form.format(value)
+            forms[name].form.format(_shown(value))
             for name, value in self.params
             if value is not None and value is not False
         ]
@@ -155,21 +170,44 @@ class Spec:
     @functools.cached_property
     def key(self) -> str:
         """Where the cache keeps it."""
+        content = [_CACHE_FORMAT[self.env], self._version(), self.family, sorted(self.params), self.seed]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+    def _version(self) -> str:
+        """Of what a game is made with: a library, or the files of a repository."""
+        if self.env == "swe":
+            return _tree(dict(self.params)["repository"])
         try:
-            version = importlib.metadata.version(self.env)
+            return importlib.metadata.version(self.env)
         except importlib.metadata.PackageNotFoundError:
             raise ValueError(
                 f"games of the family {self.family!r} need the library {self.env!r}: run "
                 f"pip install 'jaxagentrl[{self.env}]' (from a checkout: pip install -e "
                 f"'.[{self.env}]')."
             ) from None
-        content = [_CACHE_FORMAT[self.env], version, self.family, sorted(self.params), self.seed]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
     def paths(self, cache_dir: str) -> tuple[str, str, str]:
         """Absolute paths of the entry in a cache: game, description, record."""
         stem = os.path.join(os.path.abspath(cache_dir), self.key)
         return stem + _SUFFIX[self.env], stem + ".json", stem + ".task.json"
+
+
+@functools.cache
+def _tree(repository: str) -> str:
+    """Read once for all games of a repository; until `forget_repositories`."""
+    try:
+        return swe_workspace.tree(repository)
+    except GameFileError as error:
+        raise ValueError(f"swe-bugs: {error}") from None
+
+
+def forget_repositories() -> None:
+    """Has repositories read again: they may have changed."""
+    _tree.cache_clear()
+
+
+def _shown(value: Any) -> Any:
+    return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else value
 
 
 def _check(family: str, name: str, value: Any) -> None:
@@ -179,6 +217,8 @@ def _check(family: str, name: str, value: Any) -> None:
         good, expected = value in allowed, f"one of {list(allowed)}"
     elif allowed is bool:
         good, expected = isinstance(value, bool), "True or False"
+    elif allowed in (str, pathlib.Path):
+        good, expected = isinstance(value, str) and bool(value), "a text"
     else:
         good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         expected = "an integer of 0 or more"

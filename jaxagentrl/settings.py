@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 import envs_host
-from envs_host import collect, naming
+from envs_host import collect, naming, swe_tests
 from jaxagentrl import (
     optimizer,
     prepare,
@@ -232,6 +232,7 @@ def _check_games(config: Config) -> None:
                 f"{games['family']!r} are played by {environment!r}."
             )
     envs_host.check_options(config["env"]["name"], config["env"]["options"])
+    _check_limits(config)
     if set(namings) != {"demo", "train"} or min(namings.values()) < 1:
         raise ValueError(
             "namings must give demo and train a number of at least 1 each (held-out games are played "
@@ -242,6 +243,18 @@ def _check_games(config: Config) -> None:
             raise ValueError(
                 f"namings.{split} is {count}, but only TextWorld games of the theme {naming.THEME!r} "
                 "have names that mean nothing: set it to 1."
+            )
+
+
+def _check_limits(config: Config) -> None:
+    """A run of tests that does not end is the agent's failure, unless the pool gives up on it first."""
+    if config["env"]["name"] == "swe":
+        needed = config["env"]["options"].get("test_limit_s", swe_tests.Limits().seconds)
+        if config["pool"]["step_limit_s"] <= needed:
+            raise ValueError(
+                f"pool.step_limit_s is {config['pool']['step_limit_s']}, but a step may run tests for "
+                f"env.options.test_limit_s = {needed} seconds: make the first longer by what else a step takes, 10 "
+                "seconds say."
             )
 
 

@@ -184,7 +184,7 @@ def test_splits_of_official_games(data, tmp_path):
         "demo": 3, "train": 5, "test": 3, "test_seen": 2}
     assert {task.params["split"] for task in made["test"]} == {"valid_unseen"}
     assert prepare.held_out(splits) == {"test": "eval", "test_seen": "eval_seen"}
-    with pytest.raises(ValueError, match="holds 8 official games"):
+    with pytest.raises(ValueError, match="there are 8 tasks"):
         prepare.games(env, splits | {"train": (3, 6)}, ONCE)
     assert prepare.games(env, splits, ONCE) == made
 
@@ -209,6 +209,6 @@ def test_who_plays_a_family(params, environment):
 def test_unknown_families_and_parameters(tmp_path):
     with pytest.raises(ValueError, match="family 'chess' is unknown"):
         collect.environment({"family": "chess"})
-    with pytest.raises(ValueError, match="takes the parameters split"):
+    with pytest.raises(ValueError, match="needs the parameters split"):
         collect.tasks({"family": "alfworld-data", "split": "train", "rooms": 3}, range(1), first=0,
                       cache_dir=str(tmp_path), num_workers=1)

@@ -14,6 +14,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = """
 envs_host.types
 envs_host.processes
+envs_host.swe_workspace
+envs_host.swe_bugs
+envs_host.swe_tests
+envs_host.swe_text
+envs_host.swe_problem
 envs_host.specs
 envs_host.textworld_text
 envs_host.textworld_engine
@@ -25,9 +30,12 @@ envs_host.alfworld_engine
 envs_host.alfworld_experts
 envs_host.alfworld_houses
 envs_host.alfworld_maker
+envs_host.swe
+envs_host.swe_maker
 envs_host.maker
 envs_host.games
 envs_host.alfworld_data
+envs_host.swe_data
 envs_host.collect
 envs_host.naming
 envs_host.textworld

@@ -1,0 +1,48 @@
+"""The quick start in a code repository: a small transformer learns to put planted mistakes right.
+
+    pip download toolz==1.0.0 --no-deps --no-binary toolz -d repositories
+    tar -xzf repositories/toolz-1.0.0.tar.gz -C repositories
+    apt install bubblewrap          # or --config.env.options.sandbox=none on a machine that can be thrown away
+    python -m jaxagentrl.main --config=configs/swe_quickstart.py --workdir=runs/swe
+"""
+
+import pathlib
+import runpy
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
+    config = runpy.run_path(str(quickstart))["get_config"]()
+    config.env = dict(
+        name="swe",
+        params=dict(
+            family="swe-bugs",
+            repository="repositories/toolz-1.0.0",
+            files="toolz/itertoolz.py",
+            tests="toolz/tests/test_itertoolz.py",
+            expert="direct",
+        ),
+        cache_dir="~/.cache/jaxagentrl/swe",
+        options=dict(sandbox="bubblewrap", window_lines=12, test_limit_s=5.0),
+        num_workers=2,
+    )
+    config.namings = dict(demo=1, train=1)
+    config.splits = dict(demo=(40_001, 150), train=(50_001, 100), test=(1, 100))
+    config.tokenizer.update(vocab_size=1024, names="whole", phrases=True, lexicon=())
+    config.model.update(num_layers=4)
+    config.sampling.update(
+        num_slots=64,
+        max_length=640,
+        max_turn_tokens=48,
+        filled_buckets=(160, 320, 640),
+        width_buckets=(48, 160),
+    )
+    config.rollout.update(max_turns=6, max_refusals=None)
+    config.reward.update(kind="intermediate", intermediate_scale=0.25)
+    config.learner.update(length_buckets=(320, 480, 640), tokens_per_part=2560, tree_length=0)
+    config.sft.update(num_steps=300, target_loss=None, observation_weight=0.5, log_every=20, save_every=100)
+    config.rl.update(num_iterations=30, tasks_per_iteration=8, group_size=8, eval_every=10, save_every=10)
+    config.rl.optimizer.update(warmup_steps=5, decay_steps=30)
+    return config

@@ -1,0 +1,317 @@
+"""Repositories as a text environment: read, search, edit and test code until its tests pass.
+
+Tasks are mistakes planted in any Python repository with tests (swe_maker.py), or instances in the form of
+SWE-Gym (swe_data.py). An episode works in a copy of its own; `swe_text.HELP` has the commands. What counts
+is decided once, when it is submitted: the agent's files, but for tests and their settings, are laid over
+the repository anew, and the score is the share of the failing tests that pass now, or 0 if one fails that
+had passed. An empty submission earns nothing, unlike a share of all tests.
+"""
+
+import os
+import shutil
+import tempfile
+
+from envs_host import swe_problem, swe_tests, swe_text, swe_workspace
+from envs_host.memory import verify
+from envs_host.swe_problem import Problem
+from envs_host.swe_text import Command, Refused
+from envs_host.swe_workspace import PathError, Workspace, split_lines
+from envs_host.types import GameFileError, Info, ResetResult, StepResult, Task
+
+SCRATCH = "jaxagentrl-swe-"  # Beginning of the names of the folders that episodes work in.
+
+
+def scratch() -> tempfile.TemporaryDirectory:
+    """A folder to run tests in, to be entered; what a killed process leaves of them is swept up later."""
+    return tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True)
+
+
+class SweEnv:
+    """One live episode in a repository; terminated means submitted.
+
+    A limit on the turns is not the environment's business, so `truncated` is always False. What was not
+    submitted by then has no score.
+    """
+
+    def __init__(
+        self,
+        *,
+        intermediate_reward: bool = False,
+        admissible_commands: bool = False,
+        sandbox: str = "bubblewrap",
+        python: str | None = None,
+        test_limit_s: float = 60.0,
+        test_memory_mb: int = 4096,
+        window_lines: int = 40,
+    ):
+        """Makes an environment without an episode.
+
+        Args:
+            intermediate_reward: report +1 or -1 for each edit that brings the files closer to the
+                reference repair, in lines that differ, or away from it.
+            admissible_commands: report commands that can be given; edits and searches are not among
+                them, as there is no end to them.
+            sandbox: where tests are run, see swe_tests.py.
+            python: interpreter that runs them, for tasks that name none; by default this one.
+            test_limit_s: seconds after which a run of the tests is ended, as failed by the agent. The
+                pool's `step_limit_s` must be longer.
+            test_memory_mb: memory of a process of the tests.
+            window_lines: lines of a file that are shown at a time.
+
+        Raises:
+            ValueError: an argument is out of range.
+            swe_tests.SandboxError: the sandbox does not work here.
+        """
+        for name, value in (
+            ("test_limit_s", test_limit_s), ("test_memory_mb", test_memory_mb), ("window_lines", window_lines),
+        ):  # fmt: skip
+            if not value > 0:
+                raise ValueError(f"env.options.{name} must be more than 0, got {value}.")
+        swe_tests.check_sandbox(sandbox)
+        self._intermediate = intermediate_reward
+        self._admissible = admissible_commands
+        self._sandbox, self._python = sandbox, python
+        self._limits = swe_tests.Limits(test_limit_s, test_memory_mb)
+        self._num_shown = window_lines
+        self._scratch: str | None = None  # Holds the folders of the live episode.
+        self._task: Task | None = None
+        self._problem: Problem | None = None
+        self._work: Workspace | None = None
+        self._open: str | None = None  # The file that is shown.
+        self._first = 1  # Line that is shown first.
+        self._undo: list[tuple[str, str | None]] = []  # Files as they were before each edit.
+
+    def reset(self, task: Task) -> ResetResult:
+        """Starts an episode of `task`.
+
+        Raises:
+            GameFileError: the task's file or its repository is missing, or not what the task was recorded
+                with.
+        """
+        self.close()
+        verify(task, swe_problem.digest)
+        self._task, self._problem = task, swe_problem.load(task.file)
+        self._scratch = os.path.realpath(tempfile.mkdtemp(prefix=SCRATCH))
+        self._work = Workspace(self._laid_out("repository"))
+        self._open, self._first, self._undo = None, 1, []
+        observation = swe_text.found(self._work.entries("."), "file")
+        return ResetResult(observation, self._info("", valid=True))
+
+    def step(self, text: str) -> StepResult:
+        """Sends one command, see `swe_text.parse`.
+
+        Raises:
+            RuntimeError: there is no live episode.
+        """
+        if self._work is None:
+            raise RuntimeError("step was called without a live episode: call reset first.")
+        os.utime(self._scratch)  # It is in use: nobody sweeps it.
+        try:
+            command = swe_text.parse(text)
+            if command.name == "submit":
+                return self._submitted()
+            before = self._distance()
+            observation = _COMMANDS[command.name](self, command)
+        except (Refused, PathError) as refusal:
+            return StepResult(str(refusal), 0.0, False, False, self._info(text.strip(), valid=False))
+        after = self._distance()
+        progress = float((after < before) - (after > before))
+        info = self._info(text.strip(), valid=True, progress=progress)
+        return StepResult(observation, 0.0, False, False, info)
+
+    def close(self) -> None:
+        """Ends the episode and removes its copy of the repository."""
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch = self._work = None
+
+    def _laid_out(self, name: str) -> str:
+        """A new copy of the repository as the episode begins."""
+        problem, folder = self._problem, os.path.join(self._scratch, name)
+        if swe_workspace.lay_out(problem.repository, problem.commit, folder) != problem.tree:
+            raise GameFileError(
+                f"the repository {problem.repository} is not what task {self._task.name} was recorded with: its "
+                "files have changed. Bring them back, or make the tasks again."
+            )
+        swe_workspace.write(folder, problem.changed)
+        return folder
+
+    def _info(self, command: str, *, valid: bool, progress: float = 0.0, score: float = 0.0, ended: bool = False) -> Info:
+        return Info(
+            score=score,
+            max_score=self._task.max_score,
+            won=ended and score == self._task.max_score,
+            lost=ended and score < self._task.max_score,
+            valid_command=valid,
+            command=command,
+            intermediate_reward=progress,
+            admissible_commands=self._listed() if self._admissible and not ended else (),
+            objective=self._task.objective,
+        )
+
+    def _listed(self) -> tuple[str, ...]:
+        moves = ("down", "up") if self._open else ()
+        opens = (f"open {path}" for path in self._work.files() if path.endswith(".py"))
+        return ("ls", "test", "submit", *moves, *opens)
+
+    def _submitted(self) -> StepResult:
+        """Judges what the agent has made."""
+        folder, problem = self._laid_out("submitted"), self._problem
+        made = {path: text for path, text in self._work.changed().items() if not swe_workspace.is_test(path)}
+        swe_workspace.write(folder, made | problem.hidden)
+        run = self._run(problem.tests, folder)
+        repaired = sum(test in run.passed for test in problem.fail_to_pass)
+        broken = sum(test not in run.passed for test in problem.pass_to_pass)
+        score = 0.0 if broken else self._task.max_score * repaired / len(problem.fail_to_pass)
+        observation = f"{repaired} of {len(problem.fail_to_pass)} failing tests pass now, {broken} others fail."
+        info = self._info("submit", valid=True, score=score, ended=True)
+        self.close()
+        return StepResult(observation, score, True, False, info)
+
+    def _run(self, arguments: tuple[str, ...], folder: str, traceback: str = "line") -> swe_tests.TestRun:
+        return swe_tests.run(
+            folder,
+            arguments,
+            scratch=self._scratch,
+            sandbox=self._sandbox,
+            python=self._problem.python or self._python,
+            limits=self._limits,
+            traceback=traceback,
+        )
+
+    def _distance(self) -> int:
+        """Lines in which the files differ from the reference repair."""
+        if not self._intermediate:
+            return 0
+        solution, lines = self._problem.solution, 0
+        for path in {*solution, *self._work.changed()}:
+            if not swe_workspace.is_test(path):
+                aim = solution[path] if path in solution else self._work.before(path)
+                lines += _difference(self._work.text(path) or "", aim or "")
+        return lines
+
+    def _ls(self, command: Command) -> str:
+        return swe_text.found(self._work.entries(command.words or "."), "file")
+
+    def _find(self, command: Command) -> str:
+        hits = [path for path in self._work.files() if command.words in path]
+        return swe_text.found(hits, f"file with {command.words} in its path")
+
+    def _search(self, command: Command) -> str:
+        if command.name == "search_file" and self._open is None:
+            raise Refused("No file is open.")
+        hits = []
+        for path in self._work.files() if command.name == "search" else [self._open]:
+            text = self._work.text(path)
+            if text is not None and command.words in text:
+                numbered = enumerate(split_lines(text), 1)
+                hits += (f"{path}:{number}: {line.strip()}" for number, line in numbered if command.words in line)
+        return swe_text.found(hits, f"line with {command.words} in it")
+
+    def _opened(self, command: Command) -> str:
+        path, line = swe_text.file_and_line(command.words)
+        num_lines = len(split_lines(self._work.read(path)))
+        if not 1 <= line <= max(1, num_lines):
+            raise Refused(f"There is no line {line}: {path} has {num_lines}.")
+        self._open = self._work.name(path)
+        return self._around(line)
+
+    def _scrolled(self, command: Command) -> str:
+        self._read_open()
+        return self._shown(self._first + (1 if command.name == "down" else -1) * self._num_shown)
+
+    def _edited(self, command: Command) -> str:
+        lines = split_lines(self._read_open())
+        if command.name == "insert":
+            if not command.words.isdecimal() or int(command.words) > len(lines):
+                raise Refused(f"insert needs the number of a line, 0 to {len(lines)}.")
+            first, last = int(command.words) + 1, int(command.words)
+        else:
+            first, last = swe_text.line_range(command.words, len(lines))
+        if first > 1 and not lines[first - 2].endswith(("\n", "\r")):
+            lines[first - 2] += "\n"
+        self._write(self._open, "".join([*lines[: first - 1], command.body, *lines[last:]]))
+        return self._around(first)
+
+    def _created(self, command: Command) -> str:
+        if self._work.text(command.words) is not None:
+            raise Refused(f"There is a file {command.words}: open it.")
+        self._write(command.words, command.body)
+        self._open = self._work.name(command.words)
+        return self._around(1)
+
+    def _undone(self, command: Command) -> str:
+        if not self._undo:
+            raise Refused("There is nothing to undo.")
+        path, text = self._undo.pop()
+        if text is None:
+            self._work.delete(path)
+            self._open = None if self._open == path else self._open
+            return f"{path} is deleted."
+        self._work.write(path, text)
+        self._open = path
+        return self._shown(self._first)
+
+    def _tested(self, command: Command) -> str:
+        if command.words.startswith("-"):
+            raise Refused("test takes a file, a folder or the id of a test, and no options.")
+        # The worker's own folder must not matter, and paths lead nowhere else.
+        path = command.words.partition("::")[0]
+        if path and self._work.name(path) not in (".", *self._work.files()) and not self._work.is_folder(path):
+            raise Refused(f"There is no file {path}.")
+        arguments = (command.words,) if command.words else self._problem.tests
+        run = self._run(arguments, self._work.folder, "short" if command.words else "line")
+        return swe_text.tested(run, traceback=bool(command.words))
+
+    def _read_open(self) -> str:
+        if self._open is None:
+            raise Refused("No file is open.")
+        return self._work.read(self._open)
+
+    def _write(self, path: str, text: str) -> None:
+        """Makes an edit that can be taken back.
+
+        Raises:
+            Refused: it would leave a syntax error.
+        """
+        if path.endswith(".py"):
+            try:
+                compile(text, path, "exec", dont_inherit=True)
+            except (SyntaxError, ValueError) as error:
+                where = f" in line {error.lineno}" if isinstance(error, SyntaxError) else ""
+                what = error.msg if isinstance(error, SyntaxError) else error
+                raise Refused(f"The edit was not made: it would be a syntax error{where} ({what}).") from None
+        before = self._work.text(path)
+        self._work.write(path, text)
+        self._undo.append((self._work.name(path), before))
+
+    def _around(self, line: int) -> str:
+        return self._shown(line - self._num_shown // 3)
+
+    def _shown(self, first: int) -> str:
+        text = self._work.read(self._open)
+        last_window = len(split_lines(text)) - self._num_shown + 1
+        self._first = max(1, min(first, last_window))
+        return swe_text.window(self._open, text, self._first, self._num_shown)
+
+
+_COMMANDS = {
+    "ls": SweEnv._ls,
+    "find": SweEnv._find,
+    "search": SweEnv._search,
+    "search_file": SweEnv._search,
+    "open": SweEnv._opened,
+    "down": SweEnv._scrolled,
+    "up": SweEnv._scrolled,
+    "edit": SweEnv._edited,
+    "insert": SweEnv._edited,
+    "create": SweEnv._created,
+    "undo": SweEnv._undone,
+    "test": SweEnv._tested,
+}
+
+
+def _difference(text: str, aim: str) -> int:
+    """Lines that must be changed, taken out or put in to make one text the other."""
+    changed = swe_workspace.differences(split_lines(text), split_lines(aim))
+    return sum(max(k - i, m - j) for i, k, j, m in changed)

@@ -1,0 +1,160 @@
+"""The making of a task from a repository: plant a mistake that its tests notice. See maker.py.
+
+The tests are run twice as the repository stands, and those that pass both times count. A mistake counts
+if some of them fail with it and the reference repair, played as an agent would, makes all pass again.
+"""
+
+import fnmatch
+import functools
+import json
+import os
+import random
+
+from envs_host import swe, swe_bugs, swe_problem, swe_tests, swe_workspace
+from envs_host.specs import SetAside, Spec
+from envs_host.swe_problem import Problem
+from envs_host.swe_tests import TestRun
+from envs_host.types import Task
+
+MAX_TRIES = 10  # Mistakes that are tried for a seed, until the tests notice one.
+_MAX_NAMED = 3
+
+
+def prepare() -> None:
+    """Looks where tests can be run."""
+    swe_tests.safest_sandbox()
+
+
+def build(spec: Spec, problem_path: str, description_path: str) -> Task:
+    """Plants one mistake.
+
+    Raises:
+        SetAside: the tests noticed none of those that were tried.
+        ValueError: there is nothing to plant a mistake in, or no test that passes.
+    """
+    params = dict(spec.params)
+    repository, python = params["repository"], params["python"]
+    tests = (params["tests"],) if params["tests"] else ()
+    bugs = _bugs(repository, params["files"])
+    passing = _passing(repository, tests, python)
+    rng = random.Random(spec.seed)
+    folder = os.path.join(os.path.dirname(problem_path), "repository")
+    tree = swe_workspace.lay_out(repository, None, folder)
+    for path, bug in rng.sample(bugs, min(MAX_TRIES, len(bugs))):
+        with open(os.path.join(folder, path), encoding="utf-8", newline="") as file:
+            source = file.read()
+        if not swe_bugs.is_program(source, bug):
+            continue
+        broken = swe_bugs.plant(source, bug)
+        swe_workspace.write(folder, {path: broken})
+        run = _run(folder, tests, python)
+        swe_workspace.write(folder, {path: source})
+        noticed = sorted(set(run.failed) & passing)
+        if not run.problem and noticed:
+            break
+    else:
+        raise SetAside(f"no test notices the mistakes that were tried ({MAX_TRIES} of {len(bugs)})")
+    problem = Problem(
+        repository=repository,
+        commit=None,
+        tree=tree,
+        changed={path: broken},
+        solution={path: source},
+        hidden={},
+        tests=tests,
+        fail_to_pass=tuple(noticed),
+        pass_to_pass=tuple(sorted(passing & run.passed)),
+        python=python,
+    )
+    swe_problem.save(problem, problem_path)
+    with open(description_path, "w") as file:
+        json.dump({"path": path, **bug._asdict()}, file)
+    task = Task(
+        env="swe",
+        name=spec.name,
+        # What the mistake is, for evaluation by type.
+        params={"family": spec.family, **params, "split": os.path.basename(repository), "task_type": bug.kind},
+        seed=spec.seed,
+        file=problem_path,
+        digest=swe_problem.digest(problem_path),
+        objective=_objective(os.path.basename(repository), noticed, run),
+        max_score=1.0,
+        walkthrough=_walkthrough(path, bug, noticed[0], params["expert"]),
+    )
+    _play_through(task)
+    return task
+
+
+def _bugs(repository: str, form: str) -> list[tuple[str, swe_bugs.Bug]]:
+    """Where mistakes can be planted, with the paths of the files."""
+    found = []
+    for path in swe_workspace.paths(repository):
+        if path.endswith(".py") and fnmatch.fnmatch(path, form) and not swe_workspace.is_test(path):
+            found += ((path, bug) for bug in _found(os.path.join(repository, path)))
+    if not found:
+        raise ValueError(f"in {repository} there is no function to plant a mistake in, in files {form!r}")
+    return found
+
+
+@functools.cache
+def _found(path: str) -> list[swe_bugs.Bug]:
+    with open(path, encoding="utf-8", newline="") as file:
+        try:
+            return swe_bugs.find(file.read())
+        except (SyntaxError, UnicodeDecodeError):
+            return []  # for another Python, or a test's exhibit
+
+
+@functools.cache
+def _passing(repository: str, tests: tuple[str, ...], python: str | None) -> frozenset[str]:
+    """The tests that pass as the repository stands; found once per process."""
+    with swe.scratch() as scratch:
+        folder = os.path.join(scratch, "repository")
+        swe_workspace.lay_out(repository, None, folder)
+        runs = [_run(folder, tests, python) for _ in range(2)]
+    if problem := runs[0].problem or runs[1].problem:
+        raise ValueError(f"the tests of {repository} do not run as it stands. {problem}")
+    if not (passing := runs[0].passed & runs[1].passed):
+        raise ValueError(f"of the tests of {repository} none passes as it stands")
+    return passing
+
+
+def _run(folder: str, tests: tuple[str, ...], python: str | None) -> TestRun:
+    return swe_tests.run(
+        folder, tests, scratch=os.path.dirname(folder), sandbox=swe_tests.safest_sandbox(), python=python
+    )
+
+
+def _objective(name: str, noticed: list[str], run: TestRun) -> str:
+    lines = [f"{test}: {run.failed[test]}" if run.failed[test] else test for test in noticed[:_MAX_NAMED]]
+    if len(noticed) > _MAX_NAMED:
+        lines.append(f"and {len(noticed) - _MAX_NAMED} more")
+    told = "\n".join(lines)
+    return f"The last change to {name} was a mistake: {len(noticed)} of its tests fail.\n{told}\nRepair the code."
+
+
+def _walkthrough(path: str, bug: swe_bugs.Bug, test: str, expert: str) -> tuple[str, ...]:
+    """What a repair can look like: the "reader" looks for the failing test first, both know the line."""
+    name = test.partition("[")[0].rpartition("::")[2]
+    reading = (f"open {test.partition('::')[0]}", f"search_file def {name}", f"test {test}")
+    repair = (f"open {path} {bug.line}", f"edit {bug.line}:{bug.line}\n{bug.before}", "submit")
+    return repair if expert == "direct" else (*reading, *repair)
+
+
+def _play_through(task: Task) -> None:
+    """Plays the walkthrough; it must win.
+
+    Raises:
+        SetAside: it does not.
+    """
+    env = swe.SweEnv(sandbox=swe_tests.safest_sandbox())
+    try:
+        env.reset(task)
+        for command in task.walkthrough:
+            answer = env.step(command)
+            if not answer.info.valid_command:
+                raise SetAside(f"the walkthrough command {command!r} is refused: {answer.observation}")
+    finally:
+        env.close()
+    if not answer.info.won:
+        raise SetAside(f"the walkthrough does not win: {answer.observation}")

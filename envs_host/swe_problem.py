@@ -1,0 +1,76 @@
+"""What a task of a repository's is: the game file of `SweEnv`, as JSON.
+
+Files beside the repository's own are kept whole, path to text: what is laid over it as the episode
+begins, what the reference repair changes, and what is laid over it to be judged by.
+"""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from envs_host.types import GameFileError
+
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A repository in a state in which some of its tests fail.
+
+    Attributes:
+        repository: folder, or git clone.
+        commit: of the clone; None for the folder as it stands.
+        tree: what `swe_workspace.lay_out` must return.
+        changed: the files that are otherwise than in the repository; None for one that is not there.
+        solution: the files of the reference repair; None for one that it deletes.
+        hidden: the files that the tests are run with at the end, whatever the episode made of them.
+        tests: arguments of pytest that run all tests that count.
+        fail_to_pass: ids of the tests that a repair must make pass.
+        pass_to_pass: ids of those that it must leave so.
+        python: interpreter of the tests; None for that of the environment's options.
+    """
+
+    repository: str
+    commit: str | None
+    tree: str
+    changed: dict[str, str | None]
+    solution: dict[str, str | None]
+    hidden: dict[str, str | None]
+    tests: tuple[str, ...]
+    fail_to_pass: tuple[str, ...]
+    pass_to_pass: tuple[str, ...]
+    python: str | None
+
+
+def save(problem: Problem, path: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"format": _FORMAT, **dataclasses.asdict(problem)}, file, indent=1)
+
+
+def load(path: str) -> Problem:
+    """Reads what `save` wrote.
+
+    Raises:
+        GameFileError: the file is missing or damaged.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if content.pop("format") != _FORMAT:
+            raise GameFileError(f"{path} was written by another version: make the tasks again.")
+        lists = {name: tuple(content[name]) for name in ("tests", "fail_to_pass", "pass_to_pass")}
+        return Problem(**content | lists)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise GameFileError(f"the task file {path} cannot be read ({error!r}): make the tasks again.") from error
+
+
+def digest(path: str) -> str:
+    """SHA-256, in hexadecimal, of what a task file says; not of where the repository lies.
+
+    Raises:
+        GameFileError: the file is missing or damaged.
+    """
+    content: dict[str, Any] = dataclasses.asdict(load(path))
+    del content["repository"], content["python"]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,139 @@
+"""What an agent says to work in a repository, and how files and tests are told to it.
+
+The commands are those that SWE-agent's interface has proven (arXiv 2405.15793): a window on a file,
+edits by line numbers that are refused where they leave a syntax error behind, searches that end early.
+One command a turn, nothing that needs a shell.
+"""
+
+import re
+from typing import NamedTuple
+
+from envs_host.swe_tests import TestRun
+from envs_host.swe_workspace import split_lines
+
+HELP = """\
+You repair a code repository. Every message of yours is one command:
+ls [FOLDER]: what is in a folder
+find NAME: the files whose path has NAME in it
+search TEXT: the lines that have TEXT in them; search_file TEXT: only those of the open file
+open FILE [LINE]: shows a part of a file, around LINE
+down, up: the part after, the part before
+edit FIRST:LAST: puts the lines that follow in your message in the place of lines FIRST to LAST of the open file
+insert LINE: puts the lines that follow in your message after that line (0: before the first)
+create FILE: makes a file of the lines that follow in your message
+undo: takes back the last edit
+test [FILE or ID]: runs the tests
+submit: ends the work; the tests decide"""
+
+MAX_LINE = 200
+MAX_FOUND = 20
+MAX_FAILURES = 5
+MAX_TRACEBACK = 40
+
+# Command -> whether it has words on its line, and lines below: "no", "may", "must".
+_FORMS = {
+    "ls": ("may", "no"), "find": ("must", "no"), "search": ("must", "no"), "search_file": ("must", "no"),
+    "open": ("must", "no"), "down": ("no", "no"), "up": ("no", "no"), "edit": ("must", "may"),
+    "insert": ("must", "must"), "create": ("must", "may"), "undo": ("no", "no"), "test": ("may", "no"),
+    "submit": ("no", "no"),
+}  # fmt: skip
+_FENCED = re.compile(r"```[\w-]*\n(.*?)\n?```", re.DOTALL)
+_RANGE = re.compile(r"(\d+)\s*:\s*(\d+)")
+_FILE_AND_LINE = re.compile(r"(.+?)\s+(\d+)")
+
+
+class Refused(ValueError):
+    """A command that cannot be carried out; the message is the answer to give."""
+
+
+class Command(NamedTuple):
+    """What an agent asks for.
+
+    Attributes:
+        name: one of the commands.
+        words: what follows it on its line.
+        body: the lines below, with their ends.
+    """
+
+    name: str
+    words: str
+    body: str
+
+
+def parse(text: str) -> Command:
+    """Reads a command out of anything a model can write; one in a fenced block is taken out of it.
+
+    Raises:
+        Refused: it is none.
+    """
+    fenced = _FENCED.search(text)
+    head, _, body = (fenced[1] if fenced else text).strip().replace("\r\n", "\n").partition("\n")
+    name, _, words = head.strip().partition(" ")
+    words = words.strip()
+    if name not in _FORMS:
+        raise Refused(f"There is no command {_clipped(name)!r}. Commands: {', '.join(_FORMS)}." if name else "No command was given.")
+    for what, form, given in zip(("words behind it", "lines below it"), _FORMS[name], (words, body.strip())):
+        if form == "no" and given:
+            raise Refused(f"{name} takes no {what}.")
+        if form == "must" and not given:
+            raise Refused(f"{name} needs {what}.")
+    return Command(name, words, body + "\n" * bool(body and not body.endswith("\n")))
+
+
+def line_range(words: str, num_lines: int) -> tuple[int, int]:
+    """The lines of `edit`.
+
+    Raises:
+        Refused: there are no such lines.
+    """
+    match = _RANGE.fullmatch(words)
+    if match is None:
+        raise Refused("edit needs a range of lines, such as edit 12:14.")
+    first, last = int(match[1]), int(match[2])
+    if not 1 <= first <= last <= num_lines:
+        raise Refused(f"There are no lines {first} to {last}: the file has {num_lines}.")
+    return first, last
+
+
+def file_and_line(words: str) -> tuple[str, int]:
+    """The file of `open`, and the line, 1 if there is none."""
+    match = _FILE_AND_LINE.fullmatch(words)
+    return (match[1], int(match[2])) if match else (words, 1)
+
+
+def window(path: str, text: str, first: int, num_lines: int) -> str:
+    """A part of a file, with line numbers."""
+    lines = split_lines(text)
+    last = min(len(lines), first + num_lines - 1)
+    if not lines:
+        return f"[{path}, empty]"
+    shown = (f"{number}:{_clipped(lines[number - 1].rstrip())}" for number in range(first, last + 1))
+    return "\n".join([f"[{path}, lines {first} to {last} of {len(lines)}]", *shown])
+
+
+def found(hits: list[str], what: str) -> str:
+    """The first of what a search found."""
+    if not hits:
+        return f"There is no {what}."
+    more = [f"and {len(hits) - MAX_FOUND} more"] if len(hits) > MAX_FOUND else []
+    return "\n".join([*map(_clipped, hits[:MAX_FOUND]), *more])
+
+
+def tested(run: TestRun, *, traceback: bool) -> str:
+    """What a run of tests found."""
+    if run.problem:
+        return run.problem
+    counts = [f"{len(run.failed)} failed"] * bool(run.failed) + [f"{len(run.passed)} passed"]
+    lines = [", ".join(counts) + "."]
+    lines += (f"{test}: {message}" if message else test for test, message in list(run.failed.items())[:MAX_FAILURES])
+    if len(run.failed) > MAX_FAILURES:
+        lines.append(f"and {len(run.failed) - MAX_FAILURES} more")
+    if traceback and run.failed:
+        # Below the line of dots, above the summary.
+        told = re.split(r"^=+ (?:FAILURES|ERRORS|short test summary info) =+$", run.output, flags=re.MULTILINE)
+        lines += [line.rstrip() for line in told[1].strip().splitlines()[-MAX_TRACEBACK:]]
+    return "\n".join(map(_clipped, lines))
+
+
+def _clipped(line: str) -> str:
+    return line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…"

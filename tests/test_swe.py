@@ -1,0 +1,432 @@
+"""Repositories as an environment: what commands do, what is told, and that only a repair scores."""
+
+import dataclasses
+import os
+import pathlib
+import time
+
+import psutil
+import pytest
+
+import envs_host
+from envs_host import games, swe, swe_problem, swe_tests, swe_text, swe_workspace
+from envs_host.pool import EnvPool
+from envs_host.types import EnvFailure, GameFileError, ResetResult, Task
+from tests import repositories
+
+BROKEN = repositories.ORDERING.replace("value < low", "value <= low").replace("item > bound", "item >= bound")
+FAIL_TO_PASS = ("tests/test_shelf.py::TestFirstAfter::test_bound_is_not_after",)
+OTHERS = (
+    *(f"tests/test_shelf.py::test_clamp[{pair}]" for pair in ("0-1", "1-1", "2-2", "3-3", "9-3")),
+    "tests/test_shelf.py::TestFirstAfter::test_found",
+    "tests/test_shelf.py::test_shorten",
+)
+REPAIR = ("open shelf/ordering.py", "edit 16:16\n        if item > bound and item is not None:")
+
+
+def _task(folder: pathlib.Path, **changes) -> Task:
+    """A task in a new repository below the folder; `changes` are of the problem."""
+    repository = folder / "shelf"
+    if not repository.exists():
+        repositories.make(repository)
+    problem = swe_problem.Problem(
+        repository=str(repository),
+        commit=None,
+        tree=swe_workspace.tree(str(repository)),
+        changed={"shelf/ordering.py": BROKEN},
+        solution={"shelf/ordering.py": repositories.ORDERING},
+        hidden={},
+        tests=(),
+        fail_to_pass=FAIL_TO_PASS,
+        pass_to_pass=OTHERS,
+        python=None,
+    )
+    path = folder / f"{len(list(folder.glob('*.swe.json')))}.swe.json"
+    swe_problem.save(dataclasses.replace(problem, **changes), str(path))
+    digest = swe_problem.digest(str(path))
+    return Task("swe", path.name, {"family": "swe-bugs"}, 1, str(path), digest, "Repair it.", 1.0, (*REPAIR, "submit"))
+
+
+@pytest.fixture
+def env():
+    made = swe.SweEnv(sandbox="none", window_lines=8, intermediate_reward=True)
+    yield made
+    made.close()
+
+
+def _play(env, task, *commands):
+    """The answers to the commands; the first is that of reset."""
+    return [env.reset(task), *(env.step(command) for command in commands)]
+
+
+def test_a_repair_wins(env, tmp_path):
+    answers = _play(env, _task(tmp_path), *REPAIR, "test", "submit")
+    assert answers[0].observation == "README.md\nshelf/\ntests/"
+    assert answers[0].info.objective == "Repair it."
+    assert answers[1].observation.splitlines()[:2] == ["[shelf/ordering.py, lines 1 to 8 of 18]", '1:"""Looking things up in order."""']
+    assert "16:        if item > bound and item is not None:" in answers[2].observation
+    assert answers[3].observation == "8 passed."
+    last = answers[4]
+    assert last.observation == "1 of 1 failing tests pass now, 0 others fail."
+    assert (last.reward, last.terminated, last.truncated) == (1.0, True, False)
+    assert (last.info.score, last.info.won, last.info.lost, last.info.command) == (1.0, True, False, "submit")
+    with pytest.raises(RuntimeError, match="reset first"):
+        env.step("ls")
+
+
+def test_doing_nothing_earns_nothing(env, tmp_path):
+    last = _play(env, _task(tmp_path), "submit")[-1]
+    assert last.observation == "0 of 1 failing tests pass now, 0 others fail."
+    assert (last.reward, last.info.won, last.info.lost) == (0.0, False, True)
+
+
+def test_a_part_of_the_failing_tests_is_a_part_of_the_score(env, tmp_path):
+    both = (*FAIL_TO_PASS, "tests/test_shelf.py::test_of_something_else")
+    last = _play(env, _task(tmp_path, fail_to_pass=both), *REPAIR, "submit")[-1]
+    assert (last.reward, last.info.won, last.info.lost) == (0.5, False, True)
+
+
+def test_breaking_another_test_costs_all(env, tmp_path):
+    last = _play(env, _task(tmp_path), *REPAIR, "open shelf/text.py", "edit 4:4\n    return text", "submit")[-1]
+    assert last.observation == "1 of 1 failing tests pass now, 1 others fail."
+    assert last.reward == 0.0
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        # A test that asks for nothing.
+        ["open tests/test_shelf.py", "edit 16:16\n        pass"],
+        # Settings under which everything is expected to fail.
+        ["create conftest.py\nimport pytest\ndef pytest_itemcollected(item):\n    item.add_marker(pytest.mark.xfail)"],
+        ["create pytest.ini\n[pytest]\naddopts = --collect-only"],
+        # An end before the tests, with what looks like their summary to the eye.
+        ["open shelf/__init__.py", f"insert 0\nimport os\nprint('PASSED {FAIL_TO_PASS[0]}', flush=True)\nos._exit(0)"],
+    ],
+)
+def test_the_tests_decide_and_not_what_became_of_them(env, tmp_path, commands):
+    *before, last = _play(env, _task(tmp_path), *commands, "submit")
+    assert all(answer.info.valid_command for answer in before)
+    assert last.reward == 0.0
+
+
+def test_hidden_tests_are_only_there_at_the_end(env, tmp_path):
+    hidden = {"tests/test_hidden.py": "from shelf import ordering\n\ndef test_it():\n    assert ordering.first_after([4], 4) is None\n"}
+    task = _task(tmp_path, hidden=hidden, tests=("tests/test_hidden.py",), pass_to_pass=(), fail_to_pass=("tests/test_hidden.py::test_it",))
+    answers = _play(env, task, "find hidden", "create tests/test_hidden.py\ndef test_it():\n    pass", "submit")
+    assert answers[1].observation == "There is no file with hidden in its path."
+    assert answers[-1].reward == 0.0
+    assert _play(env, task, *REPAIR, "submit")[-1].info.won
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        ("ls shelf", "__init__.py\nordering.py\ntext.py"),
+        ("find test", "tests/test_shelf.py"),
+        ("search return text", "shelf/text.py:3: return text\nshelf/text.py:4: return text[: width - 1] + \"…\""),
+        ("search nowhere at all", "There is no line with nowhere at all in it."),
+        ("open shelf/text.py 4", "[shelf/text.py, lines 1 to 4 of 4]\n1:def shorten(text, width):\n2:    if len(text) <= width:\n"
+         '3:        return text\n4:    return text[: width - 1] + "…"'),
+        ("open shelf/__init__.py", "[shelf/__init__.py, empty]"),
+        ("```\nls shelf\n```", "__init__.py\nordering.py\ntext.py"),
+        ("create shelf/new.py\nONE = 1", "[shelf/new.py, lines 1 to 1 of 1]\n1:ONE = 1"),
+        ("test tests/test_shelf.py::test_shorten", "1 passed."),
+    ],
+)  # fmt: skip
+def test_what_commands_tell(env, tmp_path, command, expected):
+    answer = _play(env, _task(tmp_path), command)[-1]
+    assert answer.observation == expected
+    assert answer.info.valid_command
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        ("", "No command was given."),
+        ("rm -rf /", "There is no command 'rm'. Commands: ls, find,"),
+        ("open", "open needs words behind it."),
+        ("ls\nls", "ls takes no lines below it."),
+        ("undo it", "undo takes no words behind it."),
+        ("down", "No file is open."),
+        ("search_file x", "No file is open."),
+        ("edit 1:1\nx", "No file is open."),
+        ("undo", "There is nothing to undo."),
+        ("open nowhere.py", "There is no file nowhere.py."),
+        ("open shelf", "There is no file shelf."),
+        ("open shelf/text.py 9", "There is no line 9: shelf/text.py has 4."),
+        ("ls nowhere", "There is no folder nowhere."),
+        ("open ../0.swe.json", "../0.swe.json is not a path in the repository."),
+        ("open /etc/passwd", "/etc/passwd is not a path in the repository."),
+        ("open shelf/way/out", "shelf/way/out is not a path in the repository."),
+        ("create shelf/text.py\nx", "There is a file shelf/text.py: open it."),
+        ("create shelf/text.py/below.py\nx = 1", "shelf/text.py/below.py cannot be written: a part of its path is a file."),
+        ("create shelf/wrong.py\ndef f(:", "The edit was not made: it would be a syntax error in line 1"),
+        ("test -p no:python", "test takes a file, a folder or the id of a test, and no options."),
+        ("test nowhere.py::test_a", "There is no file nowhere.py."),
+        ("test ../x", "../x is not a path in the repository."),
+        ("open a\0b", "a\0b is not a path in the repository."),
+    ],
+)
+def test_what_is_refused(env, tmp_path, command, expected):
+    task = _task(tmp_path)
+    env.reset(task)
+    os.symlink(tmp_path, os.path.join(env._work.folder, "shelf", "way"))
+    answer = env.step(command)
+    assert answer.observation.startswith(expected)
+    assert not answer.info.valid_command
+    assert not answer.terminated
+
+
+def test_edits(env, tmp_path):
+    answers = _play(
+        env,
+        _task(tmp_path),
+        "open shelf/text.py",
+        "edit 2:3",  # takes lines out
+        "edit 9:9\nx",
+        "edit 2:1\nx",
+        "edit one\nx",
+        "edit 2:2\n\treturn (",
+        "insert 1\n    width += 1\n    width -= 1",
+        "insert 9\nx",
+        "undo",
+        "undo",
+        "undo",
+    )
+    told = [answer.observation for answer in answers]
+    assert told[2].splitlines()[1:] == ["1:def shorten(text, width):", '2:    return text[: width - 1] + "…"']
+    assert told[3] == "There are no lines 9 to 9: the file has 2."
+    assert told[4] == "There are no lines 2 to 1: the file has 2."
+    assert told[5] == "edit needs a range of lines, such as edit 12:14."
+    assert told[6].startswith("The edit was not made: it would be a syntax error in line")
+    assert told[7].splitlines()[2:4] == ["2:    width += 1", "3:    width -= 1"]
+    assert told[8] == "insert needs the number of a line, 0 to 4."
+    assert told[9] == told[2]
+    assert told[10] == told[1]
+    assert told[11] == "There is nothing to undo."
+
+
+def test_a_window_moves(env, tmp_path):
+    answers = _play(env, _task(tmp_path), "open shelf/ordering.py", "down", "down", "down", "up", "open shelf/ordering.py 12")
+    heads = [answer.observation.splitlines()[0] for answer in answers[1:]]
+    assert heads == [f"[shelf/ordering.py, lines {first} to {first + 7} of 18]" for first in (1, 9, 11, 11, 3, 10)]
+
+
+def test_long_lines_and_many_hits_are_cut(env, tmp_path):
+    files = {"data/many.txt": "needle\n" * 30, "data/long.txt": "x" * 1000}
+    answers = _play(env, _task(tmp_path, changed=files), "search needle", "open data/long.txt")
+    assert answers[1].observation.splitlines()[-2:] == ["data/many.txt:20: needle", "and 10 more"]
+    assert answers[2].observation.splitlines()[1] == "1:" + "x" * (swe_text.MAX_LINE - 1) + "…"
+
+
+def test_failures_are_told_with_their_place(env, tmp_path):
+    answers = _play(env, _task(tmp_path), "test", f"test {FAIL_TO_PASS[0]}")
+    assert answers[1].observation == f"1 failed, 7 passed.\n{FAIL_TO_PASS[0]}: assert 4 is None"
+    assert "tests/test_shelf.py:16: in test_bound_is_not_after" in answers[2].observation
+    assert "= FAILURES" not in answers[2].observation
+
+
+def test_progress_is_towards_the_repair(env, tmp_path):
+    wrong = "edit 16:16\n        if item == bound:\n            pass"
+    answers = _play(env, _task(tmp_path), REPAIR[0], REPAIR[1], wrong, "undo", "open tests/test_shelf.py", "edit 1:1", "edit 7:7\nx", "edit 9:9\n    value + 1")
+    # BROKEN has two wrong lines; what becomes of tests is neither here nor there.
+    assert [answer.info.intermediate_reward for answer in answers] == [0, 0, 1, -1, 1, 0, 0, 0, 0]
+    quiet = swe.SweEnv(sandbox="none")
+    assert _play(quiet, _task(tmp_path), *REPAIR)[-1].info.intermediate_reward == 0.0
+    quiet.close()
+
+
+def test_admissible_commands_can_be_given(tmp_path):
+    env = swe.SweEnv(sandbox="none", admissible_commands=True)
+    answers = _play(env, _task(tmp_path), "open shelf/text.py")
+    listed = answers[1].info.admissible_commands
+    assert {"ls", "test", "submit", "down", "up", "open shelf/ordering.py"} <= set(listed)
+    for command in listed:
+        if command != "submit":
+            assert env.step(command).info.valid_command
+    assert env.step("submit").info.admissible_commands == ()
+
+
+def test_tests_that_do_not_end_are_the_agents_failure(tmp_path):
+    env = swe.SweEnv(sandbox="none", test_limit_s=3.0)
+    # A process of its own that outlives pytest, unless all are killed.
+    loop = "import subprocess, sys, time\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(77)'])\ntime.sleep(77)"
+    env.reset(_task(tmp_path))
+    answers = [env.step(command) for command in ("open shelf/__init__.py", f"insert 0\n{loop}", "test", "submit")]
+    assert answers[2].observation == "The tests took longer than 3 s."
+    assert answers[3].terminated and answers[3].info.lost
+    time.sleep(0.1)
+    left = [process for process in psutil.Process().children(recursive=True) if "sleep(77)" in " ".join(process.cmdline())]
+    assert left == []
+
+
+def test_memory_of_tests_is_limited(tmp_path):
+    env = swe.SweEnv(sandbox="none", test_memory_mb=512)
+    answers = _play(env, _task(tmp_path), "open shelf/text.py", "insert 1\n    bytes(1 << 30)", "test tests/test_shelf.py::test_shorten")
+    assert "MemoryError" in answers[-1].observation
+    env.close()
+
+
+@pytest.mark.skipif(swe_tests.safest_sandbox() == "none", reason="bubblewrap is not installed, or not allowed")
+def test_a_sandbox_keeps_tests_in_their_folder(tmp_path):
+    outside = tmp_path / "outside"
+    env = swe.SweEnv(sandbox="bubblewrap")
+    write = f"insert 1\n    open({str(outside)!r}, 'w')"
+    call = "insert 1\n    import socket\n    socket.create_connection(('127.0.0.1', 9), timeout=1)"
+    inside = "insert 1\n    import tempfile\n    tempfile.TemporaryFile()"
+    answers = _play(env, _task(tmp_path), "open shelf/text.py", write, "test", "undo", call, "test", "undo", inside, "test")
+    assert "Read-only file system" in answers[3].observation
+    assert "Network is unreachable" in answers[6].observation or "Connection refused" in answers[6].observation
+    assert "1 failed, 7 passed." in answers[9].observation  # what the task begins with, and nothing else
+    assert not outside.exists()
+    assert _play(env, _task(tmp_path), *REPAIR, "submit")[-1].info.won
+
+
+def test_a_sandbox_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    swe_tests._bubblewrap_fails.cache_clear()
+    with pytest.raises(swe_tests.SandboxError, match="apt install"):
+        envs_host.make("swe")
+    swe_tests._bubblewrap_fails.cache_clear()
+    with pytest.raises(ValueError, match="sandbox must be one of bubblewrap, none, got 'docker'"):
+        envs_host.make("swe", sandbox="docker")
+    with pytest.raises(ValueError, match="window_lines must be more than 0"):
+        envs_host.make("swe", sandbox="none", window_lines=0)
+
+
+def test_an_episode_leaves_nothing_behind(env, tmp_path):
+    task = _task(tmp_path)
+    env.reset(task)
+    folder = pathlib.Path(env._scratch)
+    assert (folder / "repository" / "shelf" / "ordering.py").read_text() == BROKEN
+    env.reset(task)
+    assert not folder.exists()
+    folder = pathlib.Path(env._scratch)
+    env.close()
+    env.close()
+    assert not folder.exists()
+    # The repository itself is never written to.
+    assert (tmp_path / "shelf" / "shelf" / "ordering.py").read_text() == repositories.ORDERING
+
+
+def test_a_repository_that_has_changed_is_noticed(env, tmp_path):
+    task = _task(tmp_path)
+    (tmp_path / "shelf" / "README.md").write_text("# other\n")
+    with pytest.raises(GameFileError, match="its files have changed"):
+        env.reset(task)
+    with EnvPool("swe", {"sandbox": "none"}, num_workers=1, step_limit_s=20.0, reset_limit_s=20.0, worker_memory_mb=1000.0) as pool:
+        pool.reset(0, task)
+        [(_, answer)] = _answers(pool)
+    assert isinstance(answer, EnvFailure) and answer.reason == "game file"
+
+
+def test_the_same_commands_get_the_same_answers(tmp_path):
+    """Here and in two workers, one of which is killed on the way."""
+    # What a test says of an object, and of where it ran, differs from run to run.
+    shown = BROKEN.replace("return value", "assert not object(), (object(), __file__, list({'a', 'b', 'c'}))\n    return value")
+    task = _task(tmp_path, changed={"shelf/ordering.py": shown})
+    commands = ("test", "test tests/test_shelf.py::test_clamp[2-2]", "open shelf/ordering.py 10", "edit 10:11\n    return value", "test", "submit")
+    env = swe.SweEnv(sandbox="none")
+    expected = _play(env, task, *commands)
+    options = dict(num_workers=2, step_limit_s=20.0, reset_limit_s=20.0, worker_memory_mb=1000.0)
+    with EnvPool("swe", {"sandbox": "none"}, **options) as pool:
+        got = {0: [], 1: []}
+        for episode in got:
+            pool.reset(episode, task)
+        while any(len(answers) < len(expected) for answers in got.values()):
+            for episode, answer in _answers(pool):
+                got[episode].append(answer)
+                if len(got[episode]) == 4 and episode == 0:
+                    workers = [child for child in psutil.Process().children() if "envs_host" in " ".join(child.cmdline())]
+                    workers[0].kill()
+                if len(got[episode]) < len(expected):
+                    pool.step(episode, commands[len(got[episode]) - 1])
+    assert got == {0: expected, 1: expected}
+
+
+def _answers(pool):
+    while not (answers := pool.poll()):
+        time.sleep(0.01)
+    return answers
+
+
+@pytest.mark.parametrize("expert", ["reader", "direct"])
+def test_mistakes_are_planted_by_seed(tmp_path, expert):
+    repository = str(repositories.make(tmp_path / "shelf"))
+    specs = [dict(family="swe-bugs", repository=repository, files="shelf/*.py", expert=expert, seed=seed) for seed in range(4)]
+    made = games.generate(specs, cache_dir=str(tmp_path / "cache"), progress=False)
+    assert made.set_aside == 0 and made.generated == 4
+    for task in made.tasks:
+        problem = swe_problem.load(task.file)
+        (path,) = problem.changed
+        assert problem.changed[path] != problem.solution[path] == repositories.FILES[path]
+        assert problem.fail_to_pass and not set(problem.fail_to_pass) & set(problem.pass_to_pass)
+        assert problem.fail_to_pass[0] in task.objective
+        assert task.walkthrough[-1] == "submit"
+        assert task.params["split"] == "shelf"
+    again = games.generate(specs, cache_dir=str(tmp_path / "cache"), progress=False)
+    assert (again.tasks, again.generated) == (made.tasks, 0)
+    elsewhere = games.generate(specs, cache_dir=str(tmp_path / "other"), progress=False)
+    assert [task.digest for task in elsewhere.tasks] == [task.digest for task in made.tasks]
+    # Another state of the repository is another game.
+    (tmp_path / "shelf" / "shelf" / "text.py").write_text(repositories.TEXT + "\n")
+    assert games.generate(specs[:1], cache_dir=str(tmp_path / "cache"), progress=False).generated == 1
+
+
+def test_mistakes_that_no_test_notices_are_set_aside(tmp_path):
+    files = repositories.FILES | {"shelf/spare.py": "def spare(a):\n    return a < 1\n"}
+    repository = str(repositories.make(tmp_path / "shelf", files))
+    spec = dict(family="swe-bugs", repository=repository, files="*spare.py", seed=0)
+    made = games.generate([spec], cache_dir=str(tmp_path / "cache"), progress=False)
+    assert made.tasks == []
+    assert "no test notices" in next(iter(made.reasons.values()))
+
+
+@pytest.mark.parametrize(
+    "changes, files, expected",
+    [
+        ({"repository": "/nowhere"}, {}, "there is no repository at /nowhere"),
+        ({"repository": 3}, {}, "repository must be a text, got 3"),
+        ({"files": "*.rs"}, {}, "there is no function to plant a mistake in, in files '\\*.rs'"),
+        ({"tests": "tests/test_none.py"}, {}, "the tests of .* do not run as it stands"),
+        ({}, {"tests/test_shelf.py": "def test_it():\n    assert 0\n"}, "of the tests of .* none passes"),
+    ],
+)
+def test_repositories_that_cannot_be_used(tmp_path, changes, files, expected):
+    repository = str(repositories.make(tmp_path / "shelf", repositories.FILES | files))
+    spec = dict(family="swe-bugs", repository=repository, files="shelf/*.py", seed=0) | changes
+    with pytest.raises(ValueError, match=expected):
+        games.generate([spec], cache_dir=str(tmp_path / "cache"), progress=False)
+
+
+def test_what_git_tracks_is_the_repository(tmp_path):
+    repository = repositories.make(tmp_path / "shelf")
+    head = repositories.commit(repository)
+    tree = swe_workspace.tree(str(repository))
+    repositories.make(repository, {"shelf/new.py": "x = 1\n", "build/a.py": "x = 1\n"})
+    assert swe_workspace.tree(str(repository)) == tree
+    assert swe_workspace.lay_out(str(repository), head, str(tmp_path / "laid")) == head
+    assert swe_workspace.Workspace(str(tmp_path / "laid")).files() == sorted(repositories.FILES)
+    with pytest.raises(GameFileError, match="git archive does not work"):
+        swe_workspace.lay_out(str(repository), "0" * 40, str(tmp_path / "none"))
+
+
+def test_damaged_task_files(env, tmp_path):
+    task = _task(tmp_path)
+    path = pathlib.Path(task.file)
+    for content in ("{", "{}", "[]", '{"format": 0}'):
+        path.write_text(content)
+        with pytest.raises(GameFileError):
+            env.reset(task)
+    path.unlink()
+    with pytest.raises(GameFileError, match="generate the games again"):
+        env.reset(task)
+
+
+def test_resets_answer_like_the_first(env, tmp_path):
+    task = _task(tmp_path)
+    first = env.reset(task)
+    env.step(REPAIR[0])
+    assert isinstance(first, ResetResult) and env.reset(task) == first
+    assert env.step("down").observation == "No file is open."

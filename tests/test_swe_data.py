@@ -1,0 +1,165 @@
+"""Instances in SWE-Gym's form, on a clone made here: what is read, what is left out, and that repairs win."""
+
+import json
+import sys
+
+import pytest
+
+from envs_host import collect, swe, swe_data, swe_problem
+from tests import repositories
+from tests.test_swe import BROKEN, FAIL_TO_PASS, OTHERS
+
+HIDDEN = '''\
+from shelf import ordering
+
+
+def test_none_is_skipped():
+    assert ordering.first_after([None, 3], 1) == 3
+'''
+# What the reference repair makes of the file: another function goes, one comes.
+REPAIRED = repositories.ORDERING.replace("item > bound and item is not None", "item is not None and item > bound").replace(
+    '"""The value, or the bound that it is beyond."""\n    ', ""
+) + "\n\ndef last(items):\n    return items[-1]\n"
+ID = "tests/test_hidden.py::test_none_is_skipped"
+
+
+@pytest.fixture
+def instance(tmp_path):
+    """An instance, whose clone is in tmp_path/clones; `first_after` cannot take None."""
+    clone = repositories.make(tmp_path / "clones" / "corner__shelf")
+    base = repositories.commit(clone)
+    repositories.make(clone, {"shelf/ordering.py": REPAIRED, "shelf/fresh.py": "FRESH = True\n"})
+    repositories.commit(clone)
+    patch = repositories.git(clone, "diff", base, "HEAD")
+    repositories.make(clone, {"tests/test_hidden.py": HIDDEN})
+    repositories.commit(clone)
+    test_patch = repositories.git(clone, "diff", "HEAD~", "HEAD")
+    return {
+        "instance_id": "corner__shelf-1",
+        "repo": "corner/shelf",
+        "base_commit": base,
+        "problem_statement": "first_after cannot take None\n",
+        "patch": patch + "\n",
+        "test_patch": test_patch,  # some sets lack the last line's end
+        "FAIL_TO_PASS": [ID],
+        "PASS_TO_PASS": [],
+        "hints_text": "not read",
+    }
+
+
+def _read(tmp_path, *instances, **options):
+    path = tmp_path / "instances.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in instances))
+    folders = dict(repositories=str(tmp_path / "clones"), cache_dir=str(tmp_path / "cache"))
+    return swe_data.read(instances=str(path), **folders | options)
+
+
+def test_the_reference_repair_wins(tmp_path, instance):
+    found = _read(tmp_path, instance)
+    assert found.left_out == {}
+    (task,) = found.tasks
+    assert (task.name, task.objective) == ("corner__shelf-1", "first_after cannot take None")
+    assert task.params == {"family": "swe-data", "split": "corner/shelf", "task_type": "patch_1_8"}
+    assert swe_problem.load(task.file).tests == ("tests/test_hidden.py",)
+    env = swe.SweEnv(sandbox="none", intermediate_reward=True)
+    answers = [env.reset(task), *(env.step(command) for command in task.walkthrough)]
+    assert all(answer.info.valid_command for answer in answers)
+    assert answers[-1].info.won
+    edits = [a.info.intermediate_reward for c, a in zip(task.walkthrough, answers[1:]) if c.startswith(("edit", "insert", "create"))]
+    assert len(edits) == 4 and set(edits) == {1.0}
+    # The commit lies in the clone; what came after it, the hidden test with it, does not show.
+    env.reset(task)
+    assert env.step("find hidden").observation.startswith("There is no file")
+    assert env.step("submit").info.lost
+    env.close()
+
+
+def test_lists_may_be_texts_of_json(tmp_path, instance):
+    as_lists = _read(tmp_path, instance).tasks
+    as_texts = _read(tmp_path, instance | {"FAIL_TO_PASS": json.dumps([ID]), "PASS_TO_PASS": "[]"}).tasks
+    assert as_texts == as_lists
+
+
+def test_tests_that_are_changed_and_those_that_pass(tmp_path, instance):
+    """A test_patch that changes a file there is; its other tests must go on passing."""
+    clone = tmp_path / "clones" / "corner__shelf"
+    repositories.make(clone, {"tests/test_shelf.py": repositories.TESTS + HIDDEN.partition("\n\n")[2]})
+    test_patch = repositories.git(clone, "diff", instance["base_commit"], "--", "tests/test_shelf.py")
+    others = [*OTHERS, *FAIL_TO_PASS]
+    changed = {"test_patch": test_patch, "FAIL_TO_PASS": [ID.replace("hidden", "shelf")], "PASS_TO_PASS": others}
+    (task,) = _read(tmp_path, instance | changed).tasks
+    env = swe.SweEnv(sandbox="none")
+    env.reset(task)
+    assert [env.step(command) for command in task.walkthrough][-1].info.won
+    env.reset(task)
+    assert env.step(f"open shelf/ordering.py").info.valid_command
+    assert env.step(f"edit 1:18\n{BROKEN.replace('item is not None', 'True')}").info.valid_command
+    last = env.step("submit")
+    assert last.observation == "0 of 1 failing tests pass now, 1 others fail."
+    env.close()
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"repo": "no/where"}, "there is no clone at"),
+        ({"base_commit": "0" * 40}, "git ls-tree does not work"),
+        ({"patch": "--- a/shelf/text.py\n+++ b/shelf/text.py\n@@ -1,1 +1,1 @@\n-def f():\n+def g():\n"}, "its patch does not apply"),
+        ({"FAIL_TO_PASS": []}, "no test fails before the repair"),
+        ({"test_patch": ""}, "has no tests in Python"),
+    ],
+)
+def test_instances_that_cannot_be_played_are_left_out(tmp_path, instance, changes, reason):
+    found = _read(tmp_path, instance | changes | {"instance_id": "other"}, instance)
+    assert [task.name for task in found.tasks] == ["corner__shelf-1"]
+    assert reason in found.left_out["other"]
+
+
+def test_interpreters_by_name(tmp_path, instance):
+    own = tmp_path / "corner__shelf-3.1" / "python"
+    own.parent.mkdir()
+    own.symlink_to(sys.executable)
+    by_name = str(tmp_path / "{repo}-{version}" / "python")
+    found = _read(tmp_path, instance | {"version": "3.1"}, instance | {"instance_id": "other", "version": "4"}, python=by_name)
+    assert swe_problem.load(found.tasks[0].file).python == str(own)
+    assert found.left_out == {"other": f"there is no interpreter at {tmp_path}/corner__shelf-4/python"}
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("{", "line 1: expected a JSON object"),
+        ("3", "line 1: expected a JSON object"),
+        ('{"repo": "a/b"}', "an instance needs instance_id, base_commit"),
+    ],
+)
+def test_files_that_are_not_of_this_form(tmp_path, content, expected):
+    path = tmp_path / "instances.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=expected):
+        swe_data.read(instances=str(path), repositories=str(tmp_path), cache_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="cannot be read"):
+        swe_data.read(instances=str(tmp_path / "none"), repositories=str(tmp_path), cache_dir=str(tmp_path))
+
+
+def test_instances_twice(tmp_path, instance):
+    with pytest.raises(ValueError, match="holds instances twice: corner__shelf-1"):
+        _read(tmp_path, instance, instance)
+
+
+def test_as_a_split(tmp_path, instance):
+    others = [instance | {"instance_id": f"other-{number}", "problem_statement": f"{number}"} for number in range(3)]
+    lost = instance | {"instance_id": "lost", "repo": "no/where"}
+    _read(tmp_path, instance, *others, lost)
+    params = dict(family="swe-data", instances=str(tmp_path / "instances.jsonl"), repositories=str(tmp_path / "clones"))
+    arguments = dict(first=1, cache_dir=str(tmp_path / "cache"), num_workers=1)
+    one, two = (collect.tasks(params, seeds, **arguments) for seeds in (range(1, 3), range(3, 5)))
+    assert {task.name for task in one.tasks + two.tasks} == {"corner__shelf-1", "other-0", "other-1", "other-2"}
+    assert "1 instances left out, e.g. lost: there is no clone" in one.notices[0]
+    with pytest.raises(ValueError, match="there are 4 tasks, but the splits ask for 5"):
+        collect.tasks(params, range(1, 6), **arguments)
+    with pytest.raises(ValueError, match="swe-data needs the parameters instances, repositories"):
+        collect.tasks({"family": "swe-data"}, range(1), **arguments)
+    assert collect.environment(params) == "swe"
+    only = collect.tasks(params | {"repos": ("no/where",)}, range(1, 1), **arguments)
+    assert only.tasks == []
