@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from envs_host import alfworld_engine, swe, swe_problem, textworld_engine
+from envs_host import alfworld_engine, swe_problem, textworld_engine
 from envs_host.maker import PARTIAL
 from envs_host.processes import Child
 from envs_host.specs import Spec, forget_repositories
@@ -95,7 +95,6 @@ def generate(
     os.makedirs(cache_dir, exist_ok=True)
     _sweep(cache_dir, "*" + PARTIAL)
     _sweep(tempfile.gettempdir(), _SCRATCH + "*")
-    _sweep(tempfile.gettempdir(), swe.SCRATCH + "*")
     records = {spec: _load(spec, cache_dir) for spec in wanted}
     missing = [spec for spec in wanted if records[spec] is None]
     if missing:

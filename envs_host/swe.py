@@ -8,22 +8,14 @@ had passed. An empty submission earns nothing, unlike a share of all tests.
 """
 
 import os
-import shutil
 import tempfile
 
-from envs_host import swe_problem, swe_tests, swe_text, swe_workspace
+from envs_host import swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
 from envs_host.memory import verify
 from envs_host.swe_problem import Problem
 from envs_host.swe_text import Command, Refused
 from envs_host.swe_workspace import PathError, Workspace, split_lines
 from envs_host.types import GameFileError, Info, ResetResult, StepResult, Task
-
-SCRATCH = "jaxagentrl-swe-"  # Beginning of the names of the folders that episodes work in.
-
-
-def scratch() -> tempfile.TemporaryDirectory:
-    """A folder to run tests in, to be entered; what a killed process leaves of them is swept up later."""
-    return tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True)
 
 
 class SweEnv:
@@ -73,7 +65,7 @@ class SweEnv:
         self._sandbox, self._python = sandbox, python
         self._limits = swe_tests.Limits(test_limit_s, test_memory_mb)
         self._num_shown = window_lines
-        self._scratch: str | None = None  # Holds the folders of the live episode.
+        self._scratch: tempfile.TemporaryDirectory | None = None  # Holds the folders of the live episode.
         self._task: Task | None = None
         self._problem: Problem | None = None
         self._work: Workspace | None = None
@@ -91,7 +83,7 @@ class SweEnv:
         self.close()
         verify(task, swe_problem.digest)
         self._task, self._problem = task, swe_problem.load(task.file)
-        self._scratch = os.path.realpath(tempfile.mkdtemp(prefix=SCRATCH))
+        self._scratch = swe_scratch.folder()
         self._work = Workspace(self._laid_out("repository"))
         self._open, self._first, self._undo = None, 1, []
         observation = swe_text.found(self._work.entries("."), "file")
@@ -105,7 +97,6 @@ class SweEnv:
         """
         if self._work is None:
             raise RuntimeError("step was called without a live episode: call reset first.")
-        os.utime(self._scratch)  # It is in use: nobody sweeps it.
         try:
             command = swe_text.parse(text)
             if command.name == "submit":
@@ -122,12 +113,12 @@ class SweEnv:
     def close(self) -> None:
         """Ends the episode and removes its copy of the repository."""
         if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.cleanup()
         self._scratch = self._work = None
 
     def _laid_out(self, name: str) -> str:
         """A new copy of the repository as the episode begins."""
-        problem, folder = self._problem, os.path.join(self._scratch, name)
+        problem, folder = self._problem, os.path.join(self._scratch.name, name)
         if swe_workspace.lay_out(problem.repository, problem.commit, folder) != problem.tree:
             raise GameFileError(
                 f"the repository {problem.repository} is not what task {self._task.name} was recorded with: its "
@@ -172,7 +163,7 @@ class SweEnv:
         return swe_tests.run(
             folder,
             arguments,
-            scratch=self._scratch,
+            scratch=self._scratch.name,
             sandbox=self._sandbox,
             python=self._problem.python or self._python,
             limits=self._limits,
@@ -240,6 +231,13 @@ class SweEnv:
         self._open = self._work.name(command.words)
         return self._around(1)
 
+    def _deleted(self, command: Command) -> str:
+        path, text = self._work.name(command.words), self._work.read(command.words)
+        self._work.delete(path)
+        self._undo.append((path, text))
+        self._open = None if self._open == path else self._open
+        return f"{path} is deleted."
+
     def _undone(self, command: Command) -> str:
         if not self._undo:
             raise Refused("There is nothing to undo.")
@@ -306,6 +304,7 @@ _COMMANDS = {
     "edit": SweEnv._edited,
     "insert": SweEnv._edited,
     "create": SweEnv._created,
+    "delete": SweEnv._deleted,
     "undo": SweEnv._undone,
     "test": SweEnv._tested,
 }

@@ -217,11 +217,12 @@ def _size(solution: dict[str, str | None], files: dict[str, str | None]) -> str:
 
 
 def _walkthrough(solution: dict[str, str | None], files: dict[str, str | None]) -> tuple[str, ...]:
-    """The reference repair in an agent's commands; () if it deletes a file, for which there is none."""
+    """The reference repair in an agent's commands."""
     commands = []
     for path, text in solution.items():
         if text is None:
-            return ()
+            commands.append(f"delete {path}")
+            continue
         if files[path] is None:
             commands.append(f"create {path}\n{text}")
             continue

@@ -10,7 +10,7 @@ import json
 import os
 import random
 
-from envs_host import swe, swe_bugs, swe_problem, swe_tests, swe_workspace
+from envs_host import swe, swe_bugs, swe_problem, swe_scratch, swe_tests, swe_workspace
 from envs_host.specs import SetAside, Spec
 from envs_host.swe_problem import Problem
 from envs_host.swe_tests import TestRun
@@ -108,7 +108,7 @@ def _found(path: str) -> list[swe_bugs.Bug]:
 @functools.cache
 def _passing(repository: str, tests: tuple[str, ...], python: str | None) -> frozenset[str]:
     """The tests that pass as the repository stands; found once per process."""
-    with swe.scratch() as scratch:
+    with swe_scratch.folder() as scratch:
         folder = os.path.join(scratch, "repository")
         swe_workspace.lay_out(repository, None, folder)
         runs = [_run(folder, tests, python) for _ in range(2)]

@@ -20,7 +20,7 @@ open FILE [LINE]: shows a part of a file, around LINE
 down, up: the part after, the part before
 edit FIRST:LAST: puts the lines that follow in your message in the place of lines FIRST to LAST of the open file
 insert LINE: puts the lines that follow in your message after that line (0: before the first)
-create FILE: makes a file of the lines that follow in your message
+create FILE: makes a file of the lines that follow in your message; delete FILE
 undo: takes back the last edit
 test [FILE or ID]: runs the tests
 submit: ends the work; the tests decide"""
@@ -34,7 +34,7 @@ MAX_TRACEBACK = 40
 _FORMS = {
     "ls": ("may", "no"), "find": ("must", "no"), "search": ("must", "no"), "search_file": ("must", "no"),
     "open": ("must", "no"), "down": ("no", "no"), "up": ("no", "no"), "edit": ("must", "may"),
-    "insert": ("must", "must"), "create": ("must", "may"), "undo": ("no", "no"), "test": ("may", "no"),
+    "insert": ("must", "must"), "create": ("must", "may"), "delete": ("must", "no"), "undo": ("no", "no"), "test": ("may", "no"),
     "submit": ("no", "no"),
 }  # fmt: skip
 _FENCED = re.compile(r"```[\w-]*\n(.*?)\n?```", re.DOTALL)

@@ -203,8 +203,14 @@ class Workspace:
         return os.path.relpath(self._real(path), self.folder)
 
     def delete(self, path: str) -> None:
-        """Deletes a file that `write` has made."""
+        """Deletes a file.
+
+        Raises:
+            PathError: there is no such file, or it is no text.
+        """
+        text = self.read(path)
         os.remove(self._real(path))
+        self._before.setdefault(self.name(path), text)
 
     def text(self, path: str) -> str | None:
         """The text of a file; None if there is no such file, or it is no text."""

@@ -1,8 +1,11 @@
 """Repositories as an environment: what commands do, what is told, and that only a repair scores."""
 
 import dataclasses
+import functools
 import os
 import pathlib
+import subprocess
+import sys
 import time
 
 import psutil
@@ -14,6 +17,7 @@ from envs_host.pool import EnvPool
 from envs_host.types import EnvFailure, GameFileError, ResetResult, Task
 from tests import repositories
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 BROKEN = repositories.ORDERING.replace("value < low", "value <= low").replace("item > bound", "item >= bound")
 FAIL_TO_PASS = ("tests/test_shelf.py::TestFirstAfter::test_bound_is_not_after",)
 OTHERS = (
@@ -131,6 +135,7 @@ def test_hidden_tests_are_only_there_at_the_end(env, tmp_path):
         ("open shelf/__init__.py", "[shelf/__init__.py, empty]"),
         ("```\nls shelf\n```", "__init__.py\nordering.py\ntext.py"),
         ("create shelf/new.py\nONE = 1", "[shelf/new.py, lines 1 to 1 of 1]\n1:ONE = 1"),
+        ("delete shelf/text.py", "shelf/text.py is deleted."),
         ("test tests/test_shelf.py::test_shorten", "1 passed."),
     ],
 )  # fmt: skip
@@ -162,6 +167,7 @@ def test_what_commands_tell(env, tmp_path, command, expected):
         ("create shelf/text.py\nx", "There is a file shelf/text.py: open it."),
         ("create shelf/text.py/below.py\nx = 1", "shelf/text.py/below.py cannot be written: a part of its path is a file."),
         ("create shelf/wrong.py\ndef f(:", "The edit was not made: it would be a syntax error in line 1"),
+        ("delete shelf", "There is no file shelf."),
         ("test -p no:python", "test takes a file, a folder or the id of a test, and no options."),
         ("test nowhere.py::test_a", "There is no file nowhere.py."),
         ("test ../x", "../x is not a path in the repository."),
@@ -205,6 +211,22 @@ def test_edits(env, tmp_path):
     assert told[9] == told[2]
     assert told[10] == told[1]
     assert told[11] == "There is nothing to undo."
+
+
+def test_files_come_and_go(env, tmp_path):
+    commands = ("create shelf/new.py\nONE = 1", "undo", "delete shelf/text.py", "undo", "delete shelf/text.py", "create shelf/text.py", "submit")
+    answers = _play(env, _task(tmp_path), *commands)
+    assert [answer.observation for answer in answers[2:6]] == [
+        "shelf/new.py is deleted.",
+        "shelf/text.py is deleted.",
+        '[shelf/text.py, lines 1 to 4 of 4]\n1:def shorten(text, width):\n2:    if len(text) <= width:\n'
+        '3:        return text\n4:    return text[: width - 1] + "…"',
+        "shelf/text.py is deleted.",
+    ]
+    assert answers[-1].observation == "0 of 1 failing tests pass now, 1 others fail."
+    assert _play(env, _task(tmp_path), *REPAIR, "delete shelf/text.py", "submit")[-1].observation == (
+        "0 of 1 failing tests pass now, 7 others fail."  # the tests cannot be imported
+    )
 
 
 def test_a_window_moves(env, tmp_path):
@@ -298,16 +320,35 @@ def test_a_sandbox_that_is_not_there(monkeypatch):
 def test_an_episode_leaves_nothing_behind(env, tmp_path):
     task = _task(tmp_path)
     env.reset(task)
-    folder = pathlib.Path(env._scratch)
+    folder = pathlib.Path(env._scratch.name)
     assert (folder / "repository" / "shelf" / "ordering.py").read_text() == BROKEN
     env.reset(task)
     assert not folder.exists()
-    folder = pathlib.Path(env._scratch)
+    folder = pathlib.Path(env._scratch.name)
     env.close()
     env.close()
     assert not folder.exists()
     # The repository itself is never written to.
     assert (tmp_path / "shelf" / "shelf" / "ordering.py").read_text() == repositories.ORDERING
+
+
+def test_what_a_killed_process_leaves_is_cleared_up(tmp_path):
+    """By the next one, once it is a minute old; what a live process has stays."""
+    live = "import sys, time; from envs_host import swe_scratch; f = swe_scratch.folder(); print(f.name, flush=True); time.sleep(60)"
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    start = functools.partial(subprocess.Popen, [sys.executable, "-c", live], env=environment, stdout=subprocess.PIPE, text=True)
+    with start() as killed, start() as alive:
+        folders = [pathlib.Path(process.stdout.readline().strip()) for process in (killed, alive)]
+        killed.kill()
+        killed.wait()
+        for folder in folders:
+            os.utime(folder.parent, (time.time() - 100,) * 2)
+        with start() as third:
+            own = pathlib.Path(third.stdout.readline().strip())
+            assert [folder.exists() for folder in (*folders, own)] == [False, True, True]
+            assert not folders[0].parent.exists()
+            third.kill()
+        alive.kill()
 
 
 def test_a_repository_that_has_changed_is_noticed(env, tmp_path):

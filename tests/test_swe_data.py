@@ -29,6 +29,7 @@ def instance(tmp_path):
     clone = repositories.make(tmp_path / "clones" / "corner__shelf")
     base = repositories.commit(clone)
     repositories.make(clone, {"shelf/ordering.py": REPAIRED, "shelf/fresh.py": "FRESH = True\n"})
+    (clone / "README.md").unlink()
     repositories.commit(clone)
     patch = repositories.git(clone, "diff", base, "HEAD")
     repositories.make(clone, {"tests/test_hidden.py": HIDDEN})
@@ -65,8 +66,8 @@ def test_the_reference_repair_wins(tmp_path, instance):
     answers = [env.reset(task), *(env.step(command) for command in task.walkthrough)]
     assert all(answer.info.valid_command for answer in answers)
     assert answers[-1].info.won
-    edits = [a.info.intermediate_reward for c, a in zip(task.walkthrough, answers[1:]) if c.startswith(("edit", "insert", "create"))]
-    assert len(edits) == 4 and set(edits) == {1.0}
+    edits = [a.info.intermediate_reward for c, a in zip(task.walkthrough, answers[1:]) if c.startswith(("edit", "insert", "create", "delete"))]
+    assert len(edits) == 5 and set(edits) == {1.0}
     # The commit lies in the clone; what came after it, the hidden test with it, does not show.
     env.reset(task)
     assert env.step("find hidden").observation.startswith("There is no file")

@@ -1,0 +1,56 @@
+"""Folders that episodes work in, and what becomes of them when their process is killed.
+
+A process has one folder for all of its own, and holds a lock in it for as long as it lives: whoever can
+take the lock knows that the process is dead, whatever ended it, and clears up. The first that is asked for
+in a process does so, and a worker that is killed is replaced by one that plays its episodes again: copies
+of large repositories do not pile up.
+"""
+
+import atexit
+import fcntl
+import functools
+import glob
+import os
+import shutil
+import tempfile
+import time
+
+_PREFIX = "jaxagentrl-swe-"
+_LOCK = "lock"
+_YOUNG_S = 60.0  # Between its making and its lock a folder is nobody's.
+
+
+def folder() -> tempfile.TemporaryDirectory:
+    """A folder of its own, without links in its path; to be entered, or cleaned up."""
+    return tempfile.TemporaryDirectory(dir=_root(), ignore_cleanup_errors=True)
+
+
+@functools.cache
+def _root() -> str:
+    """This process's folder."""
+    parent = os.path.realpath(tempfile.gettempdir())
+    for other in glob.glob(os.path.join(glob.escape(parent), _PREFIX + "*")):
+        _clear_if_dead(other)
+    root = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
+    # Held to the end of the process, and by no child: descriptors are not inherited.
+    descriptor = os.open(os.path.join(root, _LOCK), os.O_CREAT | os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
+def _clear_if_dead(root: str) -> None:
+    try:
+        if time.time() - os.stat(root).st_mtime < _YOUNG_S:
+            return
+        descriptor = os.open(os.path.join(root, _LOCK), os.O_CREAT | os.O_RDWR)
+    except OSError:
+        return  # Another process was faster, or it is somebody else's.
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    else:
+        shutil.rmtree(root, ignore_errors=True)
+    finally:
+        os.close(descriptor)
