@@ -68,8 +68,12 @@ def tasks(
             reason = next(iter(report.reasons.values()))
             notices = [f"{report.set_aside} of {len(made)} games set aside, e.g.: {reason}"]
         return Collection(report.tasks, notices)
-    read = _alfworld if params["family"] == alfworld_data.FAMILY else _swe
-    found = read({key: value for key, value in params.items() if key != "family"}, cache_dir)
+    options = {key: value for key, value in params.items() if key != "family"}
+    found = (
+        _alfworld(options, cache_dir)
+        if params["family"] == alfworld_data.FAMILY
+        else _swe(options, cache_dir, num_workers)
+    )
     order = random.Random(_ORDER_SEED).sample(found.tasks, len(found.tasks))
     chosen = order[seeds.start - first : seeds.stop - first]
     if len(chosen) < len(seeds):
@@ -88,10 +92,10 @@ def _alfworld(options: dict[str, Any], cache_dir: str) -> Collection:
     return Collection(found.tasks, [f"{count} games left out: damaged" for count in damaged])
 
 
-def _swe(options: dict[str, Any], cache_dir: str) -> Collection:
+def _swe(options: dict[str, Any], cache_dir: str, num_workers: int | None) -> Collection:
     """All instances that can be played."""
-    _check(swe_data.FAMILY, options, ("instances", "repositories"), ("python", "repos"))
-    found = swe_data.read(cache_dir=cache_dir, **options)
+    _check(swe_data.FAMILY, options, ("instances", "repositories"), ("python", "repos", "test_limit_s"))
+    found = swe_data.read(cache_dir=cache_dir, num_workers=num_workers, **options)
     reasons = list(found.left_out.items())
     notices = [f"{len(reasons)} instances left out, e.g. {reasons[0][0]}: {reasons[0][1]}"] if reasons else []
     return Collection(found.tasks, notices)

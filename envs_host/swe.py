@@ -155,6 +155,7 @@ class SweEnv:
         broken = sum(test not in run.passed for test in problem.pass_to_pass)
         score = 0.0 if broken else self._task.max_score * repaired / len(problem.fail_to_pass)
         observation = f"{repaired} of {len(problem.fail_to_pass)} failing tests pass now, {broken} others fail."
+        observation = f"{run.problem}\n{observation}" if run.problem else observation
         info = self._info("submit", valid=True, score=score, ended=True)
         self.close()
         return StepResult(observation, score, True, False, info)

@@ -6,7 +6,8 @@
 
 No image of a container is needed, and none is used: what a repository takes to run its tests is installed
 by you, into an interpreter that `python` names, with `{repo}` (as <owner>__<name>), `{instance_id}` and
-`{version}` in it where these differ. `tools/env_doctor.py` plays the reference repairs and tells which win.
+`{version}` in it where these differ. Each reference repair is played once, and what came of it is kept in the
+cache: an instance that it does not repair here can neither be demonstrated nor trusted to be solvable.
 """
 
 import collections
@@ -18,9 +19,11 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent import futures
 from typing import Any
 
-from envs_host import swe_problem, swe_workspace
+from envs_host import swe, swe_problem, swe_tests, swe_workspace
+from envs_host.games import Progress
 from envs_host.swe_problem import Problem
 from envs_host.swe_workspace import split_lines
 from envs_host.types import GameFileError, Task
@@ -56,8 +59,12 @@ def read(
     cache_dir: str,
     python: str | None = None,
     repos: Sequence[str] = (),
+    test_limit_s: float = 600.0,
+    num_workers: int | None = None,
+    progress: bool = True,
 ) -> DataReport:
-    """Reads instances and writes their task files into the cache.
+    """Reads instances, writes their task files into the cache, and plays the reference repairs that were not
+    played before.
 
     Args:
         instances: the file; may start with "~", as all paths here.
@@ -65,6 +72,9 @@ def read(
         cache_dir: made if need be.
         python: interpreter of the tests, see the top of this file; None for that of the environment.
         repos: which to return, e.g. ("getmoto/moto",); by default all.
+        test_limit_s: seconds that the tests may take with the reference repair.
+        num_workers: how many are played at a time; by default as many as this process may use cores.
+        progress: show a progress bar if some must be played.
 
     Raises:
         ValueError: the file is missing or not in this form.
@@ -79,7 +89,59 @@ def read(
             tasks.append(_task(instance, os.path.expanduser(repositories), python, folder))
         except Unusable as reason:
             left_out[instance["instance_id"]] = str(reason)
-    return DataReport(tasks, left_out)
+    failing = _checked(tasks, test_limit_s, num_workers, progress)
+    return DataReport([task for task in tasks if task.name not in failing], left_out | failing)
+
+
+def _checked(tasks: list[Task], test_limit_s: float, num_workers: int | None, progress: bool) -> dict[str, str]:
+    """Of the tasks whose reference repair does not win: name -> why."""
+    told = {task.name: _told(task) for task in tasks}
+    new = [task for task in tasks if told[task.name] is None]
+    if new:
+        # Threads wait for processes here: tests run in their own.
+        with (
+            Progress("Playing reference repairs", len(new), progress) as advance,
+            futures.ThreadPoolExecutor(num_workers or len(os.sched_getaffinity(0))) as pool,
+        ):
+            for task, complaint in zip(new, pool.map(lambda task: _played(task, test_limit_s), new)):
+                told[task.name] = complaint
+                advance()
+    return {
+        task.name: f"its reference repair does not win here: {told[task.name]} (to have it played again, delete "
+        f"{_record(task)})"
+        for task in tasks
+        if told[task.name]
+    }
+
+
+def _record(task: Task) -> str:
+    return task.file.removesuffix(".swe.json") + ".checked.json"
+
+
+def _told(task: Task) -> str | None:
+    """What came of the reference repair: "" for a win; None if it was not played yet."""
+    try:
+        with open(_record(task), encoding="utf-8") as file:
+            return json.load(file)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _played(task: Task, test_limit_s: float) -> str:
+    """Plays the reference repair; returns what is wrong with it, and keeps that."""
+    env = swe.SweEnv(sandbox=swe_tests.safest_sandbox(), test_limit_s=test_limit_s)
+    try:
+        env.reset(task)
+        for command in task.walkthrough:
+            answer = env.step(command)
+    finally:
+        env.close()
+    complaint = "" if answer.info.won else answer.observation
+    partial = f"{_record(task)}.{os.getpid()}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(complaint, file)
+    os.replace(partial, _record(task))
+    return complaint
 
 
 def _instances(path: str) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ that summary could; code that merely exits, or prints, cannot.
 import functools
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -141,22 +140,16 @@ def run(
 
 def _call(command: list[str], folder: str, environment: dict[str, str], limits: Limits) -> tuple[str, bool]:
     """What a command printed, and whether it ended in time."""
-
-    def limited() -> None:
-        size = limits.memory_mb << 20
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_FILE_BYTES, _MAX_FILE_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
+    # Units of 1,024 and of 512 bytes, as POSIX has them.
+    limited = f'ulimit -c 0; ulimit -v {limits.memory_mb << 10}; ulimit -f {_MAX_FILE_BYTES >> 9}; exec "$@"'
     # In the worker's own group: what kills the worker kills the tests.
     with subprocess.Popen(
-        command,
+        ["sh", "-c", limited, "sh", *command],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        preexec_fn=limited,
     ) as process:
         try:
             printed, _ = process.communicate(timeout=limits.seconds)

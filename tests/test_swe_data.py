@@ -1,16 +1,25 @@
 """Instances in SWE-Gym's form, on a clone made here: what is read, what is left out, and that repairs win."""
 
 import json
+import pathlib
 import sys
 
 import pytest
 
-from envs_host import collect, swe, swe_data, swe_problem
+from envs_host import collect, swe, swe_data, swe_problem, swe_tests
 from tests import repositories
 from tests.test_swe import BROKEN, FAIL_TO_PASS, OTHERS
 
 HIDDEN = '''\
+import pytest
+
 from shelf import ordering
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_always(number):
+    pass
+
 
 
 def test_none_is_skipped():
@@ -73,6 +82,22 @@ def test_the_reference_repair_wins(tmp_path, instance):
     assert env.step("find hidden").observation.startswith("There is no file")
     assert env.step("submit").info.lost
     env.close()
+
+
+def test_reference_repairs_that_do_not_win_are_left_out(tmp_path, instance, monkeypatch):
+    lost = instance | {"instance_id": "lost", "PASS_TO_PASS": ["tests/test_hidden.py::test_none"]}
+    slow = instance | {"instance_id": "slow", "test_patch": instance["test_patch"].replace("    pass", "    import time; time.sleep(9)")}
+    found = _read(tmp_path, instance, lost, slow, test_limit_s=3.0)
+    assert [task.name for task in found.tasks] == ["corner__shelf-1"]
+    assert "1 of 1 failing tests pass now, 1 others fail." in found.left_out["lost"]
+    assert "The tests took longer than 3 s." in found.left_out["slow"]
+    # Nobody plays them again, until the record is deleted.
+    monkeypatch.setattr(swe_tests, "run", None)
+    assert _read(tmp_path, instance, lost, slow) == found
+    path = found.left_out["lost"].rpartition("delete ")[2].removesuffix(")")
+    monkeypatch.undo()
+    pathlib.Path(path).write_text('""')
+    assert [task.name for task in _read(tmp_path, instance, lost).tasks] == ["corner__shelf-1", "lost"]
 
 
 def test_lists_may_be_texts_of_json(tmp_path, instance):
