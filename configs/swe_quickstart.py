@@ -20,8 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
         params=dict(
             family="swe-bugs",
             repository="repositories/toolz-1.0.0",
-            files="toolz/itertoolz.py",
-            tests="toolz/tests/test_itertoolz.py",
+            files="toolz/[dfi]*.py",  # dicttoolz, functoolz, itertoolz
+            tests="toolz/tests",
             expert="direct",
         ),
         cache_dir="~/.cache/jaxagentrl/swe",
@@ -29,8 +29,8 @@ def get_config() -> ml_collections.ConfigDict:
         num_workers=2,
     )
     config.namings = dict(demo=1, train=1)
-    config.splits = dict(demo=(40_001, 150), train=(50_001, 100), test=(1, 100))
-    config.tokenizer.update(vocab_size=1024, names="whole", phrases=True, lexicon=())
+    config.splits = dict(demo=(40_001, 600), train=(50_001, 300), test=(1, 120))
+    config.tokenizer.update(vocab_size=1536, names="whole", phrases=True, lexicon=())
     config.model.update(num_layers=4)
     config.sampling.update(
         num_slots=64,
@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.rollout.update(max_turns=6, max_refusals=None)
     config.reward.update(kind="intermediate", intermediate_scale=0.25)
     config.learner.update(length_buckets=(320, 480, 640), tokens_per_part=2560, tree_length=0)
-    config.sft.update(num_steps=300, target_loss=None, observation_weight=0.5, log_every=20, save_every=100)
-    config.rl.update(num_iterations=30, tasks_per_iteration=8, group_size=8, eval_every=10, save_every=10)
-    config.rl.optimizer.update(warmup_steps=5, decay_steps=30)
+    config.sft.update(num_steps=600, target_loss=0.08, observation_weight=0.5, log_every=20, save_every=100)
+    config.rl.update(num_iterations=20, tasks_per_iteration=16, group_size=8, eval_every=10, save_every=10)
+    config.rl.optimizer.update(learning_rate=3e-4, warmup_steps=3, decay_steps=20)
     return config

@@ -18,6 +18,7 @@ from envs_host.types import Task
 
 MAX_TRIES = 10  # Mistakes that are tried for a seed, until the tests notice one.
 _MAX_NAMED = 3
+_WINNING: set[str] = set()  # Digests of the tasks whose walkthrough was played here, and won.
 
 
 def prepare() -> None:
@@ -38,27 +39,18 @@ def build(spec: Spec, problem_path: str, description_path: str) -> Task:
     bugs = _bugs(repository, params["files"])
     passing = _passing(repository, tests, python)
     rng = random.Random(spec.seed)
-    folder = os.path.join(os.path.dirname(problem_path), "repository")
-    tree = swe_workspace.lay_out(repository, None, folder)
     for path, bug in rng.sample(bugs, min(MAX_TRIES, len(bugs))):
-        with open(os.path.join(folder, path), encoding="utf-8", newline="") as file:
-            source = file.read()
-        if not swe_bugs.is_program(source, bug):
-            continue
-        broken = swe_bugs.plant(source, bug)
-        swe_workspace.write(folder, {path: broken})
-        run = _run(folder, tests, python)
-        swe_workspace.write(folder, {path: source})
-        noticed = sorted(set(run.failed) & passing)
-        if not run.problem and noticed:
+        run, tree = _with(repository, path, bug, tests, python)
+        if noticed := sorted(set(run.failed) & passing):
             break
     else:
         raise SetAside(f"no test notices the mistakes that were tried ({MAX_TRIES} of {len(bugs)})")
+    source = _read(os.path.join(repository, path))
     problem = Problem(
         repository=repository,
         commit=None,
         tree=tree,
-        changed={path: broken},
+        changed={path: swe_bugs.plant(source, bug)},
         solution={path: source},
         hidden={},
         tests=tests,
@@ -81,7 +73,9 @@ def build(spec: Spec, problem_path: str, description_path: str) -> Task:
         max_score=1.0,
         walkthrough=_walkthrough(path, bug, noticed[0], params["expert"]),
     )
-    _play_through(task)
+    if task.digest not in _WINNING:
+        _play_through(task)
+        _WINNING.add(task.digest)
     return task
 
 
@@ -98,11 +92,30 @@ def _bugs(repository: str, form: str) -> list[tuple[str, swe_bugs.Bug]]:
 
 @functools.cache
 def _found(path: str) -> list[swe_bugs.Bug]:
+    try:
+        return swe_bugs.find(_read(path))
+    except (SyntaxError, UnicodeDecodeError):
+        return []  # for another Python, or a test's exhibit
+
+
+def _read(path: str) -> str:
     with open(path, encoding="utf-8", newline="") as file:
-        try:
-            return swe_bugs.find(file.read())
-        except (SyntaxError, UnicodeDecodeError):
-            return []  # for another Python, or a test's exhibit
+        return file.read()
+
+
+@functools.cache
+def _with(
+    repository: str, path: str, bug: swe_bugs.Bug, tests: tuple[str, ...], python: str | None
+) -> tuple[TestRun, str]:
+    """What the tests find with a mistake, and the tree of the repository without it. Seeds often meet the same one."""
+    source = _read(os.path.join(repository, path))
+    if not swe_bugs.is_program(source, bug):
+        return TestRun(frozenset(), {}, "no program", ""), ""
+    with swe_scratch.folder() as scratch:
+        folder = os.path.join(scratch, "repository")
+        tree = swe_workspace.lay_out(repository, None, folder)
+        swe_workspace.write(folder, {path: swe_bugs.plant(source, bug)})
+        return _run(folder, tests, python), tree
 
 
 @functools.cache

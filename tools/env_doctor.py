@@ -37,7 +37,7 @@ _PARAMS = {
                   "theme": "basic"},
     "alfworld": {"family": "alfworld", "split": "valid_unseen"},
 }
-_VERSIONS = {"textworld": ("textworld", "jericho"), "alfworld": ("alfworld",)}
+_VERSIONS = {"textworld": ("textworld", "jericho"), "alfworld": ("alfworld",), "swe": ("pytest",)}
 
 
 @dataclasses.dataclass
@@ -112,7 +112,7 @@ def _tasks(args: argparse.Namespace, cache_dir: str) -> list[Task]:
     else:
         params = args.params or _PARAMS.get(args.env)
         if params is None:
-            sys.exit(f"there are no games known for {args.env!r}: name some by --tasks=<file>")
+            sys.exit(f"there are no games known for {args.env!r}: describe some by --params, or name some by --tasks=<file>")
         seeds = range(_SEED, _SEED + args.num_tasks)
         found = collect.tasks(
             params, seeds, first=_SEED, cache_dir=cache_dir, num_workers=None).tasks
