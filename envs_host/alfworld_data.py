@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from envs_host import alfworld_engine, alfworld_experts
+from envs_host import alfworld_engine, alfworld_experts, arrival
 from envs_host.games import Progress
 from envs_host.specs import TASK_TYPES
 from envs_host.types import GameFileError, Task
@@ -101,10 +101,7 @@ def read(
                 f"it is not ALFWorld's data, or the download is not complete; {_DOWNLOAD}."
             )
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = f"{path}.{os.getpid()}.partial"
-        with open(partial, "w") as file:
-            json.dump(manifest, file)
-        os.replace(partial, path)
+        arrival.write_json(manifest, path)
     tasks = [Task.from_json(task) for task in manifest["tasks"]]
     left_out = collections.Counter(manifest["left_out"])
     kept = [task for task in tasks if task.params["task_type"] in task_types]

@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from envs_host import alfworld_engine, swe_problem, textworld_engine
-from envs_host.maker import PARTIAL
+from envs_host.arrival import PARTIAL
 from envs_host.processes import Child
 from envs_host.specs import Spec, forget_repositories
 from envs_host.types import GameFileError, Task
@@ -126,7 +126,8 @@ def _sweep(directory: str, pattern: str) -> None:
         if os.path.isdir(path):
             shutil.rmtree(path, ignore_errors=True)
         else:
-            with contextlib.suppress(FileNotFoundError):
+            # Gone by now, or somebody else's: folders of temporary files are shared.
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 os.remove(path)
 
 

@@ -4,14 +4,12 @@ import hashlib
 import importlib
 import json
 import os
-import shutil
 import tempfile
 from multiprocessing.connection import Connection
 from typing import Any
 
+from envs_host import arrival
 from envs_host.specs import SetAside, Spec
-
-PARTIAL = ".partial"  # Ending of a file on its way into the cache.
 
 # Each has `prepare()`, once per process, and `build(spec, game path, description path) -> Task`,
 # which raises `SetAside`. Imported when first needed: each needs its own library.
@@ -65,7 +63,4 @@ def _make(build: Any, spec: Spec, cache_dir: str, folder: str) -> None:
         json.dump(record, record_file)
     for source, destination in zip(built, paths):
         if os.path.exists(source) and (record["task"] is not None or source == built[2]):
-            # The scratch folder may be on another disk, where a move is not atomic.
-            partial = f"{destination}.{os.getpid()}{PARTIAL}"
-            shutil.move(source, partial)
-            os.replace(partial, destination)
+            arrival.move(source, destination)

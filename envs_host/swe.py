@@ -276,10 +276,11 @@ class SweEnv:
         if path.endswith(".py"):
             try:
                 compile(text, path, "exec", dont_inherit=True)
-            except (SyntaxError, ValueError) as error:
-                where = f" in line {error.lineno}" if isinstance(error, SyntaxError) else ""
-                what = error.msg if isinstance(error, SyntaxError) else error
-                raise Refused(f"The edit was not made: it would be a syntax error{where} ({what}).") from None
+            except SyntaxError as error:
+                where = f"in line {error.lineno} ({error.msg})"
+                raise Refused(f"The edit was not made: it would be a syntax error {where}.") from None
+            except (ValueError, RecursionError, MemoryError) as error:  # null bytes; brackets without end
+                raise Refused(f"The edit was not made: Python cannot read it ({error}).") from None
         before = self._work.text(path)
         self._work.write(path, text)
         self._undo.append((self._work.name(path), before))

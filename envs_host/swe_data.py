@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
 
-from envs_host import swe, swe_problem, swe_tests, swe_workspace
+from envs_host import arrival, swe, swe_problem, swe_tests, swe_workspace
 from envs_host.games import Progress
 from envs_host.swe_problem import Problem
 from envs_host.swe_workspace import split_lines
@@ -137,10 +137,7 @@ def _played(task: Task, test_limit_s: float) -> str:
     finally:
         env.close()
     complaint = "" if answer.info.won else answer.observation
-    partial = f"{_record(task)}.{os.getpid()}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(complaint, file)
-    os.replace(partial, _record(task))
+    arrival.write_json(complaint, _record(task))
     return complaint
 
 
@@ -206,9 +203,7 @@ def _task(instance: dict[str, Any], repositories: str, python: str | None, cache
     content = json.dumps([dataclasses.asdict(problem), instance["problem_statement"]], sort_keys=True)
     path = os.path.join(cache_dir, hashlib.sha256(content.encode()).hexdigest()[:24] + ".swe.json")
     if not os.path.exists(path):
-        partial = f"{path}.{os.getpid()}.partial"
-        swe_problem.save(problem, partial)
-        os.replace(partial, path)
+        swe_problem.save(problem, path)
     digest = swe_problem.digest(path)
     return Task(
         env="swe",

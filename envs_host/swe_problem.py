@@ -9,6 +9,7 @@ import hashlib
 import json
 from typing import Any
 
+from envs_host import arrival
 from envs_host.types import GameFileError
 
 _FORMAT = 1
@@ -44,8 +45,8 @@ class Problem:
 
 
 def save(problem: Problem, path: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump({"format": _FORMAT, **dataclasses.asdict(problem)}, file, indent=1)
+    """Writes the task file, whole or not at all."""
+    arrival.write_json({"format": _FORMAT, **dataclasses.asdict(problem)}, path)
 
 
 def load(path: str) -> Problem:

@@ -124,8 +124,11 @@ def split_lines(text: str) -> list[str]:
 
 def differences(old: list[str], new: list[str]) -> list[tuple[int, int, int, int]]:
     """Where two lists of lines differ: (i, k, j, m) for old[i:k] in whose place new[j:m] stands."""
-    blocks = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
-    return [tuple(places) for tag, *places in blocks if tag != "equal"]
+    # What they begin and end with alike is most of a file, and blank lines in it would be compared in pairs.
+    begin = len(os.path.commonprefix([old, new]))
+    end = len(os.path.commonprefix([old[begin:][::-1], new[begin:][::-1]]))
+    middle = difflib.SequenceMatcher(None, old[begin : len(old) - end], new[begin : len(new) - end], autojunk=False)
+    return [tuple(begin + place for place in places) for tag, *places in middle.get_opcodes() if tag != "equal"]
 
 
 def is_test(path: str) -> bool:

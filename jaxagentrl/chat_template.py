@@ -108,7 +108,7 @@ def _with_fixed_day(template: str, date: str) -> str:
         return template
     try:
         day = datetime.datetime.strptime(date, _DAY_FORMAT)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"chat.make: date_string is {date!r}, but the chat template formats a day by itself: "
             f"write it as {_DAY!r} (prompt.template_options)."

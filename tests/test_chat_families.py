@@ -221,6 +221,8 @@ def test_templates_that_ask_for_today_get_the_same_day(folders):
     assert "It is 2026-01-01." in other.before_first
     with pytest.raises(ValueError, match="date_string is '2026-01-01'.* write it as '26 Jul 2024'"):
         chat.make(loaded, template_options={"date_string": "2026-01-01"})
+    with pytest.raises(ValueError, match="date_string is 5, but"):
+        chat.make(loaded, template_options={"date_string": 5})
     chat.make(tokenizer.load(folders["qwen3"]), template_options={"date_string": "2026-01-01"})
     with pytest.raises(chat.TemplateError, match="from day to day"):
         chat.make(asking("strftime_now(form)"))

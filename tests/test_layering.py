@@ -16,6 +16,7 @@ envs_host.types
 envs_host.processes
 envs_host.swe_workspace
 envs_host.swe_bugs
+envs_host.arrival
 envs_host.swe_scratch
 envs_host.swe_tests
 envs_host.swe_text

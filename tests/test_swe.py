@@ -168,6 +168,8 @@ def test_what_commands_tell(env, tmp_path, command, expected):
         ("create shelf/text.py/below.py\nx = 1", "shelf/text.py/below.py cannot be written: a part of its path is a file."),
         ("create shelf/wrong.py\ndef f(:", "The edit was not made: it would be a syntax error in line 1"),
         ("delete shelf", "There is no file shelf."),
+        ("create deep.py\n" + "-" * 100_000 + "1", "The edit was not made: Python cannot read it"),
+        ("create null.py\nx = 1\0", "The edit was not made: "),
         ("test -p no:python", "test takes a file, a folder or the id of a test, and no options."),
         ("test nowhere.py::test_a", "There is no file nowhere.py."),
         ("test ../x", "../x is not a path in the repository."),
@@ -233,6 +235,14 @@ def test_a_window_moves(env, tmp_path):
     answers = _play(env, _task(tmp_path), "open shelf/ordering.py", "down", "down", "down", "up", "open shelf/ordering.py 12")
     heads = [answer.observation.splitlines()[0] for answer in answers[1:]]
     assert heads == [f"[shelf/ordering.py, lines {first} to {first + 7} of 18]" for first in (1, 9, 11, 11, 3, 10)]
+
+
+def test_differences():
+    assert swe_workspace.differences(list("abcde"), list("abXde")) == [(2, 3, 2, 3)]
+    assert swe_workspace.differences(list("aaa"), list("aa")) == [(2, 3, 2, 2)]
+    assert swe_workspace.differences([], list("ab")) == [(0, 0, 0, 2)]
+    assert swe_workspace.differences(list("abcabc"), list("XbcabY")) == [(0, 1, 0, 1), (5, 6, 5, 6)]
+    assert swe_workspace.differences(list("ab"), list("ab")) == []
 
 
 def test_long_lines_and_many_hits_are_cut(env, tmp_path):

@@ -118,7 +118,7 @@ def test_tests_that_are_changed_and_those_that_pass(tmp_path, instance):
     env.reset(task)
     assert [env.step(command) for command in task.walkthrough][-1].info.won
     env.reset(task)
-    assert env.step(f"open shelf/ordering.py").info.valid_command
+    assert env.step("open shelf/ordering.py").info.valid_command
     assert env.step(f"edit 1:18\n{BROKEN.replace('item is not None', 'True')}").info.valid_command
     last = env.step("submit")
     assert last.observation == "0 of 1 failing tests pass now, 1 others fail."
