@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_workers=2,
     )
     config.namings = dict(demo=1, train=1)
-    config.splits = dict(demo=(40_001, 600), train=(50_001, 300), test=(1, 120))
+    config.splits = dict(demo=(0, 280), train=(280, 160), test=(440, 124))
     config.tokenizer.update(vocab_size=1536, names="whole", phrases=True, lexicon=())
     config.model.update(num_layers=4)
     config.sampling.update(

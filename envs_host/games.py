@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -40,6 +41,7 @@ _DIGEST = {
 }
 _SCRATCH = "jaxagentrl-games-"
 _STALE_S = 3600.0
+_LINE_EVERY_S = 10.0
 
 
 class GenerationError(RuntimeError):
@@ -186,7 +188,8 @@ def _generate_in_processes(specs: list[Spec], cache_dir: str, num_workers: int) 
 
 
 class Progress:
-    """A progress bar, or nothing; entering it gives a function to call per game."""
+    """A progress bar, a line now and then where there is no terminal, or nothing; entering it gives a function to
+    call per game."""
 
     def __init__(self, what: str, total: int, show: bool):
         self._what = what
@@ -200,17 +203,34 @@ class Progress:
         from rich import console as rich_console
         from rich import progress as rich_progress
 
+        console = rich_console.Console(stderr=True)
+        if not console.is_terminal:
+            return self._lines()
         self._bar = rich_progress.Progress(
             rich_progress.TextColumn(self._what),
             rich_progress.BarColumn(),
             rich_progress.MofNCompleteColumn(),
             rich_progress.TimeElapsedColumn(),
             rich_progress.TimeRemainingColumn(),
-            console=rich_console.Console(stderr=True),
+            console=console,
         )
         self._bar.start()
         row = self._bar.add_task("games", total=self._total)
         return lambda: self._bar.advance(row)
+
+    def _lines(self):
+        """Prints how far it is, now and then and at the end."""
+        count, began = 0, time.monotonic()
+        told = began
+
+        def advance() -> None:
+            nonlocal count, told
+            count, now = count + 1, time.monotonic()
+            if count == self._total or now - told >= _LINE_EVERY_S:
+                told = now
+                print(f"{self._what}: {count}/{self._total}, {now - began:.0f} s", file=sys.stderr, flush=True)
+
+        return advance
 
     def __exit__(self, *_):
         if self._bar is not None:

@@ -1,7 +1,9 @@
 """The making of a task from a repository: plant a mistake that its tests notice. See maker.py.
 
-The tests are run twice as the repository stands, and those that pass both times count. A mistake counts
-if some of them fail with it and the reference repair, played as an agent would, makes all pass again.
+All mistakes that can be planted in the files are shuffled once, and seeds are numbers among them, modulo how
+many there are: as many seeds in a row give as many different tasks. The tests are run twice as the repository
+stands, and those that pass both times count. A mistake counts if some of them fail with it and the reference
+repair, played as an agent would, makes all pass again.
 """
 
 import fnmatch
@@ -16,9 +18,8 @@ from envs_host.swe_problem import Problem
 from envs_host.swe_tests import TestRun
 from envs_host.types import Task
 
-MAX_TRIES = 10  # Mistakes that are tried for a seed, until the tests notice one.
 _MAX_NAMED = 3
-_WINNING: set[str] = set()  # Digests of the tasks whose walkthrough was played here, and won.
+_ORDER_SEED = 0
 
 
 def prepare() -> None:
@@ -30,7 +31,7 @@ def build(spec: Spec, problem_path: str, description_path: str) -> Task:
     """Plants one mistake.
 
     Raises:
-        SetAside: the tests noticed none of those that were tried.
+        SetAside: no test notices the seed's mistake.
         ValueError: there is nothing to plant a mistake in, or no test that passes.
     """
     params = dict(spec.params)
@@ -38,19 +39,25 @@ def build(spec: Spec, problem_path: str, description_path: str) -> Task:
     tests = (params["tests"],) if params["tests"] else ()
     bugs = _bugs(repository, params["files"])
     passing = _passing(repository, tests, python)
-    rng = random.Random(spec.seed)
-    for path, bug in rng.sample(bugs, min(MAX_TRIES, len(bugs))):
-        run, tree = _with(repository, path, bug, tests, python)
-        if noticed := sorted(set(run.failed) & passing):
-            break
-    else:
-        raise SetAside(f"no test notices the mistakes that were tried ({MAX_TRIES} of {len(bugs)})")
+    path, bug = bugs[spec.seed % len(bugs)]
     source = _read(os.path.join(repository, path))
+    if not swe_bugs.is_program(source, bug):
+        raise SetAside("the change makes no other program")
+    broken = swe_bugs.plant(source, bug)
+    with swe_scratch.folder() as scratch:
+        folder = os.path.join(scratch, "repository")
+        tree = swe_workspace.lay_out(repository, None, folder)
+        swe_workspace.write(folder, {path: broken})
+        run = _run(folder, tests, python)
+    if run.problem:
+        raise SetAside(f"the tests cannot be told apart with it: {run.problem}")
+    if not (noticed := sorted(set(run.failed) & passing)):
+        raise SetAside("no test notices the mistake")
     problem = Problem(
         repository=repository,
         commit=None,
         tree=tree,
-        changed={path: swe_bugs.plant(source, bug)},
+        changed={path: broken},
         solution={path: source},
         hidden={},
         tests=tests,
@@ -73,49 +80,28 @@ def build(spec: Spec, problem_path: str, description_path: str) -> Task:
         max_score=1.0,
         walkthrough=_walkthrough(path, bug, noticed[0], params["expert"]),
     )
-    if task.digest not in _WINNING:
-        _play_through(task)
-        _WINNING.add(task.digest)
+    _play_through(task)
     return task
 
 
+@functools.cache
 def _bugs(repository: str, form: str) -> list[tuple[str, swe_bugs.Bug]]:
-    """Where mistakes can be planted, with the paths of the files."""
+    """The mistakes that can be planted, shuffled, with the paths of the files; found once per process."""
     found = []
     for path in swe_workspace.paths(repository):
         if path.endswith(".py") and fnmatch.fnmatch(path, form) and not swe_workspace.is_test(path):
-            found += ((path, bug) for bug in _found(os.path.join(repository, path)))
+            try:
+                found += ((path, bug) for bug in swe_bugs.find(_read(os.path.join(repository, path))))
+            except (SyntaxError, UnicodeDecodeError):
+                continue  # for another Python, or a test's exhibit
     if not found:
         raise ValueError(f"in {repository} there is no function to plant a mistake in, in files {form!r}")
-    return found
-
-
-@functools.cache
-def _found(path: str) -> list[swe_bugs.Bug]:
-    try:
-        return swe_bugs.find(_read(path))
-    except (SyntaxError, UnicodeDecodeError):
-        return []  # for another Python, or a test's exhibit
+    return random.Random(_ORDER_SEED).sample(found, len(found))
 
 
 def _read(path: str) -> str:
     with open(path, encoding="utf-8", newline="") as file:
         return file.read()
-
-
-@functools.cache
-def _with(
-    repository: str, path: str, bug: swe_bugs.Bug, tests: tuple[str, ...], python: str | None
-) -> tuple[TestRun, str]:
-    """What the tests find with a mistake, and the tree of the repository without it. Seeds often meet the same one."""
-    source = _read(os.path.join(repository, path))
-    if not swe_bugs.is_program(source, bug):
-        return TestRun(frozenset(), {}, "no program", ""), ""
-    with swe_scratch.folder() as scratch:
-        folder = os.path.join(scratch, "repository")
-        tree = swe_workspace.lay_out(repository, None, folder)
-        swe_workspace.write(folder, {path: swe_bugs.plant(source, bug)})
-        return _run(folder, tests, python), tree
 
 
 @functools.cache

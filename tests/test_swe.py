@@ -403,11 +403,14 @@ def _answers(pool):
 
 
 @pytest.mark.parametrize("expert", ["reader", "direct"])
-def test_mistakes_are_planted_by_seed(tmp_path, expert):
+def test_mistakes_are_planted_by_seed(tmp_path, expert, capfd):
     repository = str(repositories.make(tmp_path / "shelf"))
-    specs = [dict(family="swe-bugs", repository=repository, files="shelf/*.py", expert=expert, seed=seed) for seed in range(4)]
-    made = games.generate(specs, cache_dir=str(tmp_path / "cache"), progress=False)
-    assert made.set_aside == 0 and made.generated == 4
+    specs = [dict(family="swe-bugs", repository=repository, files="shelf/*.py", expert=expert, seed=seed) for seed in range(6)]
+    made = games.generate(specs, cache_dir=str(tmp_path / "cache"))
+    assert "Generating games: 6/6" in capfd.readouterr().err
+    assert made.generated == 6 and len(made.tasks) >= 4
+    assert set(made.reasons.values()) <= {"no test notices the mistake"}
+    assert len({task.digest for task in made.tasks}) == len(made.tasks)
     for task in made.tasks:
         problem = swe_problem.load(task.file)
         (path,) = problem.changed
@@ -418,8 +421,9 @@ def test_mistakes_are_planted_by_seed(tmp_path, expert):
         assert task.params["split"] == "shelf"
     again = games.generate(specs, cache_dir=str(tmp_path / "cache"), progress=False)
     assert (again.tasks, again.generated) == (made.tasks, 0)
-    elsewhere = games.generate(specs, cache_dir=str(tmp_path / "other"), progress=False)
-    assert [task.digest for task in elsewhere.tasks] == [task.digest for task in made.tasks]
+    # In other processes, in another order, too.
+    elsewhere = games.generate(specs[3::-1], cache_dir=str(tmp_path / "other"), num_workers=1, progress=False)
+    assert {task.name: task.digest for task in elsewhere.tasks}.items() <= {task.name: task.digest for task in made.tasks}.items()
     # Another state of the repository is another game.
     (tmp_path / "shelf" / "shelf" / "text.py").write_text(repositories.TEXT + "\n")
     assert games.generate(specs[:1], cache_dir=str(tmp_path / "cache"), progress=False).generated == 1

@@ -66,7 +66,7 @@ def test_the_quick_start(tmp_path):
     config["rollout"]["max_turns"] = 3  # as many as its demonstrations have
     config["env"] |= dict(cache_dir=str(tmp_path / "cache"))
     config["env"]["params"] |= dict(repository=str(repository), files="shelf/*.py", tests="tests")
-    config["splits"] = dict(demo=(1, 4), train=(11, 4), test=(21, 3))
+    config["splits"] = dict(demo=(0, 4), train=(4, 4), test=(8, 4))
     config["model"] |= SHAPE
     config["tokenizer"] |= dict(vocab_size=384)
     config["sft"] |= dict(num_steps=2, batch_size=1, log_every=1, save_every=2)
