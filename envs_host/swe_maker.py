@@ -36,7 +36,7 @@ def build(spec: Spec, problem_path: str, description_path: str) -> Task:
     """
     params = dict(spec.params)
     repository, python = params["repository"], params["python"]
-    tests = (params["tests"],) if params["tests"] else ()
+    tests = tuple((params["tests"] or "").split())
     bugs = _bugs(repository, params["files"])
     passing = _passing(repository, tests, python)
     path, bug = bugs[spec.seed % len(bugs)]

@@ -21,6 +21,17 @@ import psutil
 
 SANDBOXES = ("bubblewrap", "none")
 
+# What `python -m pytest` does, but that pytest is found before the repository is looked in: a file pytest.py, or
+# src/sitecustomize.py, is not in its place.
+_PYTEST = """\
+import os, sys
+sys.path.pop(0)
+import pytest
+here = os.getcwd()
+sys.path[:0] = [here, os.path.join(here, "src")]
+os.environ["PYTHONPATH"] = sys.path[1]
+sys.exit(pytest.main())
+"""
 _SUMMARY = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
 _OUTCOME = re.compile(r"^(PASSED|XFAIL|FAILED|ERROR) (.+)$", re.MULTILINE)
 _PASSES = ("PASSED", "XFAIL")
@@ -106,14 +117,14 @@ def run(
     """
     temporary = os.path.join(scratch, "tmp")
     os.makedirs(temporary, exist_ok=True)
-    command = [python or sys.executable, "-m", "pytest", "-q", "-rfEpx", f"--tb={traceback}", "--color=no"]
+    command = [python or sys.executable, "-c", _PYTEST, "-q", "-rfEpx", f"--tb={traceback}", "--color=no"]
     command += ["-p", "no:cacheprovider", "-p", "no:randomly", *arguments]
     if sandbox == "bubblewrap":
         command = [*_bubblewrap(scratch), "--chdir", folder, *command]
     # Pyc files are trusted by the second: an edit may come within it.
     environment = {
         "PATH": os.environ.get("PATH", os.defpath), "HOME": temporary, "TMPDIR": temporary, "LANG": "C.UTF-8",
-        "PYTHONPATH": os.path.join(folder, "src"), "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1",
         "COLUMNS": "300", "CI": "",
     }
     if python is None:

@@ -25,6 +25,8 @@ OTHERS = (
     "tests/test_shelf.py::TestFirstAfter::test_found",
     "tests/test_shelf.py::test_shorten",
 )
+PASSED = "\n".join(f"PASSED {test}" for test in FAIL_TO_PASS + OTHERS)
+SUMMARY = f"= short test summary info =\n{PASSED}"
 REPAIR = ("open shelf/ordering.py", "edit 16:16\n        if item > bound and item is not None:")
 
 
@@ -104,8 +106,11 @@ def test_breaking_another_test_costs_all(env, tmp_path):
         # Settings under which everything is expected to fail.
         ["create conftest.py\nimport pytest\ndef pytest_itemcollected(item):\n    item.add_marker(pytest.mark.xfail)"],
         ["create pytest.ini\n[pytest]\naddopts = --collect-only"],
+        # What stands in pytest's place, or before it.
+        [f"create pytest.py\nprint({SUMMARY!r})"],
+        [f"create src/sitecustomize.py\nimport os\nprint({SUMMARY!r}, flush=True)\nos._exit(0)"],
         # An end before the tests, with what looks like their summary to the eye.
-        ["open shelf/__init__.py", f"insert 0\nimport os\nprint('PASSED {FAIL_TO_PASS[0]}', flush=True)\nos._exit(0)"],
+        ["open shelf/__init__.py", f"insert 0\nimport os\nprint({PASSED!r}, flush=True)\nos._exit(0)"],
     ],
 )
 def test_the_tests_decide_and_not_what_became_of_them(env, tmp_path, commands):
@@ -283,14 +288,14 @@ def test_admissible_commands_can_be_given(tmp_path):
 def test_tests_that_do_not_end_are_the_agents_failure(tmp_path):
     env = swe.SweEnv(sandbox="none", test_limit_s=3.0)
     # A process of its own that outlives pytest, unless all are killed.
-    loop = "import subprocess, sys, time\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(77)'])\ntime.sleep(77)"
+    loop_marker = f"time.sleep(77)  # {tmp_path}"
+    loop = f"import subprocess, sys, time\nchild = subprocess.Popen([sys.executable, '-c', {'import time; ' + loop_marker!r}])\ntime.sleep(77)"
     env.reset(_task(tmp_path))
     answers = [env.step(command) for command in ("open shelf/__init__.py", f"insert 0\n{loop}", "test", "submit")]
     assert answers[2].observation == "The tests took longer than 3 s."
     assert answers[3].terminated and answers[3].info.lost
     time.sleep(0.1)
-    left = [process for process in psutil.Process().children(recursive=True) if "sleep(77)" in " ".join(process.cmdline())]
-    assert left == []
+    assert [process for process in psutil.process_iter(["cmdline"]) if loop_marker in " ".join(process.info["cmdline"] or ())] == []
 
 
 def test_memory_of_tests_is_limited(tmp_path):
@@ -377,7 +382,7 @@ def test_the_same_commands_get_the_same_answers(tmp_path):
     # What a test says of an object, and of where it ran, differs from run to run.
     shown = BROKEN.replace("return value", "assert not object(), (object(), __file__, list({'a', 'b', 'c'}))\n    return value")
     task = _task(tmp_path, changed={"shelf/ordering.py": shown})
-    commands = ("test", "test tests/test_shelf.py::test_clamp[2-2]", "open shelf/ordering.py 10", "edit 10:11\n    return value", "test", "submit")
+    commands = ("test", "test shelf", "test tests/test_shelf.py::test_clamp[2-2]", "open shelf/ordering.py 10", "edit 10:11\n    return value", "test", "submit")
     env = swe.SweEnv(sandbox="none")
     expected = _play(env, task, *commands)
     options = dict(num_workers=2, step_limit_s=20.0, reset_limit_s=20.0, worker_memory_mb=1000.0)
@@ -444,7 +449,7 @@ def test_mistakes_that_no_test_notices_are_set_aside(tmp_path):
         ({"repository": "/nowhere"}, {}, "there is no repository at /nowhere"),
         ({"repository": 3}, {}, "repository must be a text, got 3"),
         ({"files": "*.rs"}, {}, "there is no function to plant a mistake in, in files '\\*.rs'"),
-        ({"tests": "tests/test_none.py"}, {}, "the tests of .* do not run as it stands"),
+        ({"tests": "tests/test_shelf.py tests/test_none.py"}, {}, "the tests of .* do not run as it stands"),
         ({}, {"tests/test_shelf.py": "def test_it():\n    assert 0\n"}, "of the tests of .* none passes"),
     ],
 )
