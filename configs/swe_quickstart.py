@@ -1,9 +1,15 @@
-"""The quick start in a code repository: a small transformer learns to put planted mistakes right.
+"""Repairs in a code repository by a small transformer from scratch, in every stage of the main job.
 
     pip download toolz==1.0.0 --no-deps --no-binary toolz -d repositories
     tar -xzf repositories/toolz-1.0.0.tar.gz -C repositories
     apt install bubblewrap          # or --config.env.options.sandbox=none on a machine that can be thrown away
     python -m jaxagentrl.main --config=configs/swe_quickstart.py --workdir=runs/swe
+
+Tasks: the 564 single-line mistakes that can be planted in three modules of toolz 1.0.0, of which its tests notice 500.
+249 repairs are imitated; 108 others are held out. Being from scratch, the model has to know the code by heart, from
+the windows that demonstrations show: 16.7 % of the held-out mistakes were repaired after imitation, 14.8 % after the ten
+iterations of RL, which is no difference (seed 0, README.md). Forty minutes on two CPU cores beside other work, of which
+making the tasks is 14; nearly all of the rest is running tests. More iterations were not tried.
 """
 
 import pathlib
@@ -43,6 +49,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.reward.update(kind="intermediate", intermediate_scale=0.25)
     config.learner.update(length_buckets=(320, 480, 640), tokens_per_part=2560, tree_length=0)
     config.sft.update(num_steps=600, target_loss=0.08, observation_weight=0.5, log_every=20, save_every=100)
-    config.rl.update(num_iterations=20, tasks_per_iteration=16, group_size=8, eval_every=10, save_every=10)
+    config.rl.update(num_iterations=10, tasks_per_iteration=16, group_size=8, eval_every=10, save_every=10)
     config.rl.optimizer.update(learning_rate=3e-4, warmup_steps=3, decay_steps=20)
     return config
