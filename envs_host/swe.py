@@ -86,8 +86,7 @@ class SweEnv:
         self._scratch = swe_scratch.folder()
         self._work = Workspace(self._laid_out("repository"))
         self._open, self._first, self._undo = None, 1, []
-        observation = swe_text.found(self._work.entries("."), "file")
-        return ResetResult(observation, self._info("", valid=True))
+        return ResetResult(self._ls(Command("ls", "", "")), self._info("", valid=True))
 
     def step(self, text: str) -> StepResult:
         """Sends one command, see `swe_text.parse`.
@@ -148,7 +147,7 @@ class SweEnv:
     def _submitted(self) -> StepResult:
         """Judges what the agent has made."""
         folder, problem = self._laid_out("submitted"), self._problem
-        made = {path: text for path, text in self._work.changed().items() if not swe_workspace.is_test(path)}
+        made = {path: text for path, text in self._work.changed().items() if self._counts(path)}
         swe_workspace.write(folder, made | problem.hidden)
         run = self._run(problem.tests, folder)
         repaired = sum(test in run.passed for test in problem.fail_to_pass)
@@ -159,6 +158,11 @@ class SweEnv:
         info = self._info("submit", valid=True, score=score, ended=True)
         self.close()
         return StepResult(observation, score, True, False, info)
+
+    def _counts(self, path: str) -> bool:
+        """Whether what is made of a file is judged. What looks like a test is none where the repair is in it:
+        Django's own `django/test`, say."""
+        return path in self._problem.solution or not swe_workspace.is_test(path)
 
     def _run(self, arguments: tuple[str, ...], folder: str, traceback: str = "line") -> swe_tests.TestRun:
         return swe_tests.run(
@@ -177,13 +181,13 @@ class SweEnv:
             return 0
         solution, lines = self._problem.solution, 0
         for path in {*solution, *self._work.changed()}:
-            if not swe_workspace.is_test(path):
+            if self._counts(path):
                 aim = solution[path] if path in solution else self._work.before(path)
                 lines += _difference(self._work.text(path) or "", aim or "")
         return lines
 
     def _ls(self, command: Command) -> str:
-        return swe_text.found(self._work.entries(command.words or "."), "file")
+        return swe_text.found(self._work.entries(command.words or "."), "file", most=swe_text.MAX_LISTED)
 
     def _find(self, command: Command) -> str:
         hits = [path for path in self._work.files() if command.words in path]
@@ -215,14 +219,14 @@ class SweEnv:
     def _edited(self, command: Command) -> str:
         lines = split_lines(self._read_open())
         if command.name == "insert":
-            if not command.words.isdecimal() or int(command.words) > len(lines):
-                raise Refused(f"insert needs the number of a line, 0 to {len(lines)}.")
-            first, last = int(command.words) + 1, int(command.words)
+            last = swe_text.line_number(command.words, len(lines))
+            first = last + 1
         else:
             first, last = swe_text.line_range(command.words, len(lines))
+        end = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
         if first > 1 and not lines[first - 2].endswith(("\n", "\r")):
-            lines[first - 2] += "\n"
-        self._write(self._open, "".join([*lines[: first - 1], command.body, *lines[last:]]))
+            lines[first - 2] += end
+        self._write(self._open, "".join([*lines[: first - 1], command.body.replace("\n", end), *lines[last:]]))
         return self._around(first)
 
     def _created(self, command: Command) -> str:

@@ -27,6 +27,7 @@ submit: ends the work; the tests decide"""
 
 MAX_LINE = 200
 MAX_FOUND = 20
+MAX_LISTED = 100
 MAX_FAILURES = 5
 MAX_TRACEBACK = 40
 
@@ -38,8 +39,9 @@ _FORMS = {
     "submit": ("no", "no"),
 }  # fmt: skip
 _FENCED = re.compile(r"```[\w-]*\n(.*?)\n?```", re.DOTALL)
-_RANGE = re.compile(r"(\d+)\s*:\s*(\d+)")
-_FILE_AND_LINE = re.compile(r"(.+?)\s+(\d+)")
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_RANGE = re.compile(r"([0-9]{1,9})\s*:\s*([0-9]{1,9})")
+_FILE_AND_LINE = re.compile(r"(.+?)\s+([0-9]{1,9})")
 
 
 class Refused(ValueError):
@@ -66,18 +68,31 @@ def parse(text: str) -> Command:
     Raises:
         Refused: it is none.
     """
+    text = text.encode(errors="replace").decode()  # half of a surrogate pair can be neither written nor told
     fenced = _FENCED.search(text)
     head, _, body = (fenced[1] if fenced else text).strip().replace("\r\n", "\n").partition("\n")
     name, _, words = head.strip().partition(" ")
     words = words.strip()
     if name not in _FORMS:
-        raise Refused(f"There is no command {_clipped(name)!r}. Commands: {', '.join(_FORMS)}." if name else "No command was given.")
+        known = f"There is no command {_clipped(name)!r}. Commands: {', '.join(_FORMS)}."
+        raise Refused(known if name else "No command was given.")
     for what, form, given in zip(("words behind it", "lines below it"), _FORMS[name], (words, body.strip())):
         if form == "no" and given:
             raise Refused(f"{name} takes no {what}.")
         if form == "must" and not given:
             raise Refused(f"{name} needs {what}.")
     return Command(name, words, body + "\n" * bool(body and not body.endswith("\n")))
+
+
+def line_number(words: str, num_lines: int) -> int:
+    """The line of `insert`.
+
+    Raises:
+        Refused: there is no such line.
+    """
+    if _NUMBER.fullmatch(words) is None or int(words) > num_lines:
+        raise Refused(f"insert needs the number of a line, 0 to {num_lines}.")
+    return int(words)
 
 
 def line_range(words: str, num_lines: int) -> tuple[int, int]:
@@ -111,12 +126,12 @@ def window(path: str, text: str, first: int, num_lines: int) -> str:
     return "\n".join([f"[{path}, lines {first} to {last} of {len(lines)}]", *shown])
 
 
-def found(hits: list[str], what: str) -> str:
+def found(hits: list[str], what: str, *, most: int = MAX_FOUND) -> str:
     """The first of what a search found."""
     if not hits:
         return f"There is no {what}."
-    more = [f"and {len(hits) - MAX_FOUND} more"] if len(hits) > MAX_FOUND else []
-    return "\n".join([*map(_clipped, hits[:MAX_FOUND]), *more])
+    more = [f"and {len(hits) - most} more"] if len(hits) > most else []
+    return "\n".join([*map(_clipped, hits[:most]), *more])
 
 
 def tested(run: TestRun, *, traceback: bool) -> str:

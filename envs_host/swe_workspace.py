@@ -193,8 +193,8 @@ class Workspace:
         before = self.read(name) if os.path.exists(target) else None  # refuses what is no text
         try:
             write(self.folder, {name: text})
-        except (FileExistsError, NotADirectoryError):
-            raise PathError(f"{path} cannot be written: a part of its path is a file.") from None
+        except OSError as error:  # a part of its path is a file, or too long
+            raise PathError(f"{path[:200]} cannot be written ({error.strerror}).") from None
         self._before.setdefault(name, before)
 
     def name(self, path: str) -> str:

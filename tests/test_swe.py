@@ -134,6 +134,7 @@ def test_hidden_tests_are_only_there_at_the_end(env, tmp_path):
         ("ls shelf", "__init__.py\nordering.py\ntext.py"),
         ("find test", "tests/test_shelf.py"),
         ("search return text", "shelf/text.py:3: return text\nshelf/text.py:4: return text[: width - 1] + \"…\""),
+        ("find \ud800", "There is no file with ? in its path."),
         ("search nowhere at all", "There is no line with nowhere at all in it."),
         ("open shelf/text.py 4", "[shelf/text.py, lines 1 to 4 of 4]\n1:def shorten(text, width):\n2:    if len(text) <= width:\n"
          '3:        return text\n4:    return text[: width - 1] + "…"'),
@@ -170,7 +171,11 @@ def test_what_commands_tell(env, tmp_path, command, expected):
         ("open /etc/passwd", "/etc/passwd is not a path in the repository."),
         ("open shelf/way/out", "shelf/way/out is not a path in the repository."),
         ("create shelf/text.py\nx", "There is a file shelf/text.py: open it."),
-        ("create shelf/text.py/below.py\nx = 1", "shelf/text.py/below.py cannot be written: a part of its path is a file."),
+        ("create shelf/text.py/below.py\nx = 1", "shelf/text.py/below.py cannot be written (File exists)."),
+        ("create " + "x" * 5000 + "\nx", "x" * 200 + " cannot be written (File name too long)."),
+        ("open " + "x" * 5000, "There is no file xxx"),
+        ("ls " + "x" * 5000, "There is no folder xxx"),
+        ("open shelf/text.py " + "9" * 5000, "There is no file shelf/text.py 999"),
         ("create shelf/wrong.py\ndef f(:", "The edit was not made: it would be a syntax error in line 1"),
         ("delete shelf", "There is no file shelf."),
         ("create deep.py\n" + "-" * 100_000 + "1", "The edit was not made: Python cannot read it"),
@@ -202,7 +207,7 @@ def test_edits(env, tmp_path):
         "edit one\nx",
         "edit 2:2\n\treturn (",
         "insert 1\n    width += 1\n    width -= 1",
-        "insert 9\nx",
+        "insert " + "9" * 5000 + "\nx",
         "undo",
         "undo",
         "undo",
@@ -218,6 +223,23 @@ def test_edits(env, tmp_path):
     assert told[9] == told[2]
     assert told[10] == told[1]
     assert told[11] == "There is nothing to undo."
+
+
+def test_line_ends_stay_what_they_are(env, tmp_path):
+    files = {"a.txt": "one\r\ntwo\r\nthree", "b.txt": "one\ntwo"}
+    _play(env, _task(tmp_path, changed=files), "open a.txt", "edit 2:2\n2\n2b", "insert 4\nfour", "open b.txt", "insert 2\nthree")
+    assert env._work.read("a.txt") == "one\r\n2\r\n2b\r\nthree\r\nfour\r\n"
+    assert env._work.read("b.txt") == "one\ntwo\nthree\n"
+
+
+def test_a_repair_may_be_in_what_looks_like_a_test(env, tmp_path):
+    broken, whole = ({"shelf/test/tools.py": f"def answer():\n    return {number}\n"} for number in (41, 42))
+    hidden = {"tests/test_hidden.py": "from shelf.test import tools\n\ndef test_it():\n    assert tools.answer() == 42\n"}
+    changes = dict(hidden=hidden, tests=("tests/test_hidden.py",), pass_to_pass=(), fail_to_pass=("tests/test_hidden.py::test_it",))
+    task = _task(tmp_path, changed=broken, solution=whole, **changes)
+    answers = _play(env, task, "open shelf/test/tools.py", "edit 2:2\n    return 42", "submit")
+    assert answers[2].info.intermediate_reward == 1.0
+    assert answers[3].info.won
 
 
 def test_files_come_and_go(env, tmp_path):
