@@ -10,6 +10,7 @@ from typing import Any
 
 from envs_host import arrival
 from envs_host.specs import SetAside, Spec
+from envs_host.types import GameFileError
 
 # Each has `prepare()`, once per process, and `build(spec, game path, description path) -> Task`,
 # which raises `SetAside`. Imported when first needed: each needs its own library.
@@ -23,6 +24,7 @@ _MAKERS = {
 def work(connection: Connection, cache_dir: str, scratch: str) -> None:
     """Makes the games whose specs come through the connection, until it ends."""
     # Inform keeps a folder in HOME, and TextWorld looks for `textworld_data` where it runs.
+    os.environ.setdefault("GIT_CONFIG_GLOBAL", os.path.expanduser("~/.gitconfig"))
     os.environ["HOME"] = scratch
     os.chdir(scratch)
     tempfile.tempdir = scratch
@@ -40,8 +42,9 @@ def work(connection: Connection, cache_dir: str, scratch: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 _make(makers[spec.env].build, spec, cache_dir, folder)
-            except (AssertionError, ValueError) as error:
-                # How TextWorld rejects parameters, e.g. more ingredients to take than in a recipe.
+            except (AssertionError, ValueError, GameFileError) as error:
+                # How TextWorld rejects parameters, e.g. more ingredients to take than in a recipe, and what
+                # repositories are read with.
                 complaint = str(error) or repr(error)
         connection.send(complaint)
 

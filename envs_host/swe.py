@@ -72,6 +72,7 @@ class SweEnv:
         self._open: str | None = None  # The file that is shown.
         self._first = 1  # Line that is shown first.
         self._undo: list[tuple[str, str | None]] = []  # Files as they were before each edit.
+        self._away = 0  # Lines in which the files differ from the reference repair, if that is asked for.
 
     def reset(self, task: Task) -> ResetResult:
         """Starts an episode of `task`.
@@ -84,8 +85,9 @@ class SweEnv:
         verify(task, swe_problem.digest)
         self._task, self._problem = task, swe_problem.load(task.file)
         self._scratch = swe_scratch.folder()
-        self._work = Workspace(self._laid_out("repository"))
+        self._work = Workspace(self._laid_out(self._scratch.name))
         self._open, self._first, self._undo = None, 1, []
+        self._away = self._distance()
         return ResetResult(self._ls(Command("ls", "", "")), self._info("", valid=True))
 
     def step(self, text: str) -> StepResult:
@@ -100,12 +102,10 @@ class SweEnv:
             command = swe_text.parse(text)
             if command.name == "submit":
                 return self._submitted()
-            before = self._distance()
-            observation = _COMMANDS[command.name](self, command)
+            observation = swe_text.told(_COMMANDS[command.name](self, command))
         except (Refused, PathError) as refusal:
-            return StepResult(str(refusal), 0.0, False, False, self._info(text.strip(), valid=False))
-        after = self._distance()
-        progress = float((after < before) - (after > before))
+            return StepResult(swe_text.told(str(refusal)), 0.0, False, False, self._info(text.strip(), valid=False))
+        progress = self._progress() if command.name in _EDITS else 0.0
         info = self._info(text.strip(), valid=True, progress=progress)
         return StepResult(observation, 0.0, False, False, info)
 
@@ -115,9 +115,9 @@ class SweEnv:
             self._scratch.cleanup()
         self._scratch = self._work = None
 
-    def _laid_out(self, name: str) -> str:
-        """A new copy of the repository as the episode begins."""
-        problem, folder = self._problem, os.path.join(self._scratch.name, name)
+    def _laid_out(self, scratch: str) -> str:
+        """A new copy of the repository as the episode begins, in a scratch folder."""
+        problem, folder = self._problem, os.path.join(scratch, "repository")
         if swe_workspace.lay_out(problem.repository, problem.commit, folder) != problem.tree:
             raise GameFileError(
                 f"the repository {problem.repository} is not what task {self._task.name} was recorded with: its "
@@ -145,11 +145,14 @@ class SweEnv:
         return ("ls", "test", "submit", *moves, *opens)
 
     def _submitted(self) -> StepResult:
-        """Judges what the agent has made."""
-        folder, problem = self._laid_out("submitted"), self._problem
+        """Judges what the agent has made, where no code of its own has been before."""
+        problem = self._problem
         made = {path: text for path, text in self._work.changed().items() if self._counts(path)}
-        swe_workspace.write(folder, made | problem.hidden)
-        run = self._run(problem.tests, folder)
+        with swe_scratch.folder() as scratch:
+            folder = self._laid_out(scratch)
+            swe_workspace.write(folder, made)
+            swe_workspace.write(folder, problem.hidden)
+            run = self._run(problem.tests, folder)
         repaired = sum(test in run.passed for test in problem.fail_to_pass)
         broken = sum(test not in run.passed for test in problem.pass_to_pass)
         score = 0.0 if broken else self._task.max_score * repaired / len(problem.fail_to_pass)
@@ -162,18 +165,26 @@ class SweEnv:
     def _counts(self, path: str) -> bool:
         """Whether what is made of a file is judged. What looks like a test is none where the repair is in it:
         Django's own `django/test`, say."""
-        return path in self._problem.solution or not swe_workspace.is_test(path)
+        problem = self._problem
+        if path in problem.hidden or path in swe_problem.test_files(problem.fail_to_pass + problem.pass_to_pass):
+            return False
+        return path in problem.solution or not swe_workspace.is_test(path)
 
     def _run(self, arguments: tuple[str, ...], folder: str, traceback: str = "line") -> swe_tests.TestRun:
         return swe_tests.run(
             folder,
             arguments,
-            scratch=self._scratch.name,
             sandbox=self._sandbox,
             python=self._problem.python or self._python,
             limits=self._limits,
             traceback=traceback,
+            # Where the reference repair is to be read.
+            hidden=(os.path.expanduser(self._problem.repository), os.path.dirname(os.path.abspath(self._task.file))),
         )
+
+    def _progress(self) -> float:
+        before, self._away = self._away, self._distance()
+        return float((self._away < before) - (self._away > before))
 
     def _distance(self) -> int:
         """Lines in which the files differ from the reference repair."""
@@ -226,7 +237,10 @@ class SweEnv:
         end = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
         if first > 1 and not lines[first - 2].endswith(("\n", "\r")):
             lines[first - 2] += end
-        self._write(self._open, "".join([*lines[: first - 1], command.body.replace("\n", end), *lines[last:]]))
+        body = command.body.replace("\n", end)
+        if last >= first and last == len(lines) and not lines[-1].endswith(("\n", "\r")):
+            body = body.removesuffix(end)  # the file's last line has no end, and still has none
+        self._write(self._open, "".join([*lines[: first - 1], body, *lines[last:]]))
         return self._around(first)
 
     def _created(self, command: Command) -> str:
@@ -246,12 +260,15 @@ class SweEnv:
     def _undone(self, command: Command) -> str:
         if not self._undo:
             raise Refused("There is nothing to undo.")
-        path, text = self._undo.pop()
+        path, text = self._undo[-1]
         if text is None:
             self._work.delete(path)
+        else:
+            self._work.write(path, text)
+        self._undo.pop()
+        if text is None:
             self._open = None if self._open == path else self._open
             return f"{path} is deleted."
-        self._work.write(path, text)
         self._open = path
         return self._shown(self._first)
 
@@ -262,8 +279,13 @@ class SweEnv:
         path = command.words.partition("::")[0]
         if path and self._work.name(path) not in (".", *self._work.files()) and not self._work.is_folder(path):
             raise Refused(f"There is no file {path}.")
-        arguments = (command.words,) if command.words else self._problem.tests
-        run = self._run(arguments, self._work.folder, "short" if command.words else "line")
+        there = tuple(test for test in self._problem.tests if os.path.exists(os.path.join(self._work.folder, test)))
+        try:
+            run = self._run(
+                (command.words,) if command.words else there, self._work.folder, "short" if command.words else "line"
+            )
+        except OSError as error:  # the tests have taken it away
+            raise Refused(f"The tests could not be run ({error.strerror}).") from None
         return swe_text.tested(run, traceback=bool(command.words))
 
     def _read_open(self) -> str:
@@ -279,7 +301,7 @@ class SweEnv:
         """
         if path.endswith(".py"):
             try:
-                compile(text, path, "exec", dont_inherit=True)
+                compile(text.removeprefix("\ufeff"), path, "exec", dont_inherit=True)
             except SyntaxError as error:
                 where = f"in line {error.lineno} ({error.msg})"
                 raise Refused(f"The edit was not made: it would be a syntax error {where}.") from None
@@ -314,6 +336,9 @@ _COMMANDS = {
     "undo": SweEnv._undone,
     "test": SweEnv._tested,
 }
+
+
+_EDITS = ("edit", "insert", "create", "delete", "undo")
 
 
 def _difference(text: str, aim: str) -> int:

@@ -32,7 +32,7 @@ FAMILY = "swe-data"
 _FIELDS = (
     "instance_id", "repo", "base_commit", "problem_statement", "patch", "test_patch", "FAIL_TO_PASS", "PASS_TO_PASS",
 )  # fmt: skip
-_FILES = re.compile(r"^(?:---|\+\+\+) (?:[ab]/(.+?)|/dev/null)(?:\t.*)?$", re.MULTILINE)
+_OLD_NAME = re.compile(r"^(?:rename|copy) from (.+)$", re.MULTILINE)
 
 
 class Unusable(Exception):
@@ -132,11 +132,11 @@ def _played(task: Task, test_limit_s: float) -> str:
     env = swe.SweEnv(sandbox=swe_tests.safest_sandbox(), test_limit_s=test_limit_s)
     try:
         env.reset(task)
-        for command in task.walkthrough:
-            answer = env.step(command)
+        answers = [env.step(command) for command in task.walkthrough]
     finally:
         env.close()
-    complaint = "" if answer.info.won else answer.observation
+    refused = [answer.observation for answer in answers if not answer.info.valid_command]
+    complaint = refused[0] if refused else "" if answers[-1].info.won else answers[-1].observation
     arrival.write_json(complaint, _record(task))
     return complaint
 
@@ -164,9 +164,17 @@ def _instance(line: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: expected a JSON object ({error}).") from error
     if missing:
         raise ValueError(f"{where}: an instance needs {', '.join(missing)}.")
-    for name in ("FAIL_TO_PASS", "PASS_TO_PASS"):
-        if isinstance(instance[name], str):  # SWE-bench has them as a text of JSON
-            instance[name] = json.loads(instance[name])
+    for name in _FIELDS:
+        is_list = name in ("FAIL_TO_PASS", "PASS_TO_PASS")
+        if is_list and isinstance(instance[name], str):  # SWE-bench has them as a text of JSON
+            try:
+                instance[name] = json.loads(instance[name])
+            except ValueError as error:
+                raise ValueError(f"{where}: {name} is not a list in JSON ({error}).") from error
+        of_texts = is_list and isinstance(instance[name], list) and all(isinstance(one, str) for one in instance[name])
+        if not of_texts and (is_list or not isinstance(instance[name], str)):
+            expected = "a list of texts" if is_list else "a text"
+            raise ValueError(f"{where}: {name} must be {expected}, got {instance[name]!r}.")
     return instance
 
 
@@ -192,14 +200,13 @@ def _task(instance: dict[str, Any], repositories: str, python: str | None, cache
         changed={},
         solution=solution,
         hidden=hidden,
-        # Those files alone, as SWE-bench runs them.
-        tests=tuple(sorted(path for path, text in hidden.items() if path.endswith(".py") and text is not None)),
+        tests=tuple(sorted(swe_problem.test_files(instance["FAIL_TO_PASS"] + instance["PASS_TO_PASS"]))),
         fail_to_pass=tuple(instance["FAIL_TO_PASS"]),
         pass_to_pass=tuple(instance["PASS_TO_PASS"]),
         python=None if python is None else _interpreter(python, instance, repo),
     )
     if not problem.tests:
-        raise Unusable("its test_patch has no tests in Python")
+        raise Unusable("its tests are not pytest's: their ids have no files")
     content = json.dumps([dataclasses.asdict(problem), instance["problem_statement"]], sort_keys=True)
     path = os.path.join(cache_dir, hashlib.sha256(content.encode()).hexdigest()[:24] + ".swe.json")
     if not os.path.exists(path):
@@ -222,7 +229,10 @@ def _task(instance: dict[str, Any], repositories: str, python: str | None, cache
 def _interpreter(python: str, instance: dict[str, Any], repo: str) -> str:
     """Raises Unusable if it is not there."""
     names = {"repo": repo, "instance_id": instance["instance_id"], "version": instance.get("version", "")}
-    path = os.path.abspath(os.path.expanduser(python.format(**names)))
+    try:
+        path = os.path.abspath(os.path.expanduser(python.format(**names)))
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"swe-data: python may have {sorted(names)} in braces, got {python!r} ({error!r}).") from error
     if not os.access(path, os.X_OK):
         raise Unusable(f"there is no interpreter at {path}")
     return path
@@ -230,7 +240,7 @@ def _interpreter(python: str, instance: dict[str, Any], repo: str) -> str:
 
 def _before(instance: dict[str, Any], clone: str) -> dict[str, str | None]:
     """The files that the patches name, as they are before: path -> text, None if there is none."""
-    named = sorted({path for key in ("patch", "test_patch") for path in _FILES.findall(instance[key]) if path})
+    named = sorted({path for key in ("patch", "test_patch") for path in _named(instance[key], key)})
     try:
         there = swe_workspace.names(clone, instance["base_commit"])
         return {path: swe_workspace.show(clone, instance["base_commit"], path) if path in there else None for path in named}
@@ -250,19 +260,38 @@ def _patched(files: dict[str, str | None], patch: str, what: str) -> dict[str, s
         return {}
     with tempfile.TemporaryDirectory() as folder:
         swe_workspace.write(folder, files)
-        applied = subprocess.run(
-            ["git", "apply", "--whitespace=nowarn", "-"],
-            cwd=folder,
-            # A folder of temporary files may be in somebody's repository.
-            env=os.environ | {"GIT_CEILING_DIRECTORIES": os.path.dirname(os.path.realpath(folder))},
-            input=patch.encode() if patch.endswith("\n") else (patch + "\n").encode(),
-            capture_output=True,
-        )
-        if applied.returncode != 0:
-            raise Unusable(f"its {what} does not apply: {applied.stderr.decode(errors='replace').strip()}")
+        _apply(patch, what, folder)
         made = swe_workspace.Workspace(folder)
-        after = {path: made.text(path) for path in {path for path in _FILES.findall(patch) if path}}
+        after = {path: made.text(path) for path in _named(patch, what)}
     return dict(sorted(after.items()))
+
+
+def _named(patch: str, what: str) -> set[str]:
+    """The files that a patch reads or writes."""
+    if not patch.strip():
+        return set()
+    with tempfile.TemporaryDirectory() as folder:
+        listed = _apply(patch, what, folder, "--numstat", "-z").decode(errors="surrogateescape").split("\0")
+    return {line.split("\t", 2)[2] for line in listed if line} | set(_OLD_NAME.findall(patch))
+
+
+def _apply(patch: str, what: str, folder: str, *options: str) -> bytes:
+    """Has git apply a patch in a folder, or tell of it.
+
+    Raises:
+        Unusable: it does not apply.
+    """
+    ended = subprocess.run(
+        ["git", "apply", "--whitespace=nowarn", *options, "-"],
+        cwd=folder,
+        # A folder of temporary files may be in somebody's repository.
+        env=swe_workspace.git_environment() | {"GIT_CEILING_DIRECTORIES": os.path.dirname(os.path.realpath(folder))},
+        input=(patch if patch.endswith("\n") else patch + "\n").encode(),
+        capture_output=True,
+    )
+    if ended.returncode != 0:
+        raise Unusable(f"its {what} does not apply: {ended.stderr.decode(errors='replace').strip()}")
+    return ended.stdout
 
 
 def _size(solution: dict[str, str | None], files: dict[str, str | None]) -> str:

@@ -37,8 +37,8 @@ def build(spec: Spec, problem_path: str, description_path: str) -> Task:
     params = dict(spec.params)
     repository, python = params["repository"], params["python"]
     tests = tuple((params["tests"] or "").split())
-    bugs = _bugs(repository, params["files"])
     passing = _passing(repository, tests, python)
+    bugs = _bugs(repository, params["files"], swe_problem.test_files(passing))
     path, bug = bugs[spec.seed % len(bugs)]
     source = _read(os.path.join(repository, path))
     if not swe_bugs.is_program(source, bug):
@@ -85,15 +85,17 @@ def build(spec: Spec, problem_path: str, description_path: str) -> Task:
 
 
 @functools.cache
-def _bugs(repository: str, form: str) -> list[tuple[str, swe_bugs.Bug]]:
+def _bugs(repository: str, form: str, tests: frozenset[str]) -> list[tuple[str, swe_bugs.Bug]]:
     """The mistakes that can be planted, shuffled, with the paths of the files; found once per process."""
     found = []
     for path in swe_workspace.paths(repository):
-        if path.endswith(".py") and fnmatch.fnmatch(path, form) and not swe_workspace.is_test(path):
+        if not path.endswith(".py") or not fnmatch.fnmatch(path, form):
+            continue
+        if path not in tests and not swe_workspace.is_test(path):
             try:
                 found += ((path, bug) for bug in swe_bugs.find(_read(os.path.join(repository, path))))
-            except (SyntaxError, UnicodeDecodeError):
-                continue  # for another Python, or a test's exhibit
+            except (SyntaxError, ValueError, RecursionError):
+                continue  # for another Python, an exhibit of a test, a number or a term without end
     if not found:
         raise ValueError(f"in {repository} there is no function to plant a mistake in, in files {form!r}")
     return random.Random(_ORDER_SEED).sample(found, len(found))
@@ -119,9 +121,7 @@ def _passing(repository: str, tests: tuple[str, ...], python: str | None) -> fro
 
 
 def _run(folder: str, tests: tuple[str, ...], python: str | None) -> TestRun:
-    return swe_tests.run(
-        folder, tests, scratch=os.path.dirname(folder), sandbox=swe_tests.safest_sandbox(), python=python
-    )
+    return swe_tests.run(folder, tests, sandbox=swe_tests.safest_sandbox(), python=python)
 
 
 def _objective(name: str, noticed: list[str], run: TestRun) -> str:

@@ -7,6 +7,7 @@ begins, what the reference repair changes, and what is laid over it to be judged
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from envs_host import arrival
@@ -64,6 +65,12 @@ def load(path: str) -> Problem:
         return Problem(**content | lists)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise GameFileError(f"the task file {path} cannot be read ({error!r}): make the tasks again.") from error
+
+
+def test_files(ids: Iterable[str]) -> frozenset[str]:
+    """The files of tests; not those of code whose examples are tests, "code.py::code.function"."""
+    parts = (test.partition("[")[0].split("::") for test in ids)
+    return frozenset(part[0] for part in parts if len(part) > 1 and "." not in part[1])
 
 
 def digest(path: str) -> str:

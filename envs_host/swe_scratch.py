@@ -35,6 +35,8 @@ def _root() -> str:
     # Held to the end of the process, and by no child: descriptors are not inherited.
     descriptor = os.open(os.path.join(root, _LOCK), os.O_CREAT | os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+    # pytest looks for settings in all folders above, as far as it finds some: those of others are not ours.
+    open(os.path.join(root, "pytest.ini"), "w").close()
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return root
 

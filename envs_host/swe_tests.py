@@ -4,41 +4,70 @@ What is run may have been written by a model. `sandbox="bubblewrap"` shows it th
 but for its own folder, and no network; `"none"` is for machines that can be thrown away. Either way time,
 memory and the size of files are limited and the environment variables are the test run's own.
 
-Outcomes are read from pytest's summary, which is the last thing a run prints. Code that sets out to forge
-that summary could; code that merely exits, or prints, cannot.
+Outcomes are not read from what is printed: a plugin that is there before the repository is looked in hands
+them over on a descriptor of its own once pytest has ended. Code that sets out to forge them could, being in
+the same process; code that exits, prints, or puts itself in pytest's place cannot.
 """
 
 import functools
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import psutil
 
+from envs_host import swe_scratch
+
 SANDBOXES = ("bubblewrap", "none")
 
-# What `python -m pytest` does, but that pytest is found before the repository is looked in: a file pytest.py, or
-# src/sitecustomize.py, is not in its place.
+# `python -m pytest` would look for pytest in the repository first.
 _PYTEST = """\
-import os, sys
+import json, os, sys
 sys.path.pop(0)
 import pytest
-here = os.getcwd()
+
+class Outcomes:
+    def __init__(self):
+        self.told = {}
+
+    def note(self, report, outcome):
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = crash.message if crash is not None else str(report.longrepr or "")
+        if self.told.get(report.nodeid, [""])[0] != "failed":
+            self.told[report.nodeid] = [outcome, message]
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.note(report, "failed")
+        elif report.when == "call" and report.passed and not hasattr(report, "wasxfail"):
+            self.note(report, "passed")
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.note(report, "failed")
+
+descriptor, here, outcomes = int(sys.argv[1]), os.getcwd(), Outcomes()
 sys.path[:0] = [here, os.path.join(here, "src")]
 os.environ["PYTHONPATH"] = sys.path[1]
-sys.exit(pytest.main())
+code = pytest.main(sys.argv[2:], plugins=[outcomes])
+os.write(descriptor, json.dumps([int(code), outcomes.told]).encode())
+sys.stdout.flush()
+os._exit(0)
 """
-_SUMMARY = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
-_OUTCOME = re.compile(r"^(PASSED|XFAIL|FAILED|ERROR) (.+)$", re.MULTILINE)
-_PASSES = ("PASSED", "XFAIL")
+_COMPLETE = (0, 1)  # pytest's codes: all passed, some failed
+_INTERRUPTED = 2  # errors while tests were collected
 # pytest shortens what it shows, addresses with it: <Thing object at 0x7f...> or <Th...x7fa18a8f46d0>.
 _ADDRESS = re.compile(r"(\b0x|\.\.\.0?x?)[0-9a-f]{6,16}(?=\b|>)")
 _DURATION = re.compile(r" in \d+\.\d+s(?: \(\d+:\d\d:\d\d\))?")
 _MAX_FILE_BYTES = 1 << 28
+_MAX_READ_BYTES = 1 << 22
+_HIDDEN = ("/tmp", "/var/tmp", "/run")  # where programs meet: sockets, other episodes
 
 
 class SandboxError(RuntimeError):
@@ -49,10 +78,11 @@ class TestRun(NamedTuple):
     """What came of a run.
 
     Attributes:
-        passed: ids of the tests that passed (or failed as expected), e.g. "tests/test_a.py::test_b".
-        failed: ids of the others that ran -> what pytest says of them in a line, perhaps "".
-        problem: why there was no complete run: out of time, or no summary; "" if there was one.
-        output: what pytest printed, without what differs from run to run.
+        passed: ids of the tests that passed, e.g. "tests/test_a.py::test_b"; none that failed as expected, which
+            code can ask for.
+        failed: ids of those that failed, and files that could not be collected -> the first line of why, perhaps "".
+        problem: why there was no complete run; "" if there was one.
+        output: the end of what pytest printed, without what differs from run to run.
     """
 
     __test__ = False  # pytest takes the name for a test's
@@ -96,61 +126,64 @@ def run(
     folder: str,
     arguments: Sequence[str],
     *,
-    scratch: str,
     sandbox: str,
     python: str | None = None,
     limits: Limits = Limits(),
     traceback: str = "line",
+    hidden: Sequence[str] = (),
 ) -> TestRun:
     """Runs pytest in a repository.
 
     Args:
         folder: the repository, from which pytest is called; its modules are imported from it, or from its
-            `src`, before any that are installed.
+            `src`, before any that are installed. It is in a folder of `swe_scratch`.
         arguments: of pytest: files, folders, ids.
-        scratch: a folder that the tests may write to; it holds `folder`.
         sandbox: one of `SANDBOXES`.
         python: interpreter with pytest and what the repository needs; by default this one, without the
             plugins of pytest that are installed here.
         limits: time and memory.
         traceback: pytest's `--tb`.
+        hidden: folders that bubblewrap does not show, unless the interpreter is in them.
+
+    Raises:
+        OSError: the folder is gone.
     """
-    temporary = os.path.join(scratch, "tmp")
-    os.makedirs(temporary, exist_ok=True)
-    command = [python or sys.executable, "-c", _PYTEST, "-q", "-rfEpx", f"--tb={traceback}", "--color=no"]
-    command += ["-p", "no:cacheprovider", "-p", "no:randomly", *arguments]
-    if sandbox == "bubblewrap":
-        command = [*_bubblewrap(scratch), "--chdir", folder, *command]
-    # Pyc files are trusted by the second: an edit may come within it.
-    environment = {
-        "PATH": os.environ.get("PATH", os.defpath), "HOME": temporary, "TMPDIR": temporary, "LANG": "C.UTF-8",
-        "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1",
-        "COLUMNS": "300", "CI": "",
-    }
-    if python is None:
-        # What is installed beside us has nothing to do with the repository, and takes a second to load.
-        environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    printed, in_time = _call(command, folder, environment, limits)
-    printed = _cleaned(printed, folder, scratch)
-    if not in_time:
-        return TestRun(frozenset(), {}, f"The tests took longer than {limits.seconds:g} s.", printed)
-    *_, summary = _SUMMARY.split(printed)
-    if summary == printed:
-        problem = "The tests could not be run: " + ("\n".join(printed.splitlines()[-12:]) or "no output")
-        return TestRun(frozenset(), {}, problem, printed)
-    passed, failed = set(), {}
-    for outcome, told in _OUTCOME.findall(summary):
-        if outcome in _PASSES:
-            passed.add(told.partition(" - ")[0] if outcome == "XFAIL" else told)
-        else:
-            test, _, message = told.partition(" - ")
-            failed[test] = message
-    # A test whose teardown fails is listed twice.
-    return TestRun(frozenset(passed - set(failed)), failed, "", printed)
+    interpreter = python or sys.executable
+    with swe_scratch.folder() as temporary, tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as printed:
+        command = [interpreter, "-c", _PYTEST, str(told.fileno()), "-q", "-rN", f"--tb={traceback}", "--color=no"]
+        command += [f"--rootdir={folder}", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments]
+        if sandbox == "bubblewrap":
+            shown = _bubblewrap(folder, temporary, _not_shown(interpreter, python is None, hidden))
+            command = [*shown, "--chdir", folder, *command]
+        environment = {
+            "PATH": os.environ.get("PATH", os.defpath), "HOME": temporary, "TMPDIR": temporary, "LANG": "C.UTF-8",
+            # Pyc files are trusted by the second: an edit may come within it.
+            "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300", "CI": "",
+        }  # fmt: skip
+        if python is None:
+            # What is installed beside us has nothing to do with the repository, and takes a second to load.
+            environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        in_time = _call(command, folder, environment, limits, told, printed)
+        cleaned = functools.partial(_cleaned, folders=(folder, temporary))
+        output = cleaned(_end(printed).decode(errors="replace"))
+        if not in_time:
+            return TestRun(frozenset(), {}, f"The tests took longer than {limits.seconds:g} s.", output)
+        try:
+            code, outcomes = json.loads(_end(told))
+        except ValueError:
+            code, outcomes = None, {}
+    if code not in _COMPLETE and not (code == _INTERRUPTED and outcomes):
+        problem = "The tests could not be run: " + ("\n".join(output.splitlines()[-12:]) or "no output")
+        return TestRun(frozenset(), {}, problem, output)
+    passed = frozenset(test for test, (outcome, _) in outcomes.items() if outcome == "passed")
+    failed = {test: cleaned(message) for test, (outcome, message) in outcomes.items() if outcome == "failed"}
+    return TestRun(passed, {test: _first_line(message) for test, message in failed.items()}, "", output)
 
 
-def _call(command: list[str], folder: str, environment: dict[str, str], limits: Limits) -> tuple[str, bool]:
-    """What a command printed, and whether it ended in time."""
+def _call(
+    command: list[str], folder: str, environment: dict[str, str], limits: Limits, told: BinaryIO, printed: BinaryIO
+) -> bool:
+    """Whether a command ended in time."""
     # Units of 1,024 and of 512 bytes, as POSIX has them.
     limited = f'ulimit -c 0; ulimit -v {limits.memory_mb << 10}; ulimit -f {_MAX_FILE_BYTES >> 9}; exec "$@"'
     # In the worker's own group: what kills the worker kills the tests.
@@ -159,16 +192,16 @@ def _call(command: list[str], folder: str, environment: dict[str, str], limits: 
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=printed,
         stderr=subprocess.STDOUT,
+        pass_fds=[told.fileno()],
     ) as process:
         try:
-            printed, _ = process.communicate(timeout=limits.seconds)
-            in_time = True
+            process.wait(timeout=limits.seconds)
+            return True
         except subprocess.TimeoutExpired:
             _kill(process.pid)
-            printed, in_time = b"", False
-    return printed.decode(errors="replace"), in_time
+            return False
 
 
 def _kill(pid: int) -> None:
@@ -185,24 +218,48 @@ def _kill(pid: int) -> None:
             continue
 
 
-def _cleaned(printed: str, folder: str, scratch: str) -> str:
-    for path in (folder, scratch):
-        printed = printed.replace(path + os.sep, "").replace(path, ".")
-    return _DURATION.sub("", _ADDRESS.sub(r"\1", printed))
+def _end(file: BinaryIO) -> bytes:
+    """The last of what was written: there may be a lot."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _MAX_READ_BYTES))
+    return file.read()
 
 
-def _bubblewrap(scratch: str) -> list[str]:
-    return [
-        "bwrap", "--die-with-parent", "--unshare-all", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc",
-        "--bind", scratch, scratch,
-    ]  # fmt: skip
+def _first_line(message: str) -> str:
+    """What pytest says of a failure in a line: the first; of an error while collecting, the last."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    of_traceback = [line for line in lines if line.startswith("E  ")]
+    return (of_traceback[-1].removeprefix("E").strip() if of_traceback else lines[0]) if lines else ""
+
+
+def _cleaned(text: str, folders: Sequence[str]) -> str:
+    for path in folders:
+        text = text.replace(path + os.sep, "").replace(path, ".")
+    return _DURATION.sub("", _ADDRESS.sub(r"\1", text))
+
+
+def _not_shown(interpreter: str, is_ours: bool, hidden: Sequence[str]) -> list[str]:
+    """Folders to hide: not those that the interpreter is in, or what it is made of."""
+    needed = [os.path.abspath(interpreter), os.path.realpath(interpreter)]
+    needed += [sys.prefix, sys.base_prefix] if is_ours else []
+    folders = [folder for folder in (*_HIDDEN, *hidden) if os.path.isdir(folder) and not os.path.islink(folder)]
+    return [folder for folder in folders if not any((path + os.sep).startswith(folder + os.sep) for path in needed)]
+
+
+def _bubblewrap(folder: str, temporary: str, hidden: Sequence[str]) -> list[str]:
+    command = ["bwrap", "--die-with-parent", "--unshare-all", "--cap-drop", "ALL", "--ro-bind", "/", "/"]
+    command += ["--dev", "/dev", "--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys"]
+    for path in hidden:
+        command += ["--tmpfs", path]
+    return [*command, "--bind", folder, folder, "--bind", temporary, temporary]
 
 
 @functools.cache
 def _bubblewrap_fails() -> str:
     if shutil.which("bwrap") is None:
         return "there is no program bwrap"
-    ended = subprocess.run(
-        [*_bubblewrap("/tmp")[:-3], "true"], stdin=subprocess.DEVNULL, capture_output=True
-    )
+    with swe_scratch.folder() as folder:
+        ended = subprocess.run(
+            [*_bubblewrap(folder, folder, ()), "true"], stdin=subprocess.DEVNULL, capture_output=True
+        )
     return ended.stderr.decode(errors="replace").strip() if ended.returncode else ""

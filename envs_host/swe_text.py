@@ -28,6 +28,7 @@ submit: ends the work; the tests decide"""
 MAX_LINE = 200
 MAX_FOUND = 20
 MAX_LISTED = 100
+MAX_TOLD = 20_000
 MAX_FAILURES = 5
 MAX_TRACEBACK = 40
 
@@ -41,7 +42,6 @@ _FORMS = {
 _FENCED = re.compile(r"```[\w-]*\n(.*?)\n?```", re.DOTALL)
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _RANGE = re.compile(r"([0-9]{1,9})\s*:\s*([0-9]{1,9})")
-_FILE_AND_LINE = re.compile(r"(.+?)\s+([0-9]{1,9})")
 
 
 class Refused(ValueError):
@@ -69,15 +69,19 @@ def parse(text: str) -> Command:
         Refused: it is none.
     """
     text = text.encode(errors="replace").decode()  # half of a surrogate pair can be neither written nor told
-    fenced = _FENCED.search(text)
-    head, _, body = (fenced[1] if fenced else text).strip().replace("\r\n", "\n").partition("\n")
+    text = text.replace("\r\n", "\n").lstrip()
+    if text.partition("\n")[0].partition(" ")[0] not in _FORMS and (fenced := _FENCED.search(text)):
+        text = fenced[1].lstrip()
+    head, _, body = text.partition("\n")
     name, _, words = head.strip().partition(" ")
     words = words.strip()
+    if whole := _FENCED.fullmatch(body.strip()):  # the lines alone, as models like to write code
+        body = whole[1]
     if name not in _FORMS:
         known = f"There is no command {_clipped(name)!r}. Commands: {', '.join(_FORMS)}."
         raise Refused(known if name else "No command was given.")
-    for what, form, given in zip(("words behind it", "lines below it"), _FORMS[name], (words, body.strip())):
-        if form == "no" and given:
+    for what, form, given in zip(("words behind it", "lines below it"), _FORMS[name], (words, body)):
+        if form == "no" and given.strip():
             raise Refused(f"{name} takes no {what}.")
         if form == "must" and not given:
             raise Refused(f"{name} needs {what}.")
@@ -112,8 +116,8 @@ def line_range(words: str, num_lines: int) -> tuple[int, int]:
 
 def file_and_line(words: str) -> tuple[str, int]:
     """The file of `open`, and the line, 1 if there is none."""
-    match = _FILE_AND_LINE.fullmatch(words)
-    return (match[1], int(match[2])) if match else (words, 1)
+    path, _, line = words.rpartition(" ")
+    return (path.rstrip(), int(line)) if path and _NUMBER.fullmatch(line) else (words, 1)
 
 
 def window(path: str, text: str, first: int, num_lines: int) -> str:
@@ -144,10 +148,16 @@ def tested(run: TestRun, *, traceback: bool) -> str:
     if len(run.failed) > MAX_FAILURES:
         lines.append(f"and {len(run.failed) - MAX_FAILURES} more")
     if traceback and run.failed:
-        # Below the line of dots, above the summary.
-        told = re.split(r"^=+ (?:FAILURES|ERRORS|short test summary info) =+$", run.output, flags=re.MULTILINE)
-        lines += [line.rstrip() for line in told[1].strip().splitlines()[-MAX_TRACEBACK:]]
+        # Below the line of dots, above the count.
+        told = re.split(r"^=+ (?:FAILURES|ERRORS) =+$", run.output, flags=re.MULTILINE)[-1]
+        lines += [line.rstrip() for line in told.strip().splitlines()[-MAX_TRACEBACK - 1 : -1]]
     return "\n".join(map(_clipped, lines))
+
+
+def told(answer: str) -> str:
+    """An answer as it can be told: of a length that fits, in characters that can be written."""
+    shown = answer if len(answer) <= MAX_TOLD else answer[: MAX_TOLD - 1] + "…"
+    return shown.encode(errors="replace").decode()
 
 
 def _clipped(line: str) -> str:

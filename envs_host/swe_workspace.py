@@ -10,18 +10,21 @@ import fnmatch
 import hashlib
 import io
 import os
-import shutil
 import subprocess
-import tarfile
+import tempfile
 from collections.abc import Mapping
 
 from envs_host.types import GameFileError
 
 # Never part of a repository that git does not keep.
 _LEFT_OUT = ("__pycache__", "*.pyc", ".*", "*.egg-info", "build", "dist", "node_modules", "venv")
-_TESTS = ("test_*.py", "*_test.py", "conftest.py")
+_TESTS = ("test_*.py", "*_test.py", "test.py", "tests.py", "conftest.py")
 _TEST_FOLDERS = ("test", "tests", "testing")
-_TEST_SETTINGS = ("pytest.ini", "tox.ini", "setup.cfg", "pyproject.toml")
+_TEST_SETTINGS = (
+    "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "tox.ini", "setup.cfg", "pyproject.toml",
+)  # fmt: skip
+# What git tells the programs that it calls, and what would have it read another repository.
+_GIT_STATE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR")
 
 
 class PathError(ValueError):
@@ -45,7 +48,7 @@ def paths(repository: str) -> list[str]:
     for folder, names, files in os.walk(root):
         names[:] = [name for name in names if not _is_left_out(name)]
         found += (os.path.relpath(os.path.join(folder, file), root) for file in files if not _is_left_out(file))
-    return sorted(found)
+    return sorted(path for path in found if os.path.isfile(os.path.join(root, path)))  # no pipes, which block
 
 
 def tree(repository: str) -> str:
@@ -68,8 +71,11 @@ def lay_out(repository: str, commit: str | None, folder: str) -> str:
     if commit is not None:
         if not os.path.isdir(root):
             raise GameFileError(f"there is no clone at {repository}: the folder does not exist.")
-        with tarfile.open(fileobj=io.BytesIO(_git(root, "archive", commit))) as archive:
-            archive.extractall(folder, filter="data")
+        # Not `git archive`, which leaves out and rewrites what .gitattributes says.
+        with tempfile.TemporaryDirectory() as scratch:
+            index = os.path.join(scratch, "index")
+            _git(root, "read-tree", commit, index=index)
+            _git(root, "checkout-index", "--all", f"--prefix={folder}{os.sep}", index=index)
         return commit
     digest = hashlib.sha256()
     for path in paths(repository):
@@ -79,7 +85,7 @@ def lay_out(repository: str, commit: str | None, folder: str) -> str:
             content = file.read()
         with open(target, "wb") as file:
             file.write(content)
-        shutil.copymode(os.path.join(root, path), target)
+        os.chmod(target, os.stat(os.path.join(root, path)).st_mode & 0o777 | 0o600)
         _add(digest, path, content)
     return digest.hexdigest()
 
@@ -179,6 +185,8 @@ class Workspace:
                 return opened.read()
         except UnicodeDecodeError:
             raise PathError(f"{path} is not a text file.") from None
+        except OSError as error:
+            raise PathError(f"{path} cannot be read ({error.strerror}).") from None
 
     def write(self, path: str, text: str) -> None:
         """Writes a file, a new one if need be.
@@ -195,6 +203,8 @@ class Workspace:
             write(self.folder, {name: text})
         except OSError as error:  # a part of its path is a file, or too long
             raise PathError(f"{path[:200]} cannot be written ({error.strerror}).") from None
+        except RecursionError:
+            raise PathError(f"{path[:200]} cannot be written (too many folders).") from None
         self._before.setdefault(name, before)
 
     def name(self, path: str) -> str:
@@ -206,14 +216,16 @@ class Workspace:
         return os.path.relpath(self._real(path), self.folder)
 
     def delete(self, path: str) -> None:
-        """Deletes a file.
+        """Deletes a file, and folders that it was the last in.
 
         Raises:
             PathError: there is no such file, or it is no text.
         """
-        text = self.read(path)
-        os.remove(self._real(path))
+        text, target = self.read(path), self._real(path)
+        os.remove(target)
         self._before.setdefault(self.name(path), text)
+        while (target := os.path.dirname(target)) != self.folder and not os.listdir(target):
+            os.rmdir(target)
 
     def text(self, path: str) -> str | None:
         """The text of a file; None if there is no such file, or it is no text."""
@@ -252,9 +264,20 @@ def _add(digest, path: str, content: bytes) -> None:
     digest.update(b"%d %d " % (len(name), len(content)) + name + content)
 
 
-def _git(root: str, *arguments: str) -> bytes:
+def git_environment(index: str | None = None) -> dict[str, str]:
+    """The environment for calls of git that are about the folder that they name."""
+    environment = {name: value for name, value in os.environ.items() if name not in _GIT_STATE}
+    return environment if index is None else environment | {"GIT_INDEX_FILE": index}
+
+
+def _git(root: str, *arguments: str, index: str | None = None) -> bytes:
     try:
-        ended = subprocess.run(["git", "-C", root, *arguments], stdin=subprocess.DEVNULL, capture_output=True)
+        ended = subprocess.run(
+            ["git", "-C", root, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=git_environment(index),
+        )
     except FileNotFoundError:
         raise GameFileError("git is not installed, and repositories are read with it.") from None
     if ended.returncode != 0:

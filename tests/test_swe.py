@@ -109,6 +109,18 @@ def test_breaking_another_test_costs_all(env, tmp_path):
         # What stands in pytest's place, or before it.
         [f"create pytest.py\nprint({SUMMARY!r})"],
         [f"create src/sitecustomize.py\nimport os\nprint({SUMMARY!r}, flush=True)\nos._exit(0)"],
+        # What prints as pytest ends, and tests that are asked to be expected to fail.
+        ["open shelf/__init__.py", f"insert 0\nimport atexit\natexit.register(print, {SUMMARY!r})"],
+        ["open shelf/ordering.py", "insert 13\n    import pytest; pytest.xfail('so')"],
+        ["create .pytest.ini\n[pytest]\naddopts = -p evil", "create evil.py\ndef pytest_pyfunc_call(pyfuncitem):\n    return True"],
+        # Files around the repository, written by the tests themselves.
+        [
+            "open shelf/__init__.py",
+            "insert 0\nopen('../pytest.ini', 'w').write('[pytest]\\naddopts = -p evil\\npythonpath = .\\n')\n"
+            "open('../evil.py', 'w').write('def pytest_pyfunc_call(pyfuncitem): return True\\n')",
+            "test",
+            "undo",
+        ],
         # An end before the tests, with what looks like their summary to the eye.
         ["open shelf/__init__.py", f"insert 0\nimport os\nprint({PASSED!r}, flush=True)\nos._exit(0)"],
     ],
@@ -132,6 +144,7 @@ def test_hidden_tests_are_only_there_at_the_end(env, tmp_path):
     "command, expected",
     [
         ("ls shelf", "__init__.py\nordering.py\ntext.py"),
+        ("create bom.py\n\ufeffONE = 1", "[bom.py, lines 1 to 1 of 1]\n1:\ufeffONE = 1"),
         ("find test", "tests/test_shelf.py"),
         ("search return text", "shelf/text.py:3: return text\nshelf/text.py:4: return text[: width - 1] + \"…\""),
         ("find \ud800", "There is no file with ? in its path."),
@@ -139,7 +152,10 @@ def test_hidden_tests_are_only_there_at_the_end(env, tmp_path):
         ("open shelf/text.py 4", "[shelf/text.py, lines 1 to 4 of 4]\n1:def shorten(text, width):\n2:    if len(text) <= width:\n"
          '3:        return text\n4:    return text[: width - 1] + "…"'),
         ("open shelf/__init__.py", "[shelf/__init__.py, empty]"),
-        ("```\nls shelf\n```", "__init__.py\nordering.py\ntext.py"),
+        ("So:\n```bash\nls shelf\n```\nThat is it.", "__init__.py\nordering.py\ntext.py"),
+        ("create shelf/new.py\n```python\nONE = 1\n```", "[shelf/new.py, lines 1 to 1 of 1]\n1:ONE = 1"),
+        ('create a.md\nSay:\n```\nsubmit\n```\n', "[a.md, lines 1 to 4 of 4]\n1:Say:\n2:```\n3:submit\n4:```"),
+        ("create b.md\n\n\nx\n\n", "[b.md, lines 1 to 4 of 4]\n1:\n2:\n3:x\n4:"),
         ("create shelf/new.py\nONE = 1", "[shelf/new.py, lines 1 to 1 of 1]\n1:ONE = 1"),
         ("delete shelf/text.py", "shelf/text.py is deleted."),
         ("test tests/test_shelf.py::test_shorten", "1 passed."),
@@ -230,6 +246,63 @@ def test_line_ends_stay_what_they_are(env, tmp_path):
     _play(env, _task(tmp_path, changed=files), "open a.txt", "edit 2:2\n2\n2b", "insert 4\nfour", "open b.txt", "insert 2\nthree")
     assert env._work.read("a.txt") == "one\r\n2\r\n2b\r\nthree\r\nfour\r\n"
     assert env._work.read("b.txt") == "one\ntwo\nthree\n"
+
+
+def test_undo_loses_nothing(env, tmp_path):
+    commands = ("delete shelf/text.py", "create shelf/text.py/x\n1", "undo", "undo", "open shelf/text.py", "undo")
+    answers = _play(env, _task(tmp_path), *commands)
+    assert answers[3].observation == "shelf/text.py/x is deleted."
+    assert answers[4].observation == answers[5].observation
+    assert answers[6].observation == "There is nothing to undo."
+
+
+def test_ids_of_tests_are_what_pytest_calls_them(env, tmp_path):
+    """Odd ones; and tests that fail in a part, or as they end, do not pass."""
+    odd = '''
+import unittest, pytest
+
+@pytest.mark.parametrize("name", ["a - b", "0xdeadbeef", " in 1.50s"])
+def test_odd(name): pass
+
+@pytest.fixture
+def ends_badly():
+    yield
+    raise ValueError("at the end")
+
+def test_end(ends_badly): pass
+
+@pytest.mark.xfail
+def test_expected(): assert 0
+
+class Parts(unittest.TestCase):
+    def test_parts(self):
+        with self.subTest(n=1):
+            assert 0
+'''
+    task = _task(tmp_path, changed={"tests/test_odd.py": odd})
+    env.reset(task)
+    run = env._run(("tests/test_odd.py",), env._work.folder)
+    assert run.passed == {f"tests/test_odd.py::test_odd[{name}]" for name in ("a - b", "0xdeadbeef", " in 1.50s")}
+    failed = {"tests/test_odd.py::test_end": "ValueError: at the end"}
+    assert run.failed.items() >= failed.items() and "tests/test_odd.py::Parts::test_parts" in run.failed
+    wrong = {"tests/test_wrong.py": "import nowhere\n"}
+    env.reset(_task(tmp_path, changed=wrong))
+    assert env.step("test tests/test_wrong.py").observation.splitlines()[:2] == [
+        "1 failed, 0 passed.", "tests/test_wrong.py: ModuleNotFoundError: No module named 'nowhere'"
+    ]  # fmt: skip
+
+
+def test_settings_of_others_are_not_the_repositorys(tmp_path):
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = "--nothing-of-this-kind"\n')
+    script = (
+        "import sys; sys.path.insert(0, 'tests'); import pathlib; from envs_host import swe; from tests import test_swe\n"
+        f"env = swe.SweEnv(sandbox='none'); task = test_swe._task(pathlib.Path({str(tmp_path)!r}))\n"
+        "print([env.reset(task), *map(env.step, task.walkthrough)][-1].info.won); env.close()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_a_repair_may_be_in_what_looks_like_a_test(env, tmp_path):
@@ -329,16 +402,25 @@ def test_memory_of_tests_is_limited(tmp_path):
 
 @pytest.mark.skipif(swe_tests.safest_sandbox() == "none", reason="bubblewrap is not installed, or not allowed")
 def test_a_sandbox_keeps_tests_in_their_folder(tmp_path):
-    outside = tmp_path / "outside"
+    outside = pathlib.Path("/etc/jaxagentrl-was-here")
     env = swe.SweEnv(sandbox="bubblewrap")
     write = f"insert 1\n    open({str(outside)!r}, 'w')"
     call = "insert 1\n    import socket\n    socket.create_connection(('127.0.0.1', 9), timeout=1)"
+    # What root could do, and where the reference repair lies.
+    mount = "insert 1\n    import subprocess\n    subprocess.run(['mount', '-o', 'remount,rw,bind', '/'], check=True)"
+    kernel = "insert 1\n    open('/proc/sys/kernel/core_pattern', 'a')"
+    task = _task(tmp_path)
+    read = f"insert 1\n    open({task.file!r})"
     inside = "insert 1\n    import tempfile\n    tempfile.TemporaryFile()"
-    answers = _play(env, _task(tmp_path), "open shelf/text.py", write, "test", "undo", call, "test", "undo", inside, "test")
+    answers = _play(env, task, "open shelf/text.py", write, "test", "undo", call, "test", "undo", inside, "test")
     assert "Read-only file system" in answers[3].observation
-    assert "Network is unreachable" in answers[6].observation or "Connection refused" in answers[6].observation
+    assert "Connection refused" in answers[6].observation  # by an own loopback: see the next
     assert "1 failed, 7 passed." in answers[9].observation  # what the task begins with, and nothing else
     assert not outside.exists()
+    for harm, expected in ((mount, "CalledProcessError"), (kernel, "Read-only file system"), (read, "No such file")):
+        assert expected in _play(env, task, "open shelf/text.py", harm, "test")[-1].observation
+    away = "insert 1\n    assert open('/proc/net/dev').read().count(':') == 1"
+    assert "1 failed, 7 passed." in _play(env, task, "open shelf/text.py", away, "test")[-1].observation  # loopback alone
     assert _play(env, _task(tmp_path), *REPAIR, "submit")[-1].info.won
 
 
@@ -465,6 +547,19 @@ def test_mistakes_that_no_test_notices_are_set_aside(tmp_path):
     assert "no test notices" in next(iter(made.reasons.values()))
 
 
+def test_no_mistake_is_in_a_test_whatever_it_is_called(tmp_path):
+    files = {path: text for path, text in repositories.FILES.items() if not path.startswith("tests/")}
+    files |= {"checks/check_shelf.py": repositories.TESTS, "pytest.ini": "[pytest]\npython_files = check_*.py\n"}
+    repository = str(repositories.make(tmp_path / "shelf", files))
+    specs = [dict(family="swe-bugs", repository=repository, seed=seed) for seed in range(5)]
+    made = games.generate(specs, cache_dir=str(tmp_path / "cache"), progress=False)
+    changed = {path for task in made.tasks for path in swe_problem.load(task.file).changed}
+    assert changed and changed <= {"shelf/ordering.py", "shelf/text.py"}
+    env = swe.SweEnv(sandbox="none")
+    answers = _play(env, made.tasks[0], "open checks/check_shelf.py", f"edit 1:{repositories.TESTS.count(chr(10))}\nx = 1", "submit")
+    assert answers[2].info.valid_command and answers[3].reward == 0.0
+
+
 @pytest.mark.parametrize(
     "changes, files, expected",
     [
@@ -490,7 +585,7 @@ def test_what_git_tracks_is_the_repository(tmp_path):
     assert swe_workspace.tree(str(repository)) == tree
     assert swe_workspace.lay_out(str(repository), head, str(tmp_path / "laid")) == head
     assert swe_workspace.Workspace(str(tmp_path / "laid")).files() == sorted(repositories.FILES)
-    with pytest.raises(GameFileError, match="git archive does not work"):
+    with pytest.raises(GameFileError, match="git read-tree does not work"):
         swe_workspace.lay_out(str(repository), "0" * 40, str(tmp_path / "none"))
 
 

@@ -125,6 +125,24 @@ def test_tests_that_are_changed_and_those_that_pass(tmp_path, instance):
     env.close()
 
 
+def test_patches_of_all_kinds(tmp_path, instance):
+    """Empty new files, renames, modes, lines that look like headers; and what `git archive` would leave out."""
+    clone = tmp_path / "clones" / "corner__shelf"
+    repositories.git(clone, "checkout", "--quiet", instance["base_commit"])
+    repositories.make(clone, {".gitattributes": "tests export-ignore\n", "query.sql": "-- a/foo.py\nselect 1;\n", "old name.txt": "x\n" * 9})
+    base = repositories.commit(clone)
+    (clone / "old name.txt").rename(clone / "new name.txt")
+    (clone / "shelf" / "text.py").chmod(0o755)
+    repositories.make(clone, {"shelf/ordering.py": REPAIRED, "shelf/sub/__init__.py": "", "query.sql": "select 1;\n"})
+    repositories.commit(clone)
+    patch = repositories.git(clone, "diff", "-M", base, "HEAD") + "\n"
+    (task,) = _read(tmp_path, instance | {"base_commit": base, "patch": patch}).tasks
+    assert set(swe_problem.load(task.file).solution) == {
+        "new name.txt", "old name.txt", "query.sql", "shelf/ordering.py", "shelf/sub/__init__.py", "shelf/text.py",
+    }  # fmt: skip
+    assert "create shelf/sub/__init__.py" in "\n".join(task.walkthrough) and "delete old name.txt" in task.walkthrough
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     [
@@ -132,7 +150,8 @@ def test_tests_that_are_changed_and_those_that_pass(tmp_path, instance):
         ({"base_commit": "0" * 40}, "git ls-tree does not work"),
         ({"patch": "--- a/shelf/text.py\n+++ b/shelf/text.py\n@@ -1,1 +1,1 @@\n-def f():\n+def g():\n"}, "its patch does not apply"),
         ({"FAIL_TO_PASS": []}, "no test fails before the repair"),
-        ({"test_patch": ""}, "has no tests in Python"),
+        ({"FAIL_TO_PASS": ["test_it (shelf.Case)"]}, "its tests are not pytest's"),
+        ({"test_patch": ""}, "its reference repair does not win here: The tests could not be run"),
     ],
 )
 def test_instances_that_cannot_be_played_are_left_out(tmp_path, instance, changes, reason):
@@ -156,6 +175,9 @@ def test_interpreters_by_name(tmp_path, instance):
     [
         ("{", "line 1: expected a JSON object"),
         ("3", "line 1: expected a JSON object"),
+        (json.dumps(dict.fromkeys(swe_data._FIELDS, "[") | {"PASS_TO_PASS": []}), "line 1: FAIL_TO_PASS is not a list in JSON"),
+        (json.dumps(dict.fromkeys(swe_data._FIELDS, "[]") | {"patch": None}), "line 1: patch must be a text, got None"),
+        (json.dumps(dict.fromkeys(swe_data._FIELDS, '"t::a"')), "FAIL_TO_PASS must be a list of texts, got 't::a'"),
         ('{"repo": "a/b"}', "an instance needs instance_id, base_commit"),
     ],
 )
