@@ -133,6 +133,8 @@ def _played(task: Task, test_limit_s: float) -> str:
     try:
         env.reset(task)
         answers = [env.step(command) for command in task.walkthrough]
+    except GameFileError as error:  # a clone without all of its objects, say
+        return str(error)
     finally:
         env.close()
     refused = [answer.observation for answer in answers if not answer.info.valid_command]
