@@ -10,8 +10,8 @@ tested on 25 others. It reports a mean score of 0.22 from 0.04 (a test set of 25
 Otherwise here: the commands of `envs_host/swe_text.py` in the place of a shell, and no score for an empty patch
 (theirs counts the tests that passed before; docs/environments.md). Instances are read from
 `data/swe_gym.jsonl`, clones from `data/repositories/getmoto__moto`, and each version's tests are run by an
-interpreter that you have made, `data/environments/getmoto__moto-<version>/bin/python`. Play the reference
-repairs first: `python tools/env_doctor.py --env=swe --params='{"family": "swe-data", ...}'`.
+interpreter that you have made, `data/environments/getmoto__moto-<version>/bin/python`. Before anything else each
+reference repair is played once; an instance that it does not repair here is left out and told.
 
 Not run with these weights or this data so far; for eight accelerators of 80 GB. What is checked on a CPU is
 this config with random weights of a tiny shape on a repository of the tests (tests/test_swe_recipes.py).
