@@ -152,7 +152,7 @@ class SweEnv:
             folder = self._laid_out(scratch)
             swe_workspace.write(folder, made)
             swe_workspace.write(folder, problem.hidden)
-            run = self._run(problem.tests, folder)
+            run = self._run(problem.tests, folder, explained=False)
         repaired = sum(test in run.passed for test in problem.fail_to_pass)
         broken = sum(test not in run.passed for test in problem.pass_to_pass)
         score = 0.0 if broken else self._task.max_score * repaired / len(problem.fail_to_pass)
@@ -170,7 +170,9 @@ class SweEnv:
             return False
         return path in problem.solution or not swe_workspace.is_test(path)
 
-    def _run(self, arguments: tuple[str, ...], folder: str, traceback: str = "line") -> swe_tests.TestRun:
+    def _run(
+        self, arguments: tuple[str, ...], folder: str, *, traceback: str = "line", explained: bool = True
+    ) -> swe_tests.TestRun:
         return swe_tests.run(
             folder,
             arguments,
@@ -178,6 +180,7 @@ class SweEnv:
             python=self._problem.python or self._python,
             limits=self._limits,
             traceback=traceback,
+            explained=explained,
             # Where the reference repair is to be read.
             hidden=(os.path.expanduser(self._problem.repository), os.path.dirname(os.path.abspath(self._task.file))),
         )
@@ -281,9 +284,8 @@ class SweEnv:
             raise Refused(f"There is no file {path}.")
         there = tuple(test for test in self._problem.tests if os.path.exists(os.path.join(self._work.folder, test)))
         try:
-            run = self._run(
-                (command.words,) if command.words else there, self._work.folder, "short" if command.words else "line"
-            )
+            arguments, traceback = ((command.words,), "short") if command.words else (there, "line")
+            run = self._run(arguments, self._work.folder, traceback=traceback)
         except OSError as error:  # the tests have taken it away
             raise Refused(f"The tests could not be run ({error.strerror}).") from None
         return swe_text.tested(run, traceback=bool(command.words))

@@ -130,6 +130,7 @@ def run(
     python: str | None = None,
     limits: Limits = Limits(),
     traceback: str = "line",
+    explained: bool = True,
     hidden: Sequence[str] = (),
 ) -> TestRun:
     """Runs pytest in a repository.
@@ -143,6 +144,8 @@ def run(
             plugins of pytest that are installed here.
         limits: time and memory.
         traceback: pytest's `--tb`.
+        explained: failures say what was compared. For that pytest rewrites every assertion there is, which is
+            most of what a run of many quick tests takes.
         hidden: folders that bubblewrap does not show, unless the interpreter is in them.
 
     Raises:
@@ -152,6 +155,7 @@ def run(
     with swe_scratch.folder() as temporary, tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as printed:
         command = [interpreter, "-c", _PYTEST, str(told.fileno()), "-q", "-rN", f"--tb={traceback}", "--color=no"]
         command += [f"--rootdir={folder}", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments]
+        command += [] if explained else ["--assert=plain"]
         if sandbox == "bubblewrap":
             shown = _bubblewrap(folder, temporary, _not_shown(interpreter, python is None, hidden))
             command = [*shown, "--chdir", folder, *command]
@@ -187,7 +191,7 @@ def _call(
     # Units of 1,024 and of 512 bytes, as POSIX has them.
     limited = f'ulimit -c 0; ulimit -v {limits.memory_mb << 10}; ulimit -f {_MAX_FILE_BYTES >> 9}; exec "$@"'
     # In the worker's own group: what kills the worker kills the tests.
-    with subprocess.Popen(
+    with psutil.Popen(  # waits without looking every now and then
         ["sh", "-c", limited, "sh", *command],
         cwd=folder,
         env=environment,
@@ -199,21 +203,20 @@ def _call(
         try:
             process.wait(timeout=limits.seconds)
             return True
-        except subprocess.TimeoutExpired:
-            _kill(process.pid)
+        except psutil.TimeoutExpired:
+            _kill(process)
             return False
 
 
-def _kill(pid: int) -> None:
+def _kill(process: psutil.Process) -> None:
     """Kills a process and all that it started."""
     try:
-        family = [psutil.Process(pid)]
-        family += family[0].children(recursive=True)
+        family = [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-    for process in family:
+    for member in family:
         try:
-            process.kill()
+            member.kill()
         except psutil.NoSuchProcess:
             continue
 

@@ -285,6 +285,8 @@ class Parts(unittest.TestCase):
     assert run.passed == {f"tests/test_odd.py::test_odd[{name}]" for name in ("a - b", "0xdeadbeef", " in 1.50s")}
     failed = {"tests/test_odd.py::test_end": "ValueError: at the end"}
     assert run.failed.items() >= failed.items() and "tests/test_odd.py::Parts::test_parts" in run.failed
+    judged = env._run(("tests/test_odd.py",), env._work.folder, explained=False)
+    assert judged.passed == run.passed and judged.failed.keys() == run.failed.keys()
     wrong = {"tests/test_wrong.py": "import nowhere\n"}
     env.reset(_task(tmp_path, changed=wrong))
     assert env.step("test tests/test_wrong.py").observation.splitlines()[:2] == [
