@@ -2,8 +2,8 @@
 
 All mistakes that can be planted in the files are shuffled once, and seeds are numbers among them, modulo how
 many there are: as many seeds in a row give as many different tasks. The tests are run twice as the repository
-stands, and those that pass both times count. A mistake counts if some of them fail with it and the reference
-repair, played as an agent would, makes all pass again.
+stands, and those that pass both times count. A mistake counts if some of them fail with it, in ten times the
+time that they take without it, and the reference repair, played as an agent would, makes all pass again.
 """
 
 import fnmatch
@@ -11,14 +11,19 @@ import functools
 import json
 import os
 import random
+import time
 
 from envs_host import swe, swe_bugs, swe_problem, swe_scratch, swe_tests, swe_workspace
 from envs_host.specs import SetAside, Spec
 from envs_host.swe_problem import Problem
-from envs_host.swe_tests import TestRun
+from envs_host.swe_tests import Limits, TestRun
 from envs_host.types import Task
 
 _MAX_NAMED = 3
+_STANDING_S = 600.0  # What the tests may take as the repository stands.
+# With a mistake many never end, and are waited for.
+_SLOWER = 10.0
+_LEAST_S = 10.0
 _ORDER_SEED = 0
 
 
@@ -37,7 +42,7 @@ def build(spec: Spec, problem_path: str, description_path: str) -> Task:
     params = dict(spec.params)
     repository, python = params["repository"], params["python"]
     tests = tuple((params["tests"] or "").split())
-    passing = _passing(repository, tests, python)
+    passing, limits = _standing(repository, tests, python)
     bugs = _bugs(repository, params["files"], swe_problem.test_files(passing))
     path, bug = bugs[spec.seed % len(bugs)]
     source = _read(os.path.join(repository, path))
@@ -48,7 +53,7 @@ def build(spec: Spec, problem_path: str, description_path: str) -> Task:
         folder = os.path.join(scratch, "repository")
         tree = swe_workspace.lay_out(repository, None, folder)
         swe_workspace.write(folder, {path: broken})
-        run = _run(folder, tests, python)
+        run = _run(folder, tests, python, limits)
     if run.problem:
         raise SetAside(f"the tests cannot be told apart with it: {run.problem}")
     if not (noticed := sorted(set(run.failed) & passing)):
@@ -80,7 +85,7 @@ def build(spec: Spec, problem_path: str, description_path: str) -> Task:
         max_score=1.0,
         walkthrough=_walkthrough(path, bug, noticed[0], params["expert"]),
     )
-    _play_through(task)
+    _play_through(task, limits)
     return task
 
 
@@ -107,21 +112,23 @@ def _read(path: str) -> str:
 
 
 @functools.cache
-def _passing(repository: str, tests: tuple[str, ...], python: str | None) -> frozenset[str]:
-    """The tests that pass as the repository stands; found once per process."""
+def _standing(repository: str, tests: tuple[str, ...], python: str | None) -> tuple[frozenset[str], Limits]:
+    """The tests that pass as the repository stands, and what they may take with a mistake; found once per process."""
     with swe_scratch.folder() as scratch:
         folder = os.path.join(scratch, "repository")
         swe_workspace.lay_out(repository, None, folder)
-        runs = [_run(folder, tests, python) for _ in range(2)]
+        began = time.monotonic()
+        runs = [_run(folder, tests, python, Limits(_STANDING_S)) for _ in range(2)]
+        seconds = (time.monotonic() - began) / 2
     if problem := runs[0].problem or runs[1].problem:
         raise ValueError(f"the tests of {repository} do not run as it stands. {problem}")
     if not (passing := runs[0].passed & runs[1].passed):
         raise ValueError(f"of the tests of {repository} none passes as it stands")
-    return passing
+    return passing, Limits(min(_STANDING_S, max(_LEAST_S, _SLOWER * seconds)))
 
 
-def _run(folder: str, tests: tuple[str, ...], python: str | None) -> TestRun:
-    return swe_tests.run(folder, tests, sandbox=swe_tests.safest_sandbox(), python=python)
+def _run(folder: str, tests: tuple[str, ...], python: str | None, limits: Limits) -> TestRun:
+    return swe_tests.run(folder, tests, sandbox=swe_tests.safest_sandbox(), python=python, limits=limits)
 
 
 def _objective(name: str, noticed: list[str], run: TestRun) -> str:
@@ -140,13 +147,13 @@ def _walkthrough(path: str, bug: swe_bugs.Bug, test: str, expert: str) -> tuple[
     return repair if expert == "direct" else (*reading, *repair)
 
 
-def _play_through(task: Task) -> None:
+def _play_through(task: Task, limits: Limits) -> None:
     """Plays the walkthrough; it must win.
 
     Raises:
         SetAside: it does not.
     """
-    env = swe.SweEnv(sandbox=swe_tests.safest_sandbox())
+    env = swe.SweEnv(sandbox=swe_tests.safest_sandbox(), test_limit_s=limits.seconds)
     try:
         env.reset(task)
         for command in task.walkthrough:

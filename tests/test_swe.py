@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 import envs_host
-from envs_host import games, swe, swe_problem, swe_tests, swe_text, swe_workspace
+from envs_host import games, swe, swe_maker, swe_problem, swe_tests, swe_text, swe_workspace
 from envs_host.pool import EnvPool
+from envs_host.specs import SetAside, Spec
 from envs_host.types import EnvFailure, GameFileError, ResetResult, Task
 from tests import repositories
 
@@ -549,6 +550,22 @@ def test_mistakes_that_no_test_notices_are_set_aside(tmp_path):
     made = games.generate([spec], cache_dir=str(tmp_path / "cache"), progress=False)
     assert made.tasks == []
     assert "no test notices" in next(iter(made.reasons.values()))
+
+
+def test_mistakes_without_end_are_not_waited_for(tmp_path, monkeypatch):
+    """What the tests may take with a mistake goes by what they take without."""
+    monkeypatch.setattr(swe_maker, "_LEAST_S", 0.1)
+    monkeypatch.setattr(swe_maker, "_SLOWER", 4.0)
+    counting = "def count(n):\n    total = 0\n    while total != n:\n        total += 1\n    return total\n"
+    tests = "from shelf import counting\n\ndef test_count():\n    assert counting.count(3) == 3\n"
+    repository = repositories.make(tmp_path / "shelf", {"shelf/counting.py": counting, "tests/test_counting.py": tests})
+    bugs = swe_maker._bugs(str(repository), "*counting.py", frozenset())
+    (endless,) = (seed for seed, (_, bug) in enumerate(bugs) if bug.after.strip() == "total += 2")
+    spec = Spec.parse(dict(family="swe-bugs", repository=str(repository), files="*counting.py", seed=endless))
+    began = time.monotonic()
+    with pytest.raises(SetAside, match="The tests took longer than"):
+        swe_maker.build(spec, str(tmp_path / "a.swe.json"), str(tmp_path / "a.json"))
+    assert time.monotonic() - began < 50
 
 
 def test_no_mistake_is_in_a_test_whatever_it_is_called(tmp_path):
