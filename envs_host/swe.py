@@ -7,8 +7,11 @@ the repository anew, and the score is the share of the failing tests that pass n
 had passed. An empty submission earns nothing, unlike a share of all tests.
 """
 
+import hashlib
+import json
 import os
 import tempfile
+from typing import NamedTuple
 
 from envs_host import swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
 from envs_host.memory import verify
@@ -16,6 +19,18 @@ from envs_host.swe_problem import Problem
 from envs_host.swe_text import Command, Refused
 from envs_host.swe_workspace import PathError, Workspace, split_lines
 from envs_host.types import GameFileError, Info, ResetResult, StepResult, Task
+
+
+_MAX_JUDGED = 10_000
+_JUDGED: dict[tuple, "_Verdict"] = {}  # By this process: of a group many submit the same.
+
+
+class _Verdict(NamedTuple):
+    """What a submission came to: why there was no complete run, failing tests that pass, others that fail."""
+
+    problem: str
+    repaired: int
+    broken: int
 
 
 class SweEnv:
@@ -30,6 +45,7 @@ class SweEnv:
         *,
         intermediate_reward: bool = False,
         admissible_commands: bool = False,
+        remember: bool = True,
         sandbox: str = "bubblewrap",
         python: str | None = None,
         test_limit_s: float = 60.0,
@@ -43,6 +59,8 @@ class SweEnv:
                 reference repair, in lines that differ, or away from it.
             admissible_commands: report commands that can be given; edits and searches are not among
                 them, as there is no end to them.
+            remember: submissions of the same files for the same task are judged once in a process. The
+                tests are taken to be deterministic, as all answers of an environment are.
             sandbox: where tests are run, see swe_tests.py.
             python: interpreter that runs them, for tasks that name none; by default this one.
             test_limit_s: seconds after which a run of the tests is ended, as failed by the agent. The
@@ -62,6 +80,7 @@ class SweEnv:
         swe_tests.check_sandbox(sandbox)
         self._intermediate = intermediate_reward
         self._admissible = admissible_commands
+        self._remember = remember
         self._sandbox, self._python = sandbox, python
         self._limits = swe_tests.Limits(test_limit_s, test_memory_mb)
         self._num_shown = window_lines
@@ -145,9 +164,33 @@ class SweEnv:
         return ("ls", "test", "submit", *moves, *opens)
 
     def _submitted(self) -> StepResult:
-        """Judges what the agent has made, where no code of its own has been before."""
         problem = self._problem
         made = {path: text for path, text in self._work.changed().items() if self._counts(path)}
+        verdict = self._verdict(made)
+        failing = len(problem.fail_to_pass)
+        score = 0.0 if verdict.broken else self._task.max_score * verdict.repaired / failing
+        observation = f"{verdict.repaired} of {failing} failing tests pass now, {verdict.broken} others fail."
+        observation = f"{verdict.problem}\n{observation}" if verdict.problem else observation
+        info = self._info("submit", valid=True, score=score, ended=True)
+        self.close()
+        return StepResult(observation, score, True, False, info)
+
+    def _verdict(self, made: dict[str, str | None]) -> _Verdict:
+        """Judges what the agent has made, or remembers it."""
+        content = hashlib.sha256(json.dumps(sorted(made.items())).encode()).digest()
+        key = (self._task.digest, content, self._sandbox, self._python, self._limits)
+        if self._remember and key in _JUDGED:
+            return _JUDGED[key]
+        verdict = self._judged(made)
+        if not verdict.problem:  # another time there may be more time
+            _JUDGED[key] = verdict
+            if len(_JUDGED) > _MAX_JUDGED:
+                _JUDGED.pop(next(iter(_JUDGED)))
+        return verdict
+
+    def _judged(self, made: dict[str, str | None]) -> _Verdict:
+        """Judges what the agent has made, where no code of its own has been before."""
+        problem = self._problem
         with swe_scratch.folder() as scratch:
             folder = self._laid_out(scratch)
             swe_workspace.write(folder, made)
@@ -155,12 +198,7 @@ class SweEnv:
             run = self._run(problem.tests, folder, explained=False)
         repaired = sum(test in run.passed for test in problem.fail_to_pass)
         broken = sum(test not in run.passed for test in problem.pass_to_pass)
-        score = 0.0 if broken else self._task.max_score * repaired / len(problem.fail_to_pass)
-        observation = f"{repaired} of {len(problem.fail_to_pass)} failing tests pass now, {broken} others fail."
-        observation = f"{run.problem}\n{observation}" if run.problem else observation
-        info = self._info("submit", valid=True, score=score, ended=True)
-        self.close()
-        return StepResult(observation, score, True, False, info)
+        return _Verdict(run.problem, repaired, broken)
 
     def _counts(self, path: str) -> bool:
         """Whether what is made of a file is judged. What looks like a test is none where the repair is in it:

@@ -54,6 +54,11 @@ def _task(folder: pathlib.Path, **changes) -> Task:
     return Task("swe", path.name, {"family": "swe-bugs"}, 1, str(path), digest, "Repair it.", 1.0, (*REPAIR, "submit"))
 
 
+@pytest.fixture(autouse=True)
+def nothing_judged(monkeypatch):
+    monkeypatch.setattr(swe, "_JUDGED", {})
+
+
 @pytest.fixture
 def env():
     made = swe.SweEnv(sandbox="none", window_lines=8, intermediate_reward=True)
@@ -79,6 +84,22 @@ def test_a_repair_wins(env, tmp_path):
     assert (last.info.score, last.info.won, last.info.lost, last.info.command) == (1.0, True, False, "submit")
     with pytest.raises(RuntimeError, match="reset first"):
         env.step("ls")
+
+
+def test_the_same_submission_is_judged_once(env, tmp_path, monkeypatch):
+    task, other = _task(tmp_path), _task(tmp_path, pass_to_pass=OTHERS[1:])
+    runs, run = [], swe_tests.run
+    monkeypatch.setattr(swe_tests, "run", lambda *args, **kwargs: runs.append(kwargs) or run(*args, **kwargs))
+    first = _play(env, task, *REPAIR, "submit")[-1]
+    assert _play(env, task, "open README.md", *REPAIR, "submit")[-1] == first and len(runs) == 1
+    assert not _play(env, task, "submit")[-1].info.won and len(runs) == 2  # other files
+    assert _play(env, other, *REPAIR, "submit")[-1].info.won and len(runs) == 3  # another task
+    forgetful = swe.SweEnv(sandbox="none", remember=False, window_lines=8, intermediate_reward=True)
+    assert _play(forgetful, task, *REPAIR, "submit")[-1] == first and len(runs) == 4
+    # What could not be run to its end may be run another time.
+    hasty = swe.SweEnv(sandbox="none", test_limit_s=0.01)
+    for number in (5, 6):
+        assert "longer than" in _play(hasty, task, *REPAIR, "submit")[-1].observation and len(runs) == number
 
 
 def test_doing_nothing_earns_nothing(env, tmp_path):
