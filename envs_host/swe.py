@@ -21,16 +21,16 @@ from envs_host.swe_workspace import PathError, Workspace, split_lines
 from envs_host.types import GameFileError, Info, ResetResult, StepResult, Task
 
 
-_MAX_JUDGED = 10_000
-_JUDGED: dict[tuple, "_Verdict"] = {}  # By this process: of a group many submit the same.
-
-
 class _Verdict(NamedTuple):
     """What a submission came to: why there was no complete run, failing tests that pass, others that fail."""
 
     problem: str
     repaired: int
     broken: int
+
+
+_MAX_JUDGED = 10_000
+_JUDGED: dict[tuple, _Verdict] = {}  # By this process: of a group many submit the same.
 
 
 class SweEnv:
