@@ -35,6 +35,7 @@ from jaxagentrl.models.layers import (
     Projection,
     RMSNorm,
     graph_of,
+    lookup,
     merge,
     product_of_few,
 )
@@ -335,7 +336,7 @@ def logits(
 def embed(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array:
     # Gathered over fsdp first: a lookup in columns that are split would replicate the activations.
     table = sharding.constrain(params["embed"]["embedding"], "tensor", None)
-    x = jnp.take(table, tokens, axis=0, mode="clip")
+    x = lookup(table, tokens)
     return x * jnp.asarray(config.hidden_size**0.5, x.dtype) if config.scale_embeddings else x
 
 

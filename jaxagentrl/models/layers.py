@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxagentrl.models import rope
+from jaxagentrl.models import rope, sharding
 from jaxagentrl.models.decoder_config import DecoderConfig
 
 Params = dict[str, Any]
@@ -47,6 +47,29 @@ def _product_bwd(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array
 
 
 product.defvjp(_product_fwd, _product_bwd)
+
+
+@jax.custom_vjp
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of a table [V, D] by tokens [...], whose gradient is summed in float32 and rounded once.
+
+    A common token is looked up thousands of times in a batch. In bfloat16 a sum stands still at some 256 times what is
+    added to it.
+    """
+    return jnp.take(table, tokens, axis=0, mode="clip")
+
+
+def _lookup_fwd(table: jax.Array, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return lookup(table, tokens), (table, tokens)
+
+
+def _lookup_bwd(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, None]:
+    table, tokens = saved
+    slope = sharding.constrain(jnp.zeros(table.shape), "tensor", None)
+    return slope.at[tokens].add(dy.astype(jnp.float32), mode="clip").astype(table.dtype), None
+
+
+lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 
 def product_of_few(x: jax.Array, transposed: jax.Array) -> jax.Array:
@@ -97,7 +120,7 @@ class Projection(nnx.Module):
         if self.is_adapted:
             low = product(x, self.lora_a[...].astype(x.dtype))
             y = y + product(low, self.lora_b[...].astype(x.dtype))
-        return y + self.bias[...].astype(x.dtype)[None, None] if self.has_bias else y
+        return y + _over_rows(self.bias[...], y) if self.has_bias else y
 
 
 class Attention(nnx.Module):
@@ -205,4 +228,9 @@ def merge(graph: nnx.GraphDef, params: Params) -> Any:
 
 
 def _per_channel(x: jax.Array, scale: jax.Array) -> jax.Array:
-    return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return x * _over_rows(scale, x)
+
+
+def _over_rows(channels: jax.Array, x: jax.Array) -> jax.Array:
+    """[D] as [..., D] like x. By way of float32, in which the gradient is then summed over the rows, see `lookup`."""
+    return jnp.broadcast_to(channels.astype(jnp.float32), x.shape).astype(x.dtype)
