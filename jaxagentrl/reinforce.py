@@ -235,7 +235,7 @@ def learn(
     rl, mesh = config["rl"], programs.mesh
     turn_rewards = [rewards.turn_rewards(t, **config["reward"]) for t in trajectories]
     host_batch = _to_batch(trajectories, turn_rewards, config, mesh)
-    starts = imitate.starts_of(host_batch.tokens.shape, imitate.contexts_of(trajectories))
+    starts = imitate.starts_of(host_batch.tokens.shape, _contexts(trajectories, config))
     batch, starts = sharding.place_rows((host_batch, starts), mesh)
     whole = batch.tokens.shape[0]
     split = _splitter(host_batch.tokens, trajectories, config, mesh)
@@ -300,9 +300,15 @@ def _splitter(
         lengths=lengths,
         shape=tokens.shape,
         most_rows=most_rows,
-        contexts=imitate.contexts_of(trajectories),
+        contexts=_contexts(trajectories, config),
         **parts,
     )
+
+
+def _contexts(trajectories: Sequence[Trajectory], config: Mapping[str, Any]) -> imitate.Contexts:
+    """Where episodes may be several texts, all are packed, in an iteration in which none is, too: whole rows as
+    long as episodes may become would take a program of their own, and memory that no plan has counted."""
+    return None if config["rollout"]["context"] == "end" else [trajectory.contexts for trajectory in trajectories]
 
 
 def _to_batch(

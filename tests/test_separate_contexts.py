@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from envs_host.types import StopReason, Task
-from jaxagentrl import batching, imitate, learner, settings
+from jaxagentrl import batching, imitate, learner, plan, reinforce, settings
 from jaxagentrl.models import decoder
 from jaxagentrl.models.decoder import DecoderConfig
 from jaxagentrl.packing import Rows
@@ -87,6 +87,15 @@ def test_one_text_each_needs_no_packing(played):
     assert imitate.contexts_of(played[2:]) is None
     work = imitate.split(np.zeros(1, np.int32), np.array([7]), shape=(1, 64), **SHAPES)
     assert all(isinstance(stack, Rows) for stack in work)
+
+
+def test_what_a_step_takes_was_planned_also_where_no_context_opened_anew(played):
+    shapes = {key: SHAPES[key] for key in ("length_buckets", "tokens_per_part", "row_multiple", "packing")}
+    config = {"rollout": {"context": "window"}, "learner": shapes | {"tree_length": 0}}
+    planned = {stack.shape for work in plan.largest_works(3, longest_context=24, **shapes) for stack in work}
+    for episodes in (played, played[2:] * 3):
+        work = reinforce._splitter(np.zeros((3, 64), np.int32), episodes, config, None)(np.arange(3))
+        assert {stack.shape for stack in work} == planned == {(2, 24)}
 
 
 def test_a_config_whose_rows_are_too_short_is_refused():
