@@ -37,6 +37,7 @@ from jaxagentrl import (
     settings,
     states,
     train,
+    workdir,
 )
 from jaxagentrl.models import decoder, lora, pretrained, sharding
 from jaxagentrl.types import TrainState
@@ -390,6 +391,34 @@ def test_continuing_needs_no_more_memory_than_the_state(tmp_path, monkeypatch, s
     jax.tree.map(np.testing.assert_array_equal, saved, jax.device_get(state))
     if mesh is not None:
         assert_placed(state, mesh)
+
+
+def test_an_interrupted_run_lets_go_of_its_folder(tmp_path, monkeypatch):
+    """Also where its frames are kept, as a notebook does for its debugger."""
+
+    def interrupted(config, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_run", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt) as kept:
+            train.run(smoke_config(), str(tmp_path / "run"))
+    assert kept.tb is not None
+
+
+def test_a_process_that_is_new_in_a_run_has_its_lines(tmp_path):
+    own = tmp_path / "processes" / "001"
+    own.mkdir(parents=True)
+    with metrics.Writer(tmp_path) as first:
+        for step in range(5):
+            first.write("sft", step, {"loss/action": 1 / (step + 3)})
+    folder = workdir.Workdir(own, shared_root=tmp_path)
+    for known in (0, 2):  # it was never there, or not of late
+        metrics.Writer(own, resume_lines=known).close()
+        train._catch_up(folder, 4)
+        assert metrics.read(own / "metrics.jsonl") == metrics.read(tmp_path / "metrics.jsonl")[:4]
+    train._catch_up(folder, 3)  # what is there stays, and is for the writer to cut
+    assert len(metrics.read(own / "metrics.jsonl")) == 4
 
 
 def test_a_new_run_starts_with_what_was_prepared(tmp_path):
