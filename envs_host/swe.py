@@ -173,7 +173,7 @@ class SweEnv:
         observation = f"{verdict.problem}\n{observation}" if verdict.problem else observation
         info = self._info("submit", valid=True, score=score, ended=True)
         self.close()
-        return StepResult(observation, score, True, False, info)
+        return StepResult(swe_text.told(observation), score, True, False, info)
 
     def _verdict(self, made: dict[str, str | None]) -> _Verdict:
         """Judges what the agent has made, or remembers it."""

@@ -13,7 +13,7 @@ import os
 import random
 import time
 
-from envs_host import swe, swe_bugs, swe_problem, swe_scratch, swe_tests, swe_workspace
+from envs_host import swe, swe_bugs, swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
 from envs_host.specs import SetAside, Spec
 from envs_host.swe_problem import Problem
 from envs_host.swe_tests import Limits, TestRun
@@ -132,7 +132,8 @@ def _run(folder: str, tests: tuple[str, ...], python: str | None, limits: Limits
 
 
 def _objective(name: str, noticed: list[str], run: TestRun) -> str:
-    lines = [f"{test}: {run.failed[test]}" if run.failed[test] else test for test in noticed[:_MAX_NAMED]]
+    said = {test: swe_text.clipped(run.failed[test]) for test in noticed[:_MAX_NAMED]}
+    lines = [f"{test}: {message}" if message else test for test, message in said.items()]
     if len(noticed) > _MAX_NAMED:
         lines.append(f"and {len(noticed) - _MAX_NAMED} more")
     told = "\n".join(lines)

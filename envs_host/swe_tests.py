@@ -39,6 +39,8 @@ class Outcomes:
     def note(self, report, outcome):
         crash = getattr(report.longrepr, "reprcrash", None)
         message = crash.message if crash is not None else str(report.longrepr or "")
+        if len(message) > 4000:  # only its first line is told, or its last
+            message = message[:2000] + "\\n" + message[-2000:]
         if self.told.get(report.nodeid, [""])[0] != "failed":
             self.told[report.nodeid] = [outcome, message]
 
@@ -66,7 +68,9 @@ _INTERRUPTED = 2  # errors while tests were collected
 _ADDRESS = re.compile(r"(\b0x|\.\.\.0?x?)[0-9a-f]{6,16}(?=\b|>)")
 _DURATION = re.compile(r" in \d+\.\d+s(?: \(\d+:\d\d:\d\d\))?")
 _MAX_FILE_BYTES = 1 << 28
-_MAX_READ_BYTES = 1 << 22
+_MAX_PRINTED_BYTES = 1 << 22
+_MAX_TOLD_BYTES = 1 << 26  # half a million tests
+_MAX_LINES, _MAX_LINE = 12, 300  # of what is printed where tests cannot be run
 _HIDDEN = ("/tmp", "/var/tmp", "/run")  # where programs meet: sockets, other episodes
 
 
@@ -169,15 +173,16 @@ def run(
             environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         in_time = _call(command, folder, environment, limits, told, printed)
         cleaned = functools.partial(_cleaned, folders=(folder, temporary))
-        output = cleaned(_end(printed).decode(errors="replace"))
+        output = cleaned(_end(printed, _MAX_PRINTED_BYTES).decode(errors="replace"))
         if not in_time:
             return TestRun(frozenset(), {}, f"The tests took longer than {limits.seconds:g} s.", output)
         try:
-            code, outcomes = json.loads(_end(told))
+            code, outcomes = json.loads(_end(told, _MAX_TOLD_BYTES))
         except ValueError:
             code, outcomes = None, {}
     if code not in _COMPLETE and not (code == _INTERRUPTED and outcomes):
-        problem = "The tests could not be run: " + ("\n".join(output.splitlines()[-12:]) or "no output")
+        lines = [line[:_MAX_LINE] for line in output.splitlines()[-_MAX_LINES:]]
+        problem = "The tests could not be run: " + ("\n".join(lines) or "no output")
         return TestRun(frozenset(), {}, problem, output)
     passed = frozenset(test for test, (outcome, _) in outcomes.items() if outcome == "passed")
     failed = {test: cleaned(message) for test, (outcome, message) in outcomes.items() if outcome == "failed"}
@@ -221,10 +226,9 @@ def _kill(process: psutil.Process) -> None:
             continue
 
 
-def _end(file: BinaryIO) -> bytes:
-    """The last of what was written: there may be a lot."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - _MAX_READ_BYTES))
+def _end(file: BinaryIO, size: int) -> bytes:
+    """The last bytes of what was written: there may be a lot."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - size))
     return file.read()
 
 

@@ -78,7 +78,7 @@ def parse(text: str) -> Command:
     if whole := _FENCED.fullmatch(body.strip()):  # the lines alone, as models like to write code
         body = whole[1]
     if name not in _FORMS:
-        known = f"There is no command {_clipped(name)!r}. Commands: {', '.join(_FORMS)}."
+        known = f"There is no command {clipped(name)!r}. Commands: {', '.join(_FORMS)}."
         raise Refused(known if name else "No command was given.")
     for what, form, given in zip(("words behind it", "lines below it"), _FORMS[name], (words, body)):
         if form == "no" and given.strip():
@@ -126,7 +126,7 @@ def window(path: str, text: str, first: int, num_lines: int) -> str:
     last = min(len(lines), first + num_lines - 1)
     if not lines:
         return f"[{path}, empty]"
-    shown = (f"{number}:{_clipped(lines[number - 1].rstrip())}" for number in range(first, last + 1))
+    shown = (f"{number}:{clipped(lines[number - 1].rstrip())}" for number in range(first, last + 1))
     return "\n".join([f"[{path}, lines {first} to {last} of {len(lines)}]", *shown])
 
 
@@ -135,7 +135,7 @@ def found(hits: list[str], what: str, *, most: int = MAX_FOUND) -> str:
     if not hits:
         return f"There is no {what}."
     more = [f"and {len(hits) - most} more"] if len(hits) > most else []
-    return "\n".join([*map(_clipped, hits[:most]), *more])
+    return "\n".join([*map(clipped, hits[:most]), *more])
 
 
 def tested(run: TestRun, *, traceback: bool) -> str:
@@ -151,7 +151,7 @@ def tested(run: TestRun, *, traceback: bool) -> str:
         # Below the line of dots, above the count.
         told = re.split(r"^=+ (?:FAILURES|ERRORS) =+$", run.output, flags=re.MULTILINE)[-1]
         lines += [line.rstrip() for line in told.strip().splitlines()[-MAX_TRACEBACK - 1 : -1]]
-    return "\n".join(map(_clipped, lines))
+    return "\n".join(map(clipped, lines))
 
 
 def told(answer: str) -> str:
@@ -160,5 +160,6 @@ def told(answer: str) -> str:
     return shown.encode(errors="replace").decode()
 
 
-def _clipped(line: str) -> str:
+def clipped(line: str) -> str:
+    """A line as it can be shown."""
     return line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…"

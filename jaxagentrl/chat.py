@@ -120,7 +120,7 @@ class ChatFormat:
         # in a text becomes `< |im_end|>`, which is ordinary text.
         for token in self.control_tokens:
             text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
+        return text.encode(errors="replace").decode()  # halves of surrogate pairs, which JSON may hold
 
     def __post_init__(self):
         # Episodes of a game are told the same things again and again: of the quick start's texts seven in

@@ -95,11 +95,12 @@ def play(
 
 
 def random_policy(seed: int) -> Policy:
-    """Uniform over the admissible commands; a task's choices do not depend on the others."""
+    """Uniform over the admissible commands; a task's choices do not depend on the others. Where an environment
+    lists none it says nothing."""
 
     def policy(task: Task, turn: int, admissible: Sequence[str]) -> str:
         rng = np.random.default_rng((seed, int(task.digest[:8], 16), turn))
-        return admissible[rng.integers(len(admissible))]
+        return admissible[rng.integers(len(admissible))] if admissible else ""
 
     return policy
 

@@ -190,7 +190,8 @@ def _colored(turn: Turn, pieces: Sequence[str] | None) -> str:
         mean = float(turn.logprobs.mean())
         return _token(turn.action, mean, float(turn.entropies.mean()))
     return "".join(
-        _token(pieces[token], float(logprob), float(entropy))
+        # A model may have more rows than its tokenizer has tokens.
+        _token(pieces[token] if token < len(pieces) else f"[{token}]", float(logprob), float(entropy))
         for token, logprob, entropy in zip(
             turn.action_ids, turn.logprobs, turn.entropies, strict=True)
     )

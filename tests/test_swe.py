@@ -316,6 +316,18 @@ class Parts(unittest.TestCase):
     ]  # fmt: skip
 
 
+def test_long_messages_do_not_hide_what_passed(env, tmp_path):
+    long = "def test_good(): pass\ndef test_bad(): raise ValueError('x' * 5_000_000)\n"
+    env.reset(_task(tmp_path, changed={"tests/test_long.py": long}))
+    run = env._run(("tests/test_long.py",), env._work.folder)
+    assert run.passed == {"tests/test_long.py::test_good"} and not run.problem
+    assert run.failed["tests/test_long.py::test_bad"].startswith("ValueError: xxx")
+    assert len(run.failed["tests/test_long.py::test_bad"]) < 5000
+    env.reset(_task(tmp_path, changed={"tests/conftest.py": "import os\nprint('x' * 5_000_000)\nos._exit(1)\n"}))
+    answer = env.step("submit")
+    assert "could not be run" in answer.observation and len(answer.observation) < 5000
+
+
 def test_settings_of_others_are_not_the_repositorys(tmp_path):
     (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = "--nothing-of-this-kind"\n')
     script = (
