@@ -192,13 +192,15 @@ def targets(
     """
     read = batch.valid_mask & ~batch.action_mask & ~starts
     zeros = jnp.zeros(batch.tokens.shape)
+    weights = losses.aggregation_weights(batch.action_mask, mode="token_mean")
     made = learner.Targets(
         advantages=zeros,
         returns=zeros,
         old_logprobs=zeros,
         old_values=zeros,
         ref_logprobs=zeros,
-        weights=losses.aggregation_weights(batch.action_mask, mode="token_mean"),
+        weights=weights,
+        mean_weights=weights,
         value_weights=zeros,
         observation_weights=observation_weight
         * losses.aggregation_weights(read, mode="token_mean"),

@@ -65,6 +65,7 @@ class Targets:
     old_values: Array
     ref_logprobs: Array  # zeros when no reference is used
     weights: Array  # of action tokens in the global loss
+    mean_weights: Array  # of action tokens in what is told as a mean over them, whatever the loss weighs
     value_weights: Array  # of the tokens whose value is trained
     observation_weights: Array  # of prompt and observation tokens in the auxiliary loss
 
@@ -324,10 +325,10 @@ def make_rl_loss(
         if importance_cap is not None:
             ratios = losses.importance_ratios(old, batch.sampler_logprobs, mask)
             per_token *= losses.truncated_importance_weights(ratios, cap=importance_cap)
-            metrics["policy/importance_capped"] = jnp.sum(weights * (ratios > importance_cap))
+            metrics["policy/importance_capped"] = jnp.sum(targets.mean_weights * (ratios > importance_cap))
         metrics["loss/policy"] = jnp.sum(weights * per_token)
         metrics["loss/observation"] = -jnp.sum(targets.observation_weights * scores.logprobs)
-        loss = metrics["loss/policy"] - entropy_coefficient * metrics["policy/entropy"]
+        loss = metrics["loss/policy"] - entropy_coefficient * jnp.sum(weights * scores.entropies)
         loss = loss + metrics["loss/observation"]
         if kl_coefficient:
             kl = losses.kl_loss(
@@ -389,8 +390,8 @@ def _policy_metrics(
     clip_low: float,
     clip_high: float,
 ) -> Metrics:
-    """Sums over action tokens, weighted as in the loss, of how the policy stands to those of before."""
-    mask, weights = batch.action_mask, targets.weights
+    """Means over action tokens of how the policy stands to those of before."""
+    mask, weights = batch.action_mask, targets.mean_weights
     log_ratio = jnp.where(mask, scores.logprobs - old, 0.0)
     is_clipped = diagnostics.is_clipped(
         surrogate, log_ratio, targets.advantages, mask, clip_low=clip_low, clip_high=clip_high

@@ -416,6 +416,7 @@ def _targets(
         old_values=aims.scores.values,
         ref_logprobs=aims.ref_logprobs,
         weights=weigh(action),
+        mean_weights=losses.aggregation_weights(action, mode="token_mean"),
         value_weights=weigh(valued),
         observation_weights=observation_weight
         * losses.aggregation_weights(read, mode="token_mean"),

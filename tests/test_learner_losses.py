@@ -125,6 +125,7 @@ def case() -> Case:
         old_values=near(scores.values, 0.5),
         ref_logprobs=near(scores.logprobs, 0.7),
         weights=weights_on(action),
+        mean_weights=weights_on(action),
         value_weights=weights_on(action & (rng.random(shape) < 0.7)),
         observation_weights=weights_on(read),
     )
@@ -219,14 +220,14 @@ def expected(targets, **options):
         "loss/kl": np.sum(weights * kl),
         "loss/value": np.sum(targets.value_weights * value),
         "loss/observation": -np.sum(targets.observation_weights * case().scores.logprobs),
-        "policy/entropy": np.sum(weights * case().scores.entropies),
+        "policy/entropy": np.sum(targets.mean_weights * case().scores.entropies),
     }
     loss = (
         metrics["loss/policy"]
         + options["kl_coefficient"] * metrics["loss/kl"]
         + options["value_coefficient"] * metrics["loss/value"]
         + metrics["loss/observation"]
-        - options["entropy_coefficient"] * metrics["policy/entropy"]
+        - options["entropy_coefficient"] * np.sum(weights * case().scores.entropies)
     )
     slopes = learner.Scores(
         logprobs=weights * (by_logprob + options["kl_coefficient"] * kl_slope)
@@ -312,7 +313,9 @@ def test_each_term_enters_with_its_sign_and_coefficient(term):
     keys = {"entropy": "policy/entropy", "value": "loss/value", "clipped value": "loss/value"}
     metric = float(got[1][keys.get(term, "loss/kl")])
     assert metric > 0.1
-    np.testing.assert_allclose(got[0], coefficient * metric * (-1 if term == "entropy" else 1))
+    if term == "entropy":  # told as a mean, weighed as the loss is
+        metric = -np.sum(targets.weights * case().scores.entropies)
+    np.testing.assert_allclose(got[0], coefficient * metric, rtol=1e-6 if term == "entropy" else 1e-7)
 
 
 def test_observations_are_imitated_with_their_own_weights():
@@ -427,7 +430,7 @@ def test_truncated_importance_weights_multiply_the_policys_term_alone(surrogate,
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss/policy"], wanted_loss, rtol=1e-5)
     check_gradients(gradient, wanted_gradient)
-    capped = np.sum(targets.weights[mask] * (ratios > cap))
+    capped = np.sum(targets.mean_weights[mask] * (ratios > cap))
     np.testing.assert_allclose(metrics["policy/importance_capped"], capped, rtol=1e-5)
     plain = measure(targets, **options)[1]
     assert "policy/importance_capped" not in plain
@@ -436,7 +439,7 @@ def test_truncated_importance_weights_multiply_the_policys_term_alone(surrogate,
 
 def test_reports_how_far_the_policy_is_from_the_old_one_and_the_old_one_from_the_sampler():
     mask, targets = case().batch.action_mask, changed()
-    weights, new = targets.weights[mask].astype(np.float64), case().scores.logprobs[mask]
+    weights, new = targets.mean_weights[mask].astype(np.float64), case().scores.logprobs[mask]
     old, sampler = targets.old_logprobs[mask], case().batch.sampler_logprobs[mask]
     ratios, gaps = np.exp(new - old), np.abs(old.astype(np.float64) - sampler)
     _, metrics, _ = measure(targets)
@@ -449,11 +452,11 @@ def test_reports_how_far_the_policy_is_from_the_old_one_and_the_old_one_from_the
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_reports_the_weight_of_the_tokens_on_which_the_clip_acts(surrogate):
+def test_reports_the_share_of_the_tokens_on_which_the_clip_acts(surrogate):
     """There the surrogate has no slope, or CISPO's weight is not the ratio. The dual clip is none."""
     mask, targets = case().batch.action_mask, changed()
     value, slope = (x[mask] for x in surrogate_terms(surrogate, targets))
-    advantages, weights = (x[mask].astype(np.float64) for x in (targets.advantages, targets.weights))
+    advantages, weights = (x[mask].astype(np.float64) for x in (targets.advantages, targets.mean_weights))
     clipped = (slope == 0) & (value != -DUAL * advantages)
     if surrogate == "cispo":
         clipped = np.isin(np.round(-slope / advantages, 5), [1 - LOW, 1 + HIGH])

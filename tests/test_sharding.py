@@ -99,6 +99,7 @@ def data() -> tuple[TrajectoryBatch, learner.Targets]:
         old_values=numbers(action, 0.1),
         ref_logprobs=np.where(action, -4.2, 0).astype(np.float32),
         weights=(action / action.sum()).astype(np.float32),
+        mean_weights=(action / action.sum()).astype(np.float32),
         value_weights=(action / action.sum()).astype(np.float32),
         observation_weights=(0.5 * read / read.sum()).astype(np.float32),
     )

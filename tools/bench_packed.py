@@ -101,6 +101,7 @@ def make_batch(config: decoder.DecoderConfig, lengths: np.ndarray, share: float)
         old_values=zeros,
         ref_logprobs=zeros,
         weights=(action / action.sum()).astype(np.float32),
+        mean_weights=(action / action.sum()).astype(np.float32),
         value_weights=(action / action.sum()).astype(np.float32),
         observation_weights=zeros,
     )

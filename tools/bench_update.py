@@ -125,6 +125,7 @@ def of_jax(args: argparse.Namespace, size: str, folder: str):
     targets = learner.Targets(
         *[zeros] * 5,
         weights=(action / action.sum()).astype(np.float32),
+        mean_weights=(action / action.sum()).astype(np.float32),
         value_weights=zeros,
         observation_weights=zeros,
     )
