@@ -43,6 +43,18 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         )
 
 
+def check_here(name: str, options: dict[str, Any]) -> None:
+    """Looks whether this machine has what an environment needs, before hours are spent on its games. A class
+    that needs something says so by a `check_here` of its own, which takes the options.
+
+    Raises:
+        ValueError: it has not; the message says what to do.
+    """
+    check = getattr(_class_of(name), "check_here", None)
+    if check is not None:
+        check(**options)
+
+
 def _class_of(name: str) -> type:
     target = name if ":" in name else ENVIRONMENTS.get(name)
     if target is None:

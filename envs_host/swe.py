@@ -93,6 +93,11 @@ class SweEnv:
         self._undo: list[tuple[str, str | None]] = []  # Files as they were before each edit.
         self._away = 0  # Lines in which the files differ from the reference repair, if that is asked for.
 
+    @staticmethod
+    def check_here(*, sandbox: str = "bubblewrap", **others) -> None:
+        """See `envs_host.check_here`."""
+        swe_tests.check_sandbox(sandbox)
+
     def reset(self, task: Task) -> ResetResult:
         """Starts an episode of `task`.
 

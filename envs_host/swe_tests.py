@@ -74,7 +74,7 @@ _MAX_LINES, _MAX_LINE = 12, 300  # of what is printed where tests cannot be run
 _HIDDEN = ("/tmp", "/var/tmp", "/run")  # where programs meet: sockets, other episodes
 
 
-class SandboxError(RuntimeError):
+class SandboxError(ValueError):
     """What is needed to run tests is not there; the message says what to do."""
 
 
@@ -112,7 +112,7 @@ def check_sandbox(sandbox: str) -> None:
         SandboxError: it does not work here.
     """
     if sandbox not in SANDBOXES:
-        raise ValueError(f"sandbox must be one of {', '.join(SANDBOXES)}, got {sandbox!r}.")
+        raise ValueError(f"env.options.sandbox must be one of {', '.join(SANDBOXES)}, got {sandbox!r}.")
     if sandbox == "bubblewrap" and (complaint := _bubblewrap_fails()):
         raise SandboxError(
             f"tests are to be run in bubblewrap, which does not work here ({complaint}). Install it (apt install "

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import envs_host
 from envs_host import collect, naming
 from envs_host.pool import EnvPool
 from envs_host.types import Task
@@ -121,6 +122,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
     mesh = sharding.make_mesh(**config["mesh"])
     hosts.connect(mesh)
     _check_model(config)
+    envs_host.check_here(config["env"]["name"], config["env"]["options"])
     stages = stages_ahead(config, workdir)
     splits = games(
         config["env"],

@@ -465,6 +465,10 @@ def test_a_sandbox_that_is_not_there(monkeypatch):
     swe_tests._bubblewrap_fails.cache_clear()
     with pytest.raises(swe_tests.SandboxError, match="apt install"):
         envs_host.make("swe")
+    with pytest.raises(swe_tests.SandboxError, match="apt install"):
+        envs_host.check_here("swe", {"test_limit_s": 5.0})
+    envs_host.check_here("swe", {"sandbox": "none"})
+    envs_host.check_here("textworld", {})
     swe_tests._bubblewrap_fails.cache_clear()
     with pytest.raises(ValueError, match="sandbox must be one of bubblewrap, none, got 'docker'"):
         envs_host.make("swe", sandbox="docker")

@@ -7,7 +7,7 @@ import runpy
 import jax
 import pytest
 
-from envs_host import swe_text
+from envs_host import swe_tests, swe_text
 from jaxagentrl import metrics, settings, tokenizer, train
 from jaxagentrl.models import decoder, pretrained
 from jaxagentrl.models.decoder import DecoderConfig
@@ -28,6 +28,15 @@ def tiny(name):
     config["compilation_cache_dir"] = None
     config["mesh"] = dict(data=1, fsdp=1, tensor=1)
     return config
+
+
+def test_a_sandbox_that_is_not_there_is_found_out_before_tasks_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(swe_tests, "_bubblewrap_fails", lambda: "there is no program bwrap")
+    config = tiny("swe_quickstart")
+    config["env"]["options"]["sandbox"] = "bubblewrap"
+    config["env"]["params"]["repository"] = "/nowhere"
+    with pytest.raises(ValueError, match="there is no program bwrap.*apt install"):
+        train.run(config, str(tmp_path / "run"))
 
 
 @pytest.mark.slow
