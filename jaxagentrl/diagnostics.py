@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxagentrl import masking
 from jaxagentrl.divergences import MAX_LOG_RATIO, kl
-from jaxagentrl.group_advantages import center, group_std
+from jaxagentrl.group_advantages import center, check_choice, group_std
 from jaxagentrl.types import Array
 
 _ROUNDING = 1e-11  # some hundred of float32's, squared
@@ -138,7 +138,11 @@ def is_clipped(
 
     Returns:
         [B, L] bool.
+
+    Raises:
+        ValueError: an unknown surrogate.
     """
+    check_choice("surrogate", surrogate, ("clipped", "gspo", "cispo", "policy_gradient"))
     if surrogate == "policy_gradient":
         return jnp.zeros_like(action_mask)
     if surrogate == "gspo":

@@ -316,6 +316,8 @@ def aggregation_weights(
             f'constant: got {constant!r} with mode {mode!r}; mode "constant" needs a number, '
             "the other modes take none"
         )
+    if constant is not None and not constant > 0:
+        raise ValueError(f"constant: got {constant}, expected a number of tokens above 0")
     chex.assert_rank(mask, 2)
     chex.assert_type(mask, bool)
     ones = mask.astype(jnp.float32)

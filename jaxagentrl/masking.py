@@ -6,6 +6,8 @@ reduction over nothing is 0, not NaN. Where a statistic spans the global batch, 
 the mapped axis (of `vmap`, `pmap` or `shard_map`) that holds the rest of it.
 """
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -147,7 +149,8 @@ def zero_carry(rows: list[Array]) -> Array:
     Each row contributes a 0 (even where it is NaN), because `shard_map` wants the carry of a scan
     to vary over the same mesh axes at the start as at the end.
     """
-    return sum(jnp.isnan(row[..., 0]).astype(jnp.float32) * 0.0 for row in rows)
+    # A row without tokens has no first one to take.
+    return sum(jnp.sum(jnp.isnan(row[..., :1]).astype(jnp.float32) * 0.0, axis=-1) for row in rows)
 
 
 def scan_back(step, start, rows: list[Array]) -> Array:
@@ -272,7 +275,7 @@ def sequence_sum(x: Array, mask: Array, *, turn_ids: Array | None = None) -> Arr
 def _scatter_turns(x: Array, turn_ids: Array, mask: Array, num_turns: int, how: str) -> Array:
     """Reduces [..., L] to [..., T] by turn; "max" starts from −1."""
     batch_shape = mask.shape[:-1]
-    rows = mask.size // mask.shape[-1]
+    rows = math.prod(batch_shape)
     inside = mask & (turn_ids >= 0) & (turn_ids < num_turns)
     row = jnp.arange(rows, dtype=jnp.int32)[:, None]
     # One slot past the end takes everything that belongs to no turn; it is cut off again below.

@@ -84,7 +84,12 @@ def uncertainty_filter(
         keep_flat: False drops groups with U = 0 even where the fraction would admit them.
         ddof: degrees of freedom taken off in the variance.
         axis_name: mapped axis over which groups are spread.
+
+    Raises:
+        ValueError: the fraction is none.
     """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction: got {fraction}, expected a share of the groups, above 0 and at most 1")
     centered, _ = center(scores, group_ids, num_groups, axis_name)
     std = group_std(centered, group_ids, num_groups, ddof, axis_name)
     size = masking.group_count(group_ids, num_groups=num_groups, axis_name=axis_name)

@@ -241,7 +241,11 @@ def turn_returns(
 
     Returns:
         ([..., T] float32 returns, 0 for absent turns; [..., T] bool, True for turns with actions).
+
+    Raises:
+        ValueError: an unknown horizon.
     """
+    check_choice("horizon", horizon, ("episode", "turn"))
     last = masking.turn_last_position(turn_ids, action_mask, num_turns=num_turns)
     present = last >= 0
     turn_rewards = masking.turn_sum(rewards, turn_ids, action_mask, num_turns=num_turns)

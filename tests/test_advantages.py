@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from jaxagentrl import advantages
+from jaxagentrl import advantages, turn_credit
 import oracles
 from core_cases import SEEDS, batch
 
@@ -797,6 +797,8 @@ def test_errors_name_the_argument():
     for name in ("horizon", "baseline", "scale"):
         with pytest.raises(ValueError, match=name):
             advantages.rewards_to_go_group(*args, *masks, num_groups=1, **{name: "no"})
+    with pytest.raises(ValueError, match="horizon"):
+        turn_credit.turn_returns(*args, *masks[:2], num_turns=1, horizon="no")
     with pytest.raises(ValueError, match="baseline"):
         advantages.istar(WIN, args[0], *masks, num_groups=1, baseline="no")
     anchors = np.zeros((4, 1), np.int32)
@@ -804,6 +806,17 @@ def test_errors_name_the_argument():
     for name in ("scale", "episode_mean_over"):
         with pytest.raises(ValueError, match=name):
             gigpo(num_groups=1, num_anchors=1, **{name: "no"})
+
+
+def test_rows_without_tokens_have_advantages_without_tokens():
+    numbers, mask = np.zeros((2, 0), np.float32), np.zeros((2, 0), bool)
+    discounts = dict(token_discount=1.0, turn_discount=0.9)
+    for got in (
+        advantages.gae(*[numbers] * 3, mask, gae_lambda=0.9),
+        advantages.turn_gae(*[numbers] * 3, mask, mask, gae_lambda=0.9),
+        advantages.bilevel_gae(*[numbers] * 2, mask, mask, gae_lambda=0.9, **discounts),
+    ):
+        assert jax.tree.map(np.shape, got) in ((2, 0), ((2, 0), (2, 0)))
 
 
 def test_shapes_and_types_are_checked():

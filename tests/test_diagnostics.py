@@ -70,6 +70,8 @@ def test_clip_fractions():
     still = (rows[1], rows[1], adv, mask)
     got = diagnostics.clip_fractions(*still, clip_low=0.0, clip_high=0.0, dual_clip=1.0)
     assert {k: float(v) for k, v in got.items()} == {"low": 0.0, "high": 0.0, "dual": 0.0}
+    with pytest.raises(ValueError, match="surrogate: got 'ppo'"):
+        diagnostics.is_clipped("ppo", *rows[:3:2], mask, clip_low=0.2, clip_high=0.28)
 
 
 @given(SEEDS)

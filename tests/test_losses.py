@@ -408,6 +408,8 @@ def test_aggregate_refuses_wrong_modes():
         losses.aggregate(LOSS, KEPT, mode="constant")
     with pytest.raises(ValueError, match="constant"):
         losses.aggregate(LOSS, KEPT, mode="token_mean", constant=3.0)
+    with pytest.raises(ValueError, match="constant: got 0.0, expected a number of tokens above 0"):
+        losses.aggregate(LOSS, KEPT, mode="constant", constant=0.0)
     with pytest.raises(AssertionError):
         losses.aggregate(LOSS[:1], KEPT, mode="token_mean")
     with pytest.raises(AssertionError):

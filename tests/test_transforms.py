@@ -137,6 +137,12 @@ def test_overlong_penalty_golden():
         transforms.overlong_penalty(lengths, max_length=10, margin=0)
 
 
+@pytest.mark.parametrize("fraction", [0.0, -1.0, 2.0])
+def test_a_fraction_is_a_share(fraction):
+    with pytest.raises(ValueError, match=f"fraction: got {fraction}"):
+        transforms.uncertainty_filter(np.ones(4), np.zeros(4, np.int32), num_groups=1, fraction=fraction)
+
+
 MASK = np.array([[1, 1, 0, 1], [0, 1, 0, 0]], bool)
 TURNS = np.array([[0, 0, 1, 1], [0, 0, -1, -1]], np.int32)
 REWARDS = np.array([[0, 1, np.nan, 2], [np.inf, 3, 0, 0]], np.float32)
