@@ -1,5 +1,7 @@
 """Attention of whole sequences against a float64 loop, and what the fused kernel would be given."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +135,11 @@ def test_the_kernel_follows_the_backend_and_what_it_takes(monkeypatch):
     fits = (jnp.dtype(jnp.bfloat16), 128, 64, None)
     assert attention.kernel_for(*fits) == "products"  # CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert attention.kernel_for(*fits) == "cudnn"
+    for capability in ("7.5", "gfx942", "8.0", "9.0", "10.3"):  # T4, AMD, A100, H100, B300
+        device = types.SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        expected = "products" if capability in ("7.5", "gfx942") else "cudnn"
+        assert attention.kernel_for(*fits) == expected, capability
     for index, other in enumerate((jnp.dtype(jnp.float32), 127, 256, 50.0)):
         unfit = (*fits[:index], other, *fits[index + 1 :])
         assert attention.kernel_for(*unfit) == "products", unfit

@@ -37,7 +37,7 @@ def kernel_for(
     """The name in `KERNELS` that suits the backend: a fused one where it takes these inputs.
 
     Args:
-        dtype: of queries, keys and values; cuDNN takes 16 bits only.
+        dtype: of queries, keys and values; cuDNN takes 16 bits only, and GPUs from Ampere on.
         length: L; cuDNN's backward pass with a mask takes even lengths only, splash multiples of
             128.
         head_dim: E.
@@ -54,7 +54,16 @@ def kernel_for(
         and head_dim <= _CUDNN_HEAD_DIM
         and softcap is None
     )
-    return "cudnn" if takes and jax.default_backend() == "gpu" else "products"
+    return "cudnn" if takes and _has_cudnn() else "products"
+
+
+def _has_cudnn() -> bool:
+    """cuDNN attends on NVIDIA's GPUs from Ampere (compute capability 8.0) on: not on a T4 or V100, where jax finds
+    no kernel when the program is compiled (jax-ml/jax#22605)."""
+    if jax.default_backend() != "gpu":
+        return False
+    major = jax.local_devices()[0].compute_capability.partition(".")[0]  # AMD's are names, "gfx942"
+    return major.isdigit() and int(major) >= 8
 
 
 def attend(
