@@ -54,16 +54,8 @@ def kernel_for(
         and head_dim <= _CUDNN_HEAD_DIM
         and softcap is None
     )
-    return "cudnn" if takes and _has_cudnn() else "products"
-
-
-def _has_cudnn() -> bool:
-    """cuDNN attends on NVIDIA's GPUs from Ampere (compute capability 8.0) on: not on a T4 or V100, where jax finds
-    no kernel when the program is compiled (jax-ml/jax#22605)."""
-    if jax.default_backend() != "gpu":
-        return False
-    major = jax.local_devices()[0].compute_capability.partition(".")[0]  # AMD's are names, "gfx942"
-    return major.isdigit() and int(major) >= 8
+    # On a T4 or V100 jax finds no kernel when the program is compiled (jax-ml/jax#22605).
+    return "cudnn" if takes and cudnn_packed.generation() >= 8 else "products"
 
 
 def attend(

@@ -112,12 +112,17 @@ def with_gradients(attend: Any) -> Any:
     return run
 
 
-def _is_hopper() -> bool:
-    """cuDNN attends within segments from Hopper (compute capability 9.0) on."""
+def generation() -> int:
+    """Of NVIDIA's GPUs, the first number of their compute capability: 8 is Ampere, 9 Hopper. 0 of all else."""
     if jax.default_backend() != "gpu":
-        return False
-    capability = jax.local_devices()[0].compute_capability
-    return tuple(int(part) for part in capability.split(".")) >= (9, 0)
+        return 0
+    number = jax.local_devices()[0].compute_capability.partition(".")[0]
+    return int(number) if number.isdigit() else 0  # AMD's have names, "gfx942"
+
+
+def _is_hopper() -> bool:
+    """cuDNN attends within segments from Hopper on."""
+    return generation() >= 9
 
 
 @functools.cache
