@@ -42,10 +42,13 @@ def _root() -> str:
 
 
 def _clear_if_dead(root: str) -> None:
+    lock = os.path.join(root, _LOCK)
     try:
-        if time.time() - os.stat(root).st_mtime < _YOUNG_S:
+        # The folder itself changes with every episode.
+        made = os.stat(lock if os.path.exists(lock) else root).st_mtime
+        if time.time() - made < _YOUNG_S:
             return
-        descriptor = os.open(os.path.join(root, _LOCK), os.O_CREAT | os.O_RDWR)
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
     except OSError:
         return  # Another process was faster, or it is somebody else's.
     try:

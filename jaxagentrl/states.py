@@ -68,10 +68,18 @@ def reference(folder: workdir.Workdir, state: TrainState) -> learner.Params:
     """The frozen policy that RL started from: kept once, beside the checkpoints.
 
     Under adapters it is the adapters of then, over the model that is there anyway.
+
+    Raises:
+        ValueError: it is gone.
     """
     kept_in = folder.checkpoints / "reference"
     kept = {key: state.params[key] for key in plan.POLICY if key in state.params}
     if checkpoints.latest_step(kept_in) is None:
+        if done := int(state.iteration):
+            raise ValueError(
+                f"{kept_in} is gone: what the policy was before its {done} iterations of RL, from which rl.kl measures. "
+                "Bring the folder back, or start in another workdir."
+            )
         kept = jax.tree.map(jnp.copy, kept)
         checkpoints.save(kept_in, step=0, state=kept, host={}, keep=1)
         return kept

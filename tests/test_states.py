@@ -1,5 +1,6 @@
 """States of a run: where the frozen reference of a KL term comes from."""
 
+import dataclasses
 import types
 
 import jax
@@ -28,3 +29,10 @@ def test_a_run_that_continues_has_the_reference_that_it_began_with(tmp_path, ada
     moved = states.fresh(jax.tree.map(lambda x: x + 1.0, state.params), optax.sgd(0.1))
     again = jax.device_get(states.reference(folder, moved))
     jax.tree.map(np.testing.assert_array_equal, again, first)
+
+
+def test_a_reference_that_is_gone_is_not_taken_from_what_was_trained(tmp_path):
+    state = states.fresh(jax.tree.map(jax.numpy.asarray, params(UNTIED)), optax.sgd(0.1))
+    later = dataclasses.replace(state, iteration=state.iteration + 3)
+    with pytest.raises(ValueError, match="reference is gone: .* its 3 iterations of RL"):
+        states.reference(types.SimpleNamespace(checkpoints=tmp_path), later)

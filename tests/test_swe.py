@@ -492,7 +492,7 @@ def test_an_episode_leaves_nothing_behind(env, tmp_path):
 
 
 def test_what_a_killed_process_leaves_is_cleared_up(tmp_path):
-    """By the next one, once it is a minute old; what a live process has stays."""
+    """By the next one, if it had lived for a minute; what a live process has stays."""
     live = "import sys, time; from envs_host import swe_scratch; f = swe_scratch.folder(); print(f.name, flush=True); time.sleep(60)"
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     start = functools.partial(subprocess.Popen, [sys.executable, "-c", live], env=environment, stdout=subprocess.PIPE, text=True)
@@ -501,7 +501,7 @@ def test_what_a_killed_process_leaves_is_cleared_up(tmp_path):
         killed.kill()
         killed.wait()
         for folder in folders:
-            os.utime(folder.parent, (time.time() - 100,) * 2)
+            os.utime(folder.parent / "lock", (time.time() - 100,) * 2)  # the folder changes with every episode
         with start() as third:
             own = pathlib.Path(third.stdout.readline().strip())
             assert [folder.exists() for folder in (*folders, own)] == [False, True, True]
