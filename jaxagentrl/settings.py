@@ -351,8 +351,14 @@ def unused(config: Config) -> list[str]:
         "model": config["model"]["directory"] is None,
         "rollout.context_keep": rollout["context"] == "window",
         "rollout.history_turns": rollout["context"] == "last_turns",
+        # Several texts are always packed, and trees never.
+        "learner.packing": rollout["context"] == "end"
+        and (config["sft"]["num_steps"] > 0 or not reinforce.tree_length(config)),
         "learner.tree_length": reinforce.tree_length(config) == config["learner"]["tree_length"],
         "lora": config["lora"]["rank"] > 0,
+        # Adapters that are written alone have the dtype that they were trained in.
+        "export_dtype": not (config["lora"]["rank"] > 0 and config["lora"]["export"] == "separate")
+        or config["model"]["directory"] is None,
         "sft": config["sft"]["num_steps"] > 0,
         "rollout.temperature": rl["num_iterations"] > 0,
         "rl": rl["num_iterations"] > 0,
@@ -366,7 +372,8 @@ def unused(config: Config) -> list[str]:
         "rl.advantage.step_weight": name == "gigpo",
         "rl.advantage.first_visit": name == "gigpo",
         # Estimators that take an episode's summed reward, or discount by turns.
-        "rl.discount": name in ("gae", "turn_gae", "reinforce_plus_plus", "rewards_to_go_group"),
+        "rl.discount": name in ("gae", "turn_gae", "reinforce_plus_plus")
+        or (name == "rewards_to_go_group" and rl["advantage"]["turn_horizon"] == "episode"),
         "rl.skip_zero_signal": reinforce.skips_rows(rl) or not rl["skip_zero_signal"],
         "reward.no_end_of_turn_penalty": rollout["cut_turns"] == "end",
         "rl.loss.clip_low": clips,
@@ -383,7 +390,7 @@ def unused(config: Config) -> list[str]:
     found: dict[str, None] = {}  # in order, each once
     for path, _ in flat(config):
         section = path.partition(".")[0]
-        if not readers.get(section, True):
+        if section != path and not readers.get(section, True):
             if path not in deciding:
                 found[f"{section}.*"] = None
         elif not readers.get(path, True):

@@ -153,6 +153,25 @@ def test_what_a_run_does_not_read_is_named():
         assert used not in unused
 
 
+@pytest.mark.parametrize(
+    "key, changes, is_read",
+    [
+        ("learner.packing", {}, True),  # by imitation
+        ("learner.packing", {"sft.num_steps": 0}, False),
+        ("learner.packing", {"sft.num_steps": 0, "learner.tree_length": 0}, True),
+        ("learner.packing", {"rollout.context": "window"}, False),
+        ("rl.discount", {"rl.advantage.name": "rewards_to_go_group"}, True),
+        ("rl.discount", {"rl.advantage.name": "rewards_to_go_group", "rl.advantage.turn_horizon": "turn"}, False),
+        ("export_dtype", {"lora.rank": 4, "lora.export": "separate"}, True),  # of the model that is drawn
+        ("export_dtype", {"lora.rank": 4, "lora.export": "separate", "model.directory": "qwen"}, False),
+        ("export_dtype", {"lora.rank": 4, "model.directory": "qwen"}, True),
+    ],
+)
+def test_what_is_read_hangs_on_other_keys(key, changes, is_read):
+    unused = settings.unused(changed("textworld_quickstart.py", **changes))
+    assert (key not in unused) == is_read, unused
+
+
 def test_a_surrogate_without_a_ratio_is_for_one_update_per_iteration():
     one = changed("textworld_quickstart.py", **{"rl.loss.surrogate": "policy_gradient"})
     settings.check(one)
