@@ -50,6 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.reward.update(kind="intermediate", intermediate_scale=0.25)
     config.learner.update(length_buckets=(320, 480, 640), tokens_per_part=2560, tree_length=0)
     config.sft.update(num_steps=600, target_loss=0.08, observation_weight=0.5, log_every=20, save_every=100)
-    config.rl.update(num_iterations=10, tasks_per_iteration=16, group_size=8, eval_every=10, save_every=10)
-    config.rl.optimizer.update(learning_rate=3e-4, warmup_steps=3, decay_steps=20)
+    config.rl.update(num_iterations=60, tasks_per_iteration=16, group_size=8, num_minibatches=4)
+    config.rl.update(eval_every=20, save_every=10)
+    config.rl.optimizer.update(learning_rate=3e-4, warmup_steps=12, decay_steps=240)
     return config
