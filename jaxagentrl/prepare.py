@@ -187,13 +187,22 @@ def _check_model(config: Mapping[str, Any]) -> None:
     """
     if config["tokenizer"]["directory"] is not None:
         tokenizer.load(config["tokenizer"]["directory"])
-    directory, shape = config["model"]["directory"], dict(config["model"])
-    del shape["directory"]
+    directory = config["model"]["directory"]
     if directory is not None:
         pretrained_config.read_config(directory)
     else:  # the vocabulary is not there yet, and makes no difference
-        model = decoder.DecoderConfig(vocab_size=config["tokenizer"]["vocab_size"], **shape)
+        model = _drawn(config["model"], config["tokenizer"]["vocab_size"])
         pretrained_config.to_json(model, config["export_dtype"])
+
+
+def _drawn(options: Mapping[str, Any], vocab_size: int) -> decoder.DecoderConfig:
+    """The shape of a model that is made here, of the config's `model`."""
+    shape = {key: value for key, value in options.items() if key != "directory"}
+    if shape.get("rope_scaling") is not None:
+        shape["rope_scaling"] = pretrained_config.scaling(
+            "model.rope_scaling", shape["rope_scaling"], shape.get("max_position_embeddings")
+        )
+    return decoder.DecoderConfig(vocab_size=vocab_size, **shape)
 
 
 def stages_ahead(config: Mapping[str, Any], workdir: Workdir) -> tuple[plan.Stage, ...]:
@@ -250,10 +259,9 @@ def _tokenizer(config: Mapping[str, Any], replays: Sequence[demos.Replay], workd
 
 def _model(options: Mapping[str, Any], chat_format: chat.ChatFormat) -> decoder.DecoderConfig:
     """The model's shape, of its folder's config.json or of the config."""
-    options = dict(options)
-    directory = options.pop("directory")
+    directory = options["directory"]
     if directory is None:
-        return decoder.DecoderConfig(vocab_size=len(chat_format.tokenizer), **options)
+        return _drawn(options, len(chat_format.tokenizer))
     model = pretrained_config.read_config(directory)
     chat.check_vocabulary(chat_format, model.vocab_size)
     return model

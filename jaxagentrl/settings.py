@@ -70,12 +70,15 @@ _MARKED = [
     for name in names.split()
 ]
 KEYS = tuple(path.removesuffix("?") for path in _MARKED)
-OPTIONAL = tuple(path.removesuffix("?") for path in _MARKED if path.endswith("?"))
-# Those that have a default of their own.
-_FURTHER = (
-    "pool.max_replays", *(f"model.{field.name}" for field in dataclasses.fields(decoder.DecoderConfig)),
+# Those that have a default of their own. The model's vocabulary is the tokenizer's.
+_MODEL = {f"model.{field.name}": field for field in dataclasses.fields(decoder.DecoderConfig)}
+del _MODEL["model.vocab_size"]
+_FURTHER = ("pool.max_replays", *(path for path in _MODEL if path not in KEYS))
+OPTIONAL = (
+    *(path.removesuffix("?") for path in _MARKED if path.endswith("?")),
+    *(path for path, field in _MODEL.items() if field.default is None),
 )
-_WHOLE = ("env.params", "env.options", "splits", "namings", "prompt.template_options")
+_WHOLE = ("env.params", "env.options", "splits", "namings", "prompt.template_options", "model.rope_scaling")
 
 Config = Mapping[str, Any]
 
@@ -135,7 +138,7 @@ def _check_keys(config: Config) -> None:
     values = dict(flat(config))
     for path in values:
         if path not in KEYS and path not in _FURTHER:
-            similar = difflib.get_close_matches(path, KEYS, n=1)
+            similar = difflib.get_close_matches(path, (*KEYS, *_FURTHER), n=1)
             hint = f": did you mean {similar[0]}?" if similar else ", see docs/config.md for those it has."
             raise ValueError(f"the config has a key {path}, which nothing reads{hint}")
     missing = [path for path in KEYS if path not in values]

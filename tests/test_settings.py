@@ -87,6 +87,8 @@ def test_the_quick_start_has_every_key_and_the_docs_tell_of_each():
         ("rollout.max_turns", None, "rollout.max_turns must not be None"),
         ("rl.skip_zero_signl", False, "did you mean rl.skip_zero_signal"),
         ("unheard_of", 1, "nothing reads, see docs/config.md"),
+        ("model.vocab_size", 512, "a key model.vocab_size, which nothing reads: did you mean tokenizer.vocab_size"),
+        ("model.rope_thet", 1e6, "did you mean model.rope_theta"),
         ("env.num_workers", -1, "env.num_workers must be at least 1"),
         ("env.options", {"accept_put": True, "remember": True},
          "environment 'textworld' has no option accept_put; it takes admissible_commands"),
@@ -113,7 +115,9 @@ def test_a_missing_key_is_refused():
 
 
 def test_keys_with_a_default_of_their_own_are_allowed():
-    settings.check(changed("textworld_quickstart.py", **{"model.rope_theta": 1e6, "pool.max_replays": 2}))
+    further = {"model.rope_theta": 1e6, "model.sliding_window": None, "pool.max_replays": 2}
+    further |= {"model.rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    settings.check(changed("textworld_quickstart.py", **further))
 
 
 def test_what_a_run_does_not_read_is_named():
