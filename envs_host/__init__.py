@@ -13,6 +13,11 @@ ENVIRONMENTS = {
     "textworld": "envs_host.textworld:TextWorldEnv",
 }
 
+# Of options; other annotations are the environment's own matter.
+_TYPES = {
+    bool: "True or False", int: "an integer", float: "a number", str: "a text", str | None: "a text or None",
+}
+
 
 def make(name: str, **kwargs) -> TextEnv:
     """Makes an environment, ready for `reset`.
@@ -28,7 +33,7 @@ def make(name: str, **kwargs) -> TextEnv:
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:
-    """Looks whether an environment takes options of these names.
+    """Looks whether an environment takes options of these names, and of the types that it says.
 
     Raises:
         ValueError: it does not, or is unknown; as of `make`.
@@ -41,6 +46,18 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         raise ValueError(
             f"environment {name!r} has no option {', '.join(unknown)}; it takes {', '.join(sorted(taken))}."
         )
+    for option, value in options.items():
+        said = taken[option].annotation
+        if said in _TYPES and not _fits(value, said):
+            raise ValueError(f"env.options.{option} must be {_TYPES[said]}, got {value!r}.")
+
+
+def _fits(value: Any, said: Any) -> bool:
+    """bool is a kind of int, and NaN a float that is within no bounds."""
+    if said in (int, float):
+        is_number = isinstance(value, int if said is int else int | float) and not isinstance(value, bool)
+        return is_number and value == value
+    return isinstance(value, said)
 
 
 def _class_of(name: str) -> type:

@@ -7,6 +7,7 @@ same things again.
 import contextlib
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -65,6 +66,7 @@ def games(
     how many names each game of a split is played, see `envs_host.naming`.
     """
     ranges, params = seed_ranges(splits), split_params(env, splits)
+    _make_folder("env.cache_dir", env["cache_dir"])
     made = {}
     for name, seeds in ranges.items():
         if only_held_out and name not in held_out(splits):
@@ -92,6 +94,15 @@ def games(
         for name, count in namings.items()
         if name in made
     }
+
+
+def _make_folder(key: str, folder: str) -> None:
+    try:
+        os.makedirs(os.path.expanduser(folder), exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{key} is {folder!r}, which cannot be made ({error.strerror}): give a folder that may be written to."
+        ) from error
 
 
 def split_params(env: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -160,6 +160,14 @@ def test_rotations_are_scaled_as_a_published_file_says(trained):
     assert prepare._model(options | {"rope_scaling": None}, made).vocab_size == len(trained)
 
 
+def test_a_folder_of_games_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    config = smoke_config()
+    env = config["env"] | {"cache_dir": str(tmp_path / "file" / "games")}
+    with pytest.raises(ValueError, match="env.cache_dir is .*/file/games', which cannot be made .Not a directory"):
+        prepare.games(env, config["splits"], config["namings"])
+
+
 def test_games_that_are_not_there_are_found_out_before_anything_is_learned():
     there = {"demo": [1] * 15, "train": [1], "test": [1]}
     with pytest.raises(ValueError, match="no game in splits.train: of all of its seeds"):
