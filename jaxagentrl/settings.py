@@ -159,6 +159,11 @@ def play(config: Config, *, temperature: float) -> rules.Rules:
     )
 
 
+def can_be_added(path: str) -> bool:
+    """Whether a file may give a config this key if it has none of the name."""
+    return path in _FURTHER or path.startswith(tuple(f"{whole}." for whole in _WHOLE if whole != "namings"))
+
+
 def flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("rl.loss.clip_low", 0.2) and so on."""
     for key, value in config.items():
