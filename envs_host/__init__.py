@@ -68,7 +68,10 @@ def _class_of(name: str) -> type:
             "of your own as 'package.module:Class'."
         )
     module, _, attribute = target.partition(":")
-    members = vars(importlib.import_module(module))
+    try:
+        members = vars(importlib.import_module(module))
+    except ImportError as error:
+        raise ValueError(f"environment {name!r}: the module {module!r} cannot be imported ({error}).") from error
     if attribute not in members:
         own = [
             key
@@ -78,5 +81,11 @@ def _class_of(name: str) -> type:
         raise ValueError(
             f"environment {name!r}: the module {module!r} has no class {attribute!r}: name one of "
             f"its classes {sorted(own)} after the colon, or another module before it."
+        )
+    missing = sorted({"reset", "step", "close"} - set(dir(members[attribute])))
+    if isinstance(members[attribute], type) and missing:
+        raise ValueError(
+            f"environment {name!r}: the class has no {', '.join(missing)}: an environment has what "
+            "envs_host.types.TextEnv has."
         )
     return members[attribute]
