@@ -137,6 +137,8 @@ def check(config: Config) -> None:
     reinforce.check(config["rl"])
     for stage in ("sft", "rl"):
         optimizer.make(**config[stage]["optimizer"], where=f"{stage}.optimizer")
+    if config["tokenizer"]["directory"] is None:
+        tokenizer.check_size(config["tokenizer"]["vocab_size"], glue_tokens=config["tokenizer"]["glue_tokens"])
     _check_lengths(config)
     _check_trees(config)
     _check_imitation(config)

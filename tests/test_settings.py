@@ -92,6 +92,7 @@ def test_the_quick_start_has_every_key_and_the_docs_tell_of_each():
         ("env.num_workers", -1, "env.num_workers must be at least 1"),
         ("env.options", {"accept_put": True, "remember": True},
          "environment 'textworld' has no option accept_put; it takes admissible_commands"),
+        ("tokenizer.vocab_size", 262, "vocab_size is 262, but 256 bytes and 7 special tokens need at least 263"),
         ("tokenizer.names", "half", "tokenizer.names must be one of whole, parts"),
         ("sampling.width_buckets", (96.5,), "sampling.width_buckets must be a tuple of integers"),
         ("sampling.row_divisors", (1, 1.5), "sampling.row_divisors must be a tuple of integers"),
