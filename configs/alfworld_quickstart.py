@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.tokenizer.update(
         vocab_size=1024,
         phrases=False,
-        lexicon=[f" {name}" for name in _NAMES] + [f" {number}" for number in range(1, 10)],
+        lexicon=(*(f" {name}" for name in _NAMES), *(f" {number}" for number in range(1, 10))),
     )
     config.sampling.update(
         num_slots=128,

@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
         phrases=True,
         glue_tokens=True,
         # Names of the basic theme end in a number below 100.
-        lexicon=[str(number) for number in range(100)] + [f"0{digit}" for digit in range(10)],
+        lexicon=(*(str(number) for number in range(100)), *(f"0{digit}" for digit in range(10))),
     )
     config.model = dict(
         directory=ml_collections.config_dict.placeholder(str),

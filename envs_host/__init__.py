@@ -13,6 +13,11 @@ ENVIRONMENTS = {
     "textworld": "envs_host.textworld:TextWorldEnv",
 }
 
+# Of options; other annotations are the environment's own matter.
+_TYPES = {
+    bool: "True or False", int: "an integer", float: "a number", str: "a text", str | None: "a text or None",
+}
+
 
 def make(name: str, **kwargs) -> TextEnv:
     """Makes an environment, ready for `reset`.
@@ -28,7 +33,7 @@ def make(name: str, **kwargs) -> TextEnv:
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:
-    """Looks whether an environment takes options of these names.
+    """Looks whether an environment takes options of these names, and of the types that it says.
 
     Raises:
         ValueError: it does not, or is unknown; as of `make`.
@@ -41,6 +46,18 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         raise ValueError(
             f"environment {name!r} has no option {', '.join(unknown)}; it takes {', '.join(sorted(taken))}."
         )
+    for option, value in options.items():
+        said = taken[option].annotation
+        if said in _TYPES and not _fits(value, said):
+            raise ValueError(f"env.options.{option} must be {_TYPES[said]}, got {value!r}.")
+
+
+def _fits(value: Any, said: Any) -> bool:
+    """bool is a kind of int, and NaN a float that is within no bounds."""
+    if said in (int, float):
+        is_number = isinstance(value, int if said is int else int | float) and not isinstance(value, bool)
+        return is_number and value == value
+    return isinstance(value, said)
 
 
 def check_here(name: str, options: dict[str, Any]) -> None:
@@ -63,7 +80,10 @@ def _class_of(name: str) -> type:
             "of your own as 'package.module:Class'."
         )
     module, _, attribute = target.partition(":")
-    members = vars(importlib.import_module(module))
+    try:
+        members = vars(importlib.import_module(module))
+    except ImportError as error:
+        raise ValueError(f"environment {name!r}: the module {module!r} cannot be imported ({error}).") from error
     if attribute not in members:
         own = [
             key
@@ -73,5 +93,11 @@ def _class_of(name: str) -> type:
         raise ValueError(
             f"environment {name!r}: the module {module!r} has no class {attribute!r}: name one of "
             f"its classes {sorted(own)} after the colon, or another module before it."
+        )
+    missing = sorted({"reset", "step", "close"} - set(dir(members[attribute])))
+    if isinstance(members[attribute], type) and missing:
+        raise ValueError(
+            f"environment {name!r}: the class has no {', '.join(missing)}: an environment has what "
+            "envs_host.types.TextEnv has."
         )
     return members[attribute]

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -39,8 +40,8 @@ class _Parameter(NamedTuple):
     Attributes:
         default: `_REQUIRED` if there is none.
         form: its place in the task's name; a parameter at None or False has none.
-        allowed: `int`, `bool`, `str` or `pathlib.Path` (a text that is made an absolute path), or a tuple of
-            the values to choose from. Of a text with slashes the name has what is behind the last.
+        allowed: `int` (from 0), a range of integers, `bool`, `str` or `pathlib.Path` (a text that is made an absolute
+            path), or a tuple of the values to choose from. Of a text with slashes the name has what is behind the last.
     """
 
     default: Any
@@ -48,15 +49,17 @@ class _Parameter(NamedTuple):
     allowed: Any = int
 
 
+_FROM_1 = range(1, sys.maxsize)
+
 FAMILIES: dict[str, dict[str, _Parameter]] = {
     # As of `tw-make custom`.
     "custom": {
-        "world_size": _Parameter(_REQUIRED, "w{}"),
+        "world_size": _Parameter(_REQUIRED, "w{}", _FROM_1),
         "nb_objects": _Parameter(_REQUIRED, "o{}"),
-        "quest_length": _Parameter(_REQUIRED, "q{}"),
+        "quest_length": _Parameter(_REQUIRED, "q{}", _FROM_1),
         "theme": _Parameter("house", "{}", ("house", "basic")),
-        "quest_breadth": _Parameter(None, "breadth{}"),
-        "nb_parallel_quests": _Parameter(None, "parallel{}"),
+        "quest_breadth": _Parameter(None, "breadth{}", _FROM_1),
+        "nb_parallel_quests": _Parameter(None, "parallel{}", _FROM_1),
         "include_adj": _Parameter(False, "adj", bool),
         "only_last_action": _Parameter(False, "last", bool),
         "blend_instructions": _Parameter(False, "blend", bool),
@@ -70,7 +73,7 @@ FAMILIES: dict[str, dict[str, _Parameter]] = {
         "test": _Parameter(False, "test", bool),
     },
     "tw-cooking": {
-        "recipe": _Parameter(1, "recipe{}"),
+        "recipe": _Parameter(1, "recipe{}", range(1, 6)),
         "take": _Parameter(0, "take{}"),
         "go": _Parameter(1, "go{}", (1, 6, 9, 12)),
         "open": _Parameter(False, "open", bool),
@@ -80,16 +83,16 @@ FAMILIES: dict[str, dict[str, _Parameter]] = {
         "recipe_seed": _Parameter(0, "r{}"),
         "split": _Parameter(None, "{}", (None, "train", "valid", "test")),
     },
-    "coin_collector": {"level": _Parameter(_REQUIRED, "l{}")},
-    "treasure_hunter": {"level": _Parameter(_REQUIRED, "l{}")},
+    "coin_collector": {"level": _Parameter(_REQUIRED, "l{}", range(1, 301))},
+    "treasure_hunter": {"level": _Parameter(_REQUIRED, "l{}", range(1, 31))},
     # Houses of ALFWorld; see alfworld_houses.py.
     "alfworld": {
         "split": _Parameter("train", "{}", ("train", "valid_seen", "valid_unseen")),
         "task_type": _Parameter("any", "{}", ("any", *TASK_TYPES)),
         "room": _Parameter("any", "{}", ("any", "kitchen", "livingroom", "bedroom", "bathroom")),
-        "scene": _Parameter(None, "f{}"),
-        "num_receptacles": _Parameter(None, "r{}"),
-        "num_objects": _Parameter(None, "o{}"),
+        "scene": _Parameter(None, "f{}", _FROM_1),
+        "num_receptacles": _Parameter(None, "r{}", _FROM_1),
+        "num_objects": _Parameter(None, "o{}", _FROM_1),
         "closed": _Parameter(True, "closed", bool),
         "expert": _Parameter("planner", "{}", ("planner", "handcoded")),
     },
@@ -125,7 +128,7 @@ class Spec:
         """Reads a dict with "family", "seed" and the family's parameters.
 
         Raises:
-            ValueError: a family or parameter is unknown, or a required one is missing.
+            ValueError: a family or parameter is unknown, a required one is missing, or one has no such value.
         """
         given = dict(spec)
         family = given.pop("family", None)
@@ -149,6 +152,11 @@ class Spec:
             _check(family, name, value)
             if known[name].allowed is pathlib.Path and value is not None:
                 params[name] = os.path.abspath(os.path.expanduser(value))
+        if family == "tw-cooking" and params["take"] > params["recipe"]:
+            raise ValueError(
+                f"tw-cooking: take is {params['take']}, but of recipe = {params['recipe']} ingredients no more can be "
+                "to be found: lower the first or raise the second."
+            )
         return cls(family, tuple(params.items()), seed)
 
     @property
@@ -220,7 +228,10 @@ def _check(family: str, name: str, value: Any) -> None:
     elif allowed in (str, pathlib.Path):
         good, expected = isinstance(value, str) and bool(value), "a text"
     else:
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        expected = "an integer of 0 or more"
+        bounds = range(sys.maxsize) if allowed is int else allowed
+        good = isinstance(value, int) and not isinstance(value, bool) and value in bounds
+        expected = f"an integer of {bounds.start} or more"
+        if bounds.stop < sys.maxsize:
+            expected = f"an integer from {bounds.start} to {bounds.stop - 1}"
     if not good and not (value is None and default is None):
         raise ValueError(f"{family}: {name} must be {expected}, got {value!r}.")

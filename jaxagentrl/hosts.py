@@ -34,13 +34,19 @@ def start(
         process_id: which one this is, from 0.
 
     Raises:
-        ValueError: only some of the three are given, or none where nothing says.
+        ValueError: only some of the three are given, none where nothing says, or no "host:port".
     """
     given = (coordinator, num_processes, process_id)
     if any(value is None for value in given) and any(value is not None for value in given):
         raise ValueError(
             "--coordinator, --num_processes and --process_id go together: give all three, or none "
             f"and --distributed. Got {coordinator}, {num_processes}, {process_id}."
+        )
+    host, _, port = (coordinator or "").rpartition(":")
+    if coordinator is not None and not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(
+            f"--coordinator must be host:port of process 0, such as {coordinator.partition(':')[0] or 'host0'}:1234 "
+            f"with any port that is free there, got {coordinator!r}."
         )
     try:
         jax.distributed.initialize(

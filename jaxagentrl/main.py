@@ -1,5 +1,7 @@
 """`python -m jaxagentrl.main --config=configs/<x>.py --workdir=<folder>`: flags, and nothing else."""
 
+import difflib
+import re
 import signal
 import sys
 
@@ -15,7 +17,7 @@ from ml_collections import config_flags
 
 from envs_host.games import GenerationError
 from envs_host.pool import PoolError
-from jaxagentrl import demos, hosts, interrupts, metrics, train
+from jaxagentrl import demos, hosts, interrupts, metrics, settings, train
 
 
 # What ends a run with a sentence.
@@ -80,10 +82,32 @@ def _parse(argv: list[str]) -> list[str]:
         # What config_flags raises of a file that is not there, a key that no config has, a value of another type.
         if "--debug" in argv:
             raise
+        if isinstance(error, AttributeError | KeyError) and (path := _unknown(argv, str(error))):
+            sys.exit(f"error: {_without(path)} (docs/config.md has all keys; --debug shows where)")
         lines = str(error.args[0]).splitlines()
         said = lines[-1].strip() if isinstance(error, OSError) else " ".join(lines)  # before it is a traceback
         name = type(error).__name__
         sys.exit(f"error: {name} in the flags: {said}. docs/config.md has all keys (--debug shows where)")
+
+
+def _unknown(argv: list[str], said: str) -> str | None:
+    """Of the keys in the flags the one that an error of ml_collections means, which tells its last name in quotes."""
+    paths = [flag.lstrip("-").partition("=")[0].removeprefix("config.") for flag in argv if "config." in flag]
+    name = re.search(r"'(\w+)\\?'", said)
+    return next((path for path in paths if name and name[1] in path.split(".")), None)
+
+
+def _without(path: str) -> str:
+    """What to say of a key that the config does not have."""
+    section, _, name = path.rpartition(".")
+    if settings.can_be_added(path):
+        return (
+            f"--config.{path} cannot be set, as {section} of this config has no {name} and the command line changes "
+            "only what is there: add it in a config file."
+        )
+    similar = difflib.get_close_matches(path, settings.KEYS, n=1)
+    hint = f": did you mean --config.{similar[0]}?" if similar else "."
+    return f"--config.{path} names no key of the config{hint}"
 
 
 def run() -> None:

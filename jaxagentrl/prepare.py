@@ -7,6 +7,7 @@ same things again.
 import contextlib
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,6 +67,7 @@ def games(
     how many names each game of a split is played, see `envs_host.naming`.
     """
     ranges, params = seed_ranges(splits), split_params(env, splits)
+    _make_folder("env.cache_dir", env["cache_dir"])
     made = {}
     for name, seeds in ranges.items():
         if only_held_out and name not in held_out(splits):
@@ -93,6 +95,15 @@ def games(
         for name, count in namings.items()
         if name in made
     }
+
+
+def _make_folder(key: str, folder: str) -> None:
+    try:
+        os.makedirs(os.path.expanduser(folder), exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{key} is {folder!r}, which cannot be made ({error.strerror}): give a folder that may be written to."
+        ) from error
 
 
 def split_params(env: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -189,13 +200,22 @@ def _check_model(config: Mapping[str, Any]) -> None:
     """
     if config["tokenizer"]["directory"] is not None:
         tokenizer.load(config["tokenizer"]["directory"])
-    directory, shape = config["model"]["directory"], dict(config["model"])
-    del shape["directory"]
+    directory = config["model"]["directory"]
     if directory is not None:
         pretrained_config.read_config(directory)
     else:  # the vocabulary is not there yet, and makes no difference
-        model = decoder.DecoderConfig(vocab_size=config["tokenizer"]["vocab_size"], **shape)
+        model = _drawn(config["model"], config["tokenizer"]["vocab_size"])
         pretrained_config.to_json(model, config["export_dtype"])
+
+
+def _drawn(options: Mapping[str, Any], vocab_size: int) -> decoder.DecoderConfig:
+    """The shape of a model that is made here, of the config's `model`."""
+    shape = {key: value for key, value in options.items() if key != "directory"}
+    if shape.get("rope_scaling") is not None:
+        shape["rope_scaling"] = pretrained_config.scaling(
+            "model.rope_scaling", shape["rope_scaling"], shape.get("max_position_embeddings")
+        )
+    return decoder.DecoderConfig(vocab_size=vocab_size, **shape)
 
 
 def stages_ahead(config: Mapping[str, Any], workdir: Workdir) -> tuple[plan.Stage, ...]:
@@ -252,10 +272,9 @@ def _tokenizer(config: Mapping[str, Any], replays: Sequence[demos.Replay], workd
 
 def _model(options: Mapping[str, Any], chat_format: chat.ChatFormat) -> decoder.DecoderConfig:
     """The model's shape, of its folder's config.json or of the config."""
-    options = dict(options)
-    directory = options.pop("directory")
+    directory = options["directory"]
     if directory is None:
-        return decoder.DecoderConfig(vocab_size=len(chat_format.tokenizer), **options)
+        return _drawn(options, len(chat_format.tokenizer))
     model = pretrained_config.read_config(directory)
     chat.check_vocabulary(chat_format, model.vocab_size)
     return model

@@ -11,6 +11,7 @@ keys are usual, but somebody who has just set one should hear of it.
 import dataclasses
 import difflib
 import math
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -70,12 +71,52 @@ _MARKED = [
     for name in names.split()
 ]
 KEYS = tuple(path.removesuffix("?") for path in _MARKED)
-OPTIONAL = tuple(path.removesuffix("?") for path in _MARKED if path.endswith("?"))
-# Those that have a default of their own.
-_FURTHER = (
-    "pool.max_replays", *(f"model.{field.name}" for field in dataclasses.fields(decoder.DecoderConfig)),
+# Those that have a default of their own. The model's vocabulary is the tokenizer's.
+_MODEL = {f"model.{field.name}": field for field in dataclasses.fields(decoder.DecoderConfig)}
+del _MODEL["model.vocab_size"]
+_FURTHER = ("pool.max_replays", *(path for path in _MODEL if path not in KEYS))
+OPTIONAL = (
+    *(path.removesuffix("?") for path in _MARKED if path.endswith("?")),
+    *(path for path, field in _MODEL.items() if field.default is None),
 )
-_WHOLE = ("env.params", "env.options", "splits", "namings", "prompt.template_options")
+_WHOLE = ("env.params", "env.options", "splits", "namings", "prompt.template_options", "model.rope_scaling")
+
+# What the keys hold; those that are not here, a number.
+_HELD = {
+    "an integer": "seed env.num_workers pool.num_workers pool.max_replays tokenizer.vocab_size sampling.num_slots "
+    "sampling.num_waves sampling.max_length sampling.max_turn_tokens rollout.max_turns rollout.max_refusals "
+    "rollout.top_k rollout.history_turns learner.tokens_per_part learner.row_multiple learner.tree_length mesh.data "
+    "mesh.fsdp mesh.tensor lora.rank sft.num_steps sft.batch_size sft.log_every sft.save_every "
+    "sft.optimizer.warmup_steps sft.optimizer.decay_steps rl.optimizer.warmup_steps rl.optimizer.decay_steps "
+    "rl.num_iterations rl.tasks_per_iteration rl.group_size rl.num_epochs rl.num_minibatches rl.eval_every "
+    "rl.save_every",
+    "True or False": "prompt.show_admissible tokenizer.phrases tokenizer.glue_tokens learner.packing "
+    "rl.skip_zero_signal rl.advantage.whiten rl.advantage.first_visit",
+    "a text": "compilation_cache_dir export_dtype env.name env.cache_dir prompt.style prompt.system "
+    "tokenizer.directory tokenizer.names model.directory sampling.cache_dtype rollout.cut_turns rollout.context "
+    "reward.kind learner.remat learner.compute_dtype lora.export sft.optimizer.moment_dtype "
+    "rl.optimizer.moment_dtype rl.critic rl.aggregation rl.advantage.name rl.advantage.group_scale "
+    "rl.advantage.turn_horizon rl.loss.surrogate rl.kl.placement rl.kl.estimator",
+    "a tuple of integers": "sampling.filled_buckets sampling.width_buckets sampling.row_divisors "
+    "learner.length_buckets",
+    "a tuple of numbers": "eval.other_temperatures",
+    "a tuple of texts": "rollout.stop_strings lora.targets tokenizer.lexicon",
+    "a dict": " ".join(_WHOLE),
+}
+_KINDS = {path: kind for kind, paths in _HELD.items() for path in paths.split()}
+# By the types of their fields, without the None of some.
+_OF_TYPES = {int: "an integer", bool: "True or False", str: "a text", tuple[bool, ...]: "a tuple of True and False"}
+_KINDS |= {
+    path: _OF_TYPES[kind]
+    for path, field in _MODEL.items()
+    if (kind := (typing.get_args(field.type) or (field.type,))[0]) in _OF_TYPES and path not in _KINDS
+}
+# Where infinity says that there is no bound.
+_ENDLESS = (
+    "pool.step_limit_s", "pool.reset_limit_s", "pool.worker_memory_mb", "rollout.straggler_s",
+    "rollout.episode_limit_s", "sft.optimizer.max_grad_norm", "rl.optimizer.max_grad_norm", "rl.loss.clip_high",
+    "rl.loss.dual_clip", "rl.loss.value_clip", "rl.loss.importance_cap",
+)
 
 Config = Mapping[str, Any]
 
@@ -87,6 +128,7 @@ def check(config: Config) -> None:
         ValueError: with the key, what was got, what was expected.
     """
     _check_keys(config)
+    _check_kinds(config)
     _check_values(config)
     _check_games(config)
     sampling.check(**config["sampling"])
@@ -95,6 +137,8 @@ def check(config: Config) -> None:
     reinforce.check(config["rl"])
     for stage in ("sft", "rl"):
         optimizer.make(**config[stage]["optimizer"], where=f"{stage}.optimizer")
+    if config["tokenizer"]["directory"] is None:
+        tokenizer.check_size(config["tokenizer"]["vocab_size"], glue_tokens=config["tokenizer"]["glue_tokens"])
     _check_lengths(config)
     _check_trees(config)
     _check_imitation(config)
@@ -117,6 +161,11 @@ def play(config: Config, *, temperature: float) -> rules.Rules:
     )
 
 
+def can_be_added(path: str) -> bool:
+    """Whether a file may give a config this key if it has none of the name."""
+    return path in _FURTHER or path.startswith(tuple(f"{whole}." for whole in _WHOLE if whole != "namings"))
+
+
 def flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("rl.loss.clip_low", 0.2) and so on."""
     for key, value in config.items():
@@ -135,7 +184,7 @@ def _check_keys(config: Config) -> None:
     values = dict(flat(config))
     for path in values:
         if path not in KEYS and path not in _FURTHER:
-            similar = difflib.get_close_matches(path, KEYS, n=1)
+            similar = difflib.get_close_matches(path, (*KEYS, *_FURTHER), n=1)
             hint = f": did you mean {similar[0]}?" if similar else ", see docs/config.md for those it has."
             raise ValueError(f"the config has a key {path}, which nothing reads{hint}")
     missing = [path for path in KEYS if path not in values]
@@ -149,22 +198,37 @@ def _check_keys(config: Config) -> None:
         raise ValueError(f"{', '.join(unset)} must not be None.")
 
 
+def _check_kinds(config: Config) -> None:
+    """What stands in a key is of the kind that the quick start has there; a file may replace whole sections, of
+    which nobody has looked at the types. None is `_check_keys`' matter."""
+    for path, value in flat(config):
+        kind = _KINDS.get(path, "a number")
+        if value is None:
+            continue
+        if not _is(value, kind):
+            raise ValueError(f"{path} must be {kind}, got {value!r}.")
+        numbers = value if isinstance(value, tuple | list) else [value]
+        if any(isinstance(number, float) and not _is_usable(number, path) for number in numbers):
+            raise ValueError(f"{path} must be finite, got {value!r}.")
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind.startswith("a tuple of "):
+        entry = {
+            "integers": "an integer", "numbers": "a number", "texts": "a text", "True and False": "True or False",
+        }[kind.removeprefix("a tuple of ")]
+        return isinstance(value, tuple | list) and all(_is(one, entry) for one in value)
+    types = {"an integer": int, "a number": int | float, "True or False": bool, "a text": str, "a dict": Mapping}
+    return isinstance(value, types[kind]) and isinstance(value, bool) == (kind == "True or False")
+
+
+def _is_usable(number: float, path: str) -> bool:
+    return math.isfinite(number) or (number == math.inf and path in _ENDLESS)
+
+
 def _check_values(config: Config) -> None:
     """One key at a time."""
     values = dict(flat(config))
-    for path, kind, said in (
-        *((f"sampling.{name}", int, "integers") for name in ("filled_buckets", "width_buckets", "row_divisors")),
-        ("learner.length_buckets", int, "integers"),
-        ("eval.other_temperatures", int | float, "numbers"),
-        ("rollout.stop_strings", str, "texts"),
-        ("lora.targets", str, "texts"),
-    ):
-        entries = values[path] if isinstance(values[path], tuple | list) else [None]
-        if not all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in entries):
-            raise ValueError(f"{path} must be a tuple of {said}, got {values[path]!r}.")
-    for path in ("eval.temperature", "rollout.temperature"):
-        if not math.isfinite(values[path]):
-            raise ValueError(f"{path} must be a number, got {values[path]!r}.")
     styles = (*PROMPT_STYLES, windowed.STYLE)
     for path, is_right, expected in (
         *((key, _at_least(1), "at least 1") for key in (
@@ -172,7 +236,11 @@ def _check_values(config: Config) -> None:
             "sft.log_every", "sft.save_every",
         )),
         *((key, _at_least(0), "0 or more") for key in (
-            "learner.tree_length", "lora.rank", "sft.num_steps", "sft.observation_weight",
+            "learner.tree_length", "lora.rank", "sft.num_steps", "sft.observation_weight", "pool.max_replays",
+        )),
+        # An empty one would be the folder that the run is started in.
+        *((key, bool, "the name of a folder") for key in (
+            "compilation_cache_dir", "env.cache_dir", "tokenizer.directory", "model.directory",
         )),
         # A word of the random streams.
         ("seed", lambda seed: 0 <= seed < 2**32, "0 or more and below 2**32"),
@@ -188,7 +256,7 @@ def _check_values(config: Config) -> None:
         ("export_dtype", ("float32", "bfloat16", "float16").__contains__, "float32, bfloat16 or float16"),
         ("lora.export", ("merged", "separate").__contains__, "merged or separate"),
     ):
-        value = values[path]
+        value = values.get(path)
         if value is not None and not is_right(value):
             raise ValueError(f"{path} must be {expected}, got {value!r}.")
     temperatures = (config["eval"]["temperature"], *config["eval"]["other_temperatures"])
@@ -210,7 +278,7 @@ def _above(bound: float) -> Callable[[Any], bool]:
 def _check_games(config: Config) -> None:
     for name, split in config["splits"].items():
         is_right = isinstance(split, tuple | list) and len(split) in (2, 3)
-        is_right = is_right and all(isinstance(seed, int) for seed in split[:2])
+        is_right = is_right and all(_is(seed, "an integer") for seed in split[:2])
         if not is_right or not isinstance(split[2] if len(split) > 2 else {}, Mapping):
             raise ValueError(
                 f"splits.{name} must be (first seed, number of seeds), and perhaps a dict of parameters that these "
@@ -233,7 +301,8 @@ def _check_games(config: Config) -> None:
             )
     envs_host.check_options(config["env"]["name"], config["env"]["options"])
     _check_limits(config)
-    if set(namings) != {"demo", "train"} or min(namings.values()) < 1:
+    is_right = set(namings) == {"demo", "train"} and all(_is(count, "an integer") for count in namings.values())
+    if not is_right or min(namings.values()) < 1:
         raise ValueError(
             "namings must give demo and train a number of at least 1 each (held-out games are played "
             f"as they are), got {dict(namings)}."

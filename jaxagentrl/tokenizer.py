@@ -65,6 +65,24 @@ _PHRASE_PATTERNS = {
 }
 
 
+def check_size(vocab_size: int, *, glue_tokens: bool) -> None:
+    """Looks whether a vocabulary has room for what is in all of them, which `train` asks first.
+
+    Raises:
+        ValueError: it has not.
+    """
+    num_special = len(_special_tokens(glue_tokens))
+    if vocab_size < _BYTES + num_special:
+        raise ValueError(
+            f"tokenizer.vocab_size is {vocab_size}, but {_BYTES} bytes and {num_special} special tokens need at least "
+            f"{_BYTES + num_special}."
+        )
+
+
+def _special_tokens(glue_tokens: bool) -> list[str]:
+    return [PADDING, START_OF_TURN, END_OF_TURN, *(GLUE if glue_tokens else ())]
+
+
 def train(
     texts: Iterable[str],
     *,
@@ -102,13 +120,8 @@ def train(
         raise ValueError(
             f"tokenizer.train: names must be one of {sorted(_PATTERNS)}, got {names!r}"
         )
-    special_tokens = [PADDING, START_OF_TURN, END_OF_TURN, *(GLUE if glue_tokens else ())]
-    smallest = _BYTES + len(special_tokens)
-    if vocab_size < smallest:
-        raise ValueError(
-            f"tokenizer.train: vocab_size is {vocab_size}, but {_BYTES} bytes and "
-            f"{len(special_tokens)} special tokens need at least {smallest}"
-        )
+    check_size(vocab_size, glue_tokens=glue_tokens)
+    special_tokens = _special_tokens(glue_tokens)
     pattern = (_PHRASE_PATTERNS if phrases else _PATTERNS)[names]
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

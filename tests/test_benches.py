@@ -23,7 +23,7 @@ COMMANDS = (
     "bench_packed.py --model tiny --length 128 --rows 1 --parts 1 --repeats 1 "
     "--compute_dtype float32",
     "bench_update.py --sizes 1M --rows 1 --length 16 --repeats 1",
-    "bench_rollout.py --size tiny --turns 1 --episodes 2 --repeats 1 --cache-dir {games}",
+    "bench_rollout.py --size tiny --turns 1 --episodes 1 --repeats 1 --cache-dir {games}",
     "bench_rollout.py --size tiny --turns 1 --episodes 1 --per-turn --workers 1 --dtype bfloat16 "
     "--cache-dir {games}",
     "bench_rollout.py --size tiny --turns 3 --episodes 8 --alike --cache-dir {games}",
@@ -69,6 +69,35 @@ def run(command):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.strip()
+
+
+WRONG = (
+    ("bench_trees.py /nope", "/nope holds no config.json: name the workdir"),
+    ("plot_rollout.py /nope x.png", "/nope is no file that bench_rollout.py --record wrote"),
+    ("plot_rollout.py README.md x.png", "README.md is no file that bench_rollout.py --record wrote"),
+    ("bench_rollout.py --slots 3", "--slots must be a multiple of --waves, got 3 and 2"),
+    ("mutate_core.py --at foo:1 losses:20", "--at: there is no mutant at foo:1"),
+)
+
+
+@pytest.mark.parametrize(("command", "words"), WRONG)
+def test_a_wrong_argument_gets_a_sentence(command, words):
+    script, *options = command.split()
+    command = [sys.executable, ROOT / "tools" / script, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("bench", "missing", "words"),
+    [("bench_tunix", "tunix", "pip install google-tunix"),
+     ("bench_alfworld", "alfworld.agents", "ALFWorld's own engine cannot be loaded: pip install")],
+)  # fmt: skip
+def test_a_library_that_is_missing_gets_a_sentence(monkeypatch, bench, missing, words):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    monkeypatch.setitem(sys.modules, missing, None)  # makes any import of it an ImportError
+    with pytest.raises(SystemExit, match=words):
+        importlib.import_module(bench).compare([], num_steps=1, seed=0)
 
 
 def test_the_comparison_refuses_bfloat16():

@@ -19,9 +19,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     "flags, named",
     [
         (["--config=configs/textworld_smoke.py", "--config.rl.grup_size=4"], ("grup_size", "group_size")),
+        (["--config=configs/textworld_smoke.py", "--config.rl.groupsize=4"],
+         ("--config.rl.groupsize names no key of the config: did you mean --config.rl.group_size? (",)),
+        (["--config=configs/textworld_smoke.py", "--config.env.params.quest_breadth=2"],
+         ("--config.env.params.quest_breadth cannot be set", "env.params of this config has no quest_breadth",
+          "add it in a config file")),
+        (["--config=configs/textworld_smoke.py", "--config.pool.max_replays=2"],
+         ("pool of this config has no max_replays",)),
         (["--config=configs/nope.py"], ("configs/nope.py",)),
     ],
-    ids=["key", "file"],
+    ids=["key", "its flag", "of the games", "with a default", "file"],
 )
 def test_flags_that_cannot_work_get_one_sentence(flags, named):
     failed = run("-m", "jaxagentrl.main", "--workdir=nowhere", *flags)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxagentrl import checkpoints, engine, plan, prepare, progress, states, tokenizer
-from jaxagentrl.models import decoder, pretrained, sharding
+from jaxagentrl.models import decoder, pretrained, rope, sharding
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,9 @@ def test_what_a_run_holds_is_known_before_it_is_there(monkeypatch, sizes, rank, 
 @pytest.mark.parametrize("changes, words", [
     (dict(sliding_window=24, window_layers=(True, False)), "no published family has these model settings"),
     (dict(num_kv_heads=3), "model.num_heads .* must be a multiple of model.num_kv_heads"),
+    (dict(rope_scaling={"factor": 2.0}), "model.rope_scaling.factor is 2.0, a setting not known"),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "needs original_max_position_embeddings"),
+    (dict(rope_scaling={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}), "give it as model.rope_theta"),
 ])
 def test_a_model_that_could_not_be_written_is_refused_before_games_are_made(changes, words):
     config = smoke_config()
@@ -145,6 +148,24 @@ def test_a_model_that_could_not_be_written_is_refused_before_games_are_made(chan
     config["model"] |= changes
     with pytest.raises(ValueError, match=words):
         prepare._check_model(config)
+
+
+def test_rotations_are_scaled_as_a_published_file_says(trained):
+    made = prepare.make_chat(trained, {"system": None, "template_options": {}})
+    options = SHAPE | {"directory": None, "max_position_embeddings": 64}
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    model = prepare._model(options | {"rope_scaling": yarn}, made)
+    assert model.rope_scaling == rope.Scaling("yarn", 4.0, original_max_position_embeddings=64)
+    assert prepare._model(options | {"rope_scaling": {"rope_type": "default"}}, made).rope_scaling is None
+    assert prepare._model(options | {"rope_scaling": None}, made).vocab_size == len(trained)
+
+
+def test_a_folder_of_games_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    config = smoke_config()
+    env = config["env"] | {"cache_dir": str(tmp_path / "file" / "games")}
+    with pytest.raises(ValueError, match="env.cache_dir is .*/file/games', which cannot be made .Not a directory"):
+        prepare.games(env, config["splits"], config["namings"])
 
 
 def test_games_that_are_not_there_are_found_out_before_anything_is_learned():

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxagentrl import metrics
+from jaxagentrl import hosts, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Every stage and a critic-free update, as small as it gets.
@@ -114,3 +114,9 @@ def test_two_processes_of_two_devices(alone, tmp_path, smoke_games):
     assert lines(workdir) == lines(workdir / "processes" / "001")
     assert (workdir / "model" / "model.safetensors").exists()
     assert not (workdir / "processes" / "001" / "model").exists()
+
+
+@pytest.mark.parametrize("coordinator", ["host0", "host0:", ":1234", "host0:http", "host0:70000"])
+def test_a_coordinator_is_a_host_and_a_port(coordinator):
+    with pytest.raises(ValueError, match="--coordinator must be host:port of process 0, such as host0:1234"):
+        hosts.start(coordinator, 2, 0)

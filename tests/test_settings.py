@@ -87,22 +87,75 @@ def test_the_quick_start_has_every_key_and_the_docs_tell_of_each():
         ("rollout.max_turns", None, "rollout.max_turns must not be None"),
         ("rl.skip_zero_signl", False, "did you mean rl.skip_zero_signal"),
         ("unheard_of", 1, "nothing reads, see docs/config.md"),
+        ("model.vocab_size", 512, "a key model.vocab_size, which nothing reads: did you mean tokenizer.vocab_size"),
+        ("model.rope_thet", 1e6, "did you mean model.rope_theta"),
         ("env.num_workers", -1, "env.num_workers must be at least 1"),
         ("env.options", {"accept_put": True, "remember": True},
          "environment 'textworld' has no option accept_put; it takes admissible_commands"),
+        ("tokenizer.vocab_size", 262, "vocab_size is 262, but 256 bytes and 7 special tokens need at least 263"),
         ("tokenizer.names", "half", "tokenizer.names must be one of whole, parts"),
         ("sampling.width_buckets", (96.5,), "sampling.width_buckets must be a tuple of integers"),
         ("sampling.row_divisors", (1, 1.5), "sampling.row_divisors must be a tuple of integers"),
         ("learner.length_buckets", ("80", 240), "learner.length_buckets must be a tuple of integers"),
         ("eval.other_temperatures", ("a",), "eval.other_temperatures must be a tuple of numbers"),
         ("rollout.stop_strings", (1,), "rollout.stop_strings must be a tuple of texts"),
-        ("eval.temperature", float("nan"), "eval.temperature must be a number"),
+        ("eval.temperature", float("nan"), "eval.temperature must be finite, got nan"),
+        ("pool.num_workers", "2", "pool.num_workers must be an integer, got '2'"),
+        ("pool.max_replays", 2.5, "pool.max_replays must be an integer, got 2.5"),
+        ("pool.max_replays", -1, "pool.max_replays must be 0 or more, got -1"),
+        ("rl.group_size", True, "rl.group_size must be an integer, got True"),
+        ("rl.skip_zero_signal", 1, "rl.skip_zero_signal must be True or False, got 1"),
+        ("rl.optimizer", 1, "a key rl.optimizer, which nothing reads"),
+        ("env.options", None, "env.options must not be None"),
+        ("env.params", "custom", "env.params must be a dict, got 'custom'"),
+        ("namings", {"demo": 1, "train": None}, "namings must give demo and train a number of at least 1 each"),
+        ("env.options", {"remember": 1}, "env.options.remember must be True or False, got 1"),
+        ("tokenizer.lexicon", [1, 2], r"tokenizer.lexicon must be a tuple of texts, got \[1, 2\]"),
+        ("model.rope_theta", "1e6", "model.rope_theta must be a number, got '1e6'"),
+        ("model.window_layers", (1, 0), "model.window_layers must be a tuple of True and False"),
+        ("splits.test", (True, 100), "splits.test must be"),
+        ("reward.intermediate_scale", float("nan"), "reward.intermediate_scale must be finite, got nan"),
+        ("reward.invalid_penalty", float("inf"), "reward.invalid_penalty must be finite, got inf"),
+        ("rl.advantage.step_weight", float("inf"), "rl.advantage.step_weight must be finite"),
+        ("sft.observation_weight", float("inf"), "sft.observation_weight must be finite"),
+        ("eval.other_temperatures", (1e999,), "eval.other_temperatures must be finite"),
+        ("pool.step_limit_s", float("nan"), "pool.step_limit_s must be finite, got nan"),
+        ("env.cache_dir", "", "env.cache_dir must be the name of a folder, got ''"),
         ("rl.loss.value_clip", 0.0, "rl.loss.value_clip must be at least 1e-06"),
     ],
 )
 def test_wrong_settings_are_refused_with_their_key(path, value, words):
     with pytest.raises(ValueError, match=words):
         settings.check(changed("textworld_quickstart.py", **{path: value}))
+
+
+NUMBERS = [path for path in settings.KEYS if settings._KINDS.get(path, "a number") in ("an integer", "a number")]
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_a_text_is_no_number(path):
+    with pytest.raises(ValueError, match=f"{path} must be an? (integer|number), got 'x'"):
+        settings.check(changed("textworld_quickstart.py", **{path: "x"}))
+
+
+def test_the_kinds_are_those_of_the_quick_start():
+    kinds = {
+        int: {"an integer"}, float: {"a number"}, bool: {"True or False"}, str: {"a text"},
+        tuple: {"a tuple of integers", "a tuple of numbers", "a tuple of texts"},
+    }  # fmt: skip
+    config = runpy.run_path(str(ROOT / "configs" / "textworld_quickstart.py"))["get_config"]()
+    for path in settings.KEYS:
+        *sections, key = path.split(".")
+        section = config
+        for name in sections:
+            section = section[name]
+        kind = settings._KINDS.get(path, "a number")
+        assert kind == "a dict" or kind in kinds[section.get_type(key)], path
+
+
+def test_infinity_is_no_bound():
+    endless = dict.fromkeys(settings._ENDLESS, float("inf"))
+    settings.check(changed("textworld_quickstart.py", **endless))
 
 
 def test_a_missing_key_is_refused():
@@ -113,7 +166,9 @@ def test_a_missing_key_is_refused():
 
 
 def test_keys_with_a_default_of_their_own_are_allowed():
-    settings.check(changed("textworld_quickstart.py", **{"model.rope_theta": 1e6, "pool.max_replays": 2}))
+    further = {"model.rope_theta": 1e6, "model.sliding_window": None, "pool.max_replays": 2}
+    further |= {"model.rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    settings.check(changed("textworld_quickstart.py", **further))
 
 
 def test_what_a_run_does_not_read_is_named():

@@ -19,7 +19,7 @@ from envs_host import textworld, textworld_maker, textworld_text
 from envs_host.textworld_engine import Engine, Extras, Moment, Outcome, digest
 from envs_host.games import GenerationError
 from envs_host.memory import Engines, Memory
-from envs_host.specs import SetAside, Spec
+from envs_host.specs import FAMILIES, SetAside, Spec
 from envs_host.pool import EnvPool
 from envs_host.types import GameFileError, Task
 from jaxagentrl import chat, demos, rollout, tokenizer
@@ -495,7 +495,10 @@ def test_a_walkthrough_that_does_not_win_sets_the_game_aside(tasks):
         ({"seed": None}, "seed"),
         ({"seed": True}, "seed"),
         ({"theme": "castle"}, "castle.*|theme.*house"),
-        ({"world_size": -1}, "world_size"),
+        ({"world_size": 0}, "world_size must be an integer of 1 or more, got 0"),
+        ({"nb_objects": -1}, "nb_objects must be an integer of 0 or more, got -1"),
+        ({"quest_length": 0}, "quest_length must be an integer of 1 or more"),
+        ({"quest_breadth": 0}, "quest_breadth must be an integer of 1 or more"),
         ({"include_adj": "yes"}, "include_adj"),
     ],
 )
@@ -504,13 +507,29 @@ def test_wrong_specs(change, message, tmp_path):
         textworld.generate([BASIC | {"seed": 1} | change], cache_dir=tmp_path, progress=False)
 
 
-def test_more_wrong_specs(tmp_path):
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"family": "tw-cooking", "recipe": 9}, "recipe must be an integer from 1 to 5, got 9"),
+        ({"family": "tw-cooking", "recipe": 1, "take": 2}, "take is 2, but of recipe = 1 ingredients"),
+        ({"family": "coin_collector", "level": 301}, "level must be an integer from 1 to 300, got 301"),
+        ({"family": "treasure_hunter", "level": 0}, "level must be an integer from 1 to 30, got 0"),
+    ],
+)
+def test_sizes_beyond_a_familys_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        Spec.parse(spec | {"seed": 1})
+
+
+def test_more_wrong_specs(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="world_size"):
         Spec.parse({"family": "custom", "nb_objects": 3, "quest_length": 4, "seed": 0})
     with pytest.raises(ValueError, match="more than once.*s7"):
         textworld.generate([BASIC | {"seed": 7}] * 2, cache_dir=tmp_path, progress=False)
+    # What the maker alone knows to be wrong.
+    monkeypatch.setitem(FAMILIES["treasure_hunter"], "level", FAMILIES["tw-cooking"]["take"])
     greedy = {"family": "treasure_hunter", "level": 99, "seed": 1}
-    with pytest.raises(ValueError, match="treasure_hunter-l99-s1.*1-30"):
+    with pytest.raises(ValueError, match="treasure_hunter-take99-s1.*1-30"):
         textworld.generate([greedy], cache_dir=tmp_path, progress=False)
 
 

@@ -52,9 +52,13 @@ def compare(files: list[str], *, num_steps: int, seed: int) -> dict[str, float]:
     """Plays games in both engines until `num_steps` commands were given.
 
     Raises:
-        SystemExit: two answers differ; says which.
+        SystemExit: two answers differ, says which; or the original cannot be loaded.
     """
-    original = alfworld_engine.Original()
+    try:
+        original = alfworld_engine.Original()
+    except ImportError as error:
+        said = " ".join(str(error).split())
+        sys.exit(f"ALFWorld's own engine cannot be loaded: pip install -e '.[alfworld]' compiles what it needs ({said})")
     rng = random.Random(seed)
     totals: dict[str, float] = dict.fromkeys(
         ("steps", "games", "won", "seconds", "original_seconds", "open", "original_open"), 0)

@@ -242,7 +242,7 @@ def make_world(args, directory: str, pool: EnvPool, tasks, *, budget: int = BUDG
 def compare(world: World, args) -> dict[str, float]:
     """Turns per second of every contender."""
     pretrained.save(world.folder, world.config, world.params, tokenizer=world.chat_format.tokenizer)
-    slots = args.slots or len(world.tasks)
+    slots = args.slots or -(-len(world.tasks) // args.waves) * args.waves
     contenders = {
         "ours": lambda world: ours(for_sampling(world, args.dtype), slots, args.waves),
         "kept": transformers_kept_cache,
@@ -422,7 +422,7 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="1M")
     parser.add_argument("--turns", type=int, help="default: 5, or 20 with --spread")
     parser.add_argument("--episodes", type=int, default=32)
-    parser.add_argument("--slots", type=int, help="default: one for each episode")
+    parser.add_argument("--slots", type=int, help="default: one for each episode, 32 with --spread")
     parser.add_argument("--waves", type=int, default=2, help="on a CPU up to one per core run side by side")
     parser.add_argument("--workers", type=int, default=2, help="processes of environments")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and cache")
@@ -441,6 +441,10 @@ def main() -> int:
             f"--dtype {args.dtype} is for our sampler alone: it goes with --per-turn, --alike or --spread (and "
             "bench_environments.py), the others play in float32."
         )
+    if args.slots is None and args.spread:
+        args.slots = 32
+    if args.waves < 1 or (args.slots or 0) % args.waves:
+        parser.error(f"--slots must be a multiple of --waves, got {args.slots} and {args.waves}.")
     pages.use_huge_ones()  # for all sides, as the main job has them
     pages.keep()
     precision.keep_float32(args.dtype)
@@ -464,7 +468,7 @@ def main() -> int:
         elif args.alike:
             alike(for_sampling(world, args.dtype))
         elif args.spread:
-            spread(for_sampling(world, args.dtype), args.slots or 32, args.waves)
+            spread(for_sampling(world, args.dtype), args.slots, args.waves)
         else:
             rates = compare(world, args)
             if args.record:

@@ -177,6 +177,8 @@ def main() -> None:
     args = arguments()
     pages.use_huge_ones()
     pages.keep()
+    if not (args.run / "config.json").is_file():
+        raise SystemExit(f"{args.run} holds no config.json: name the workdir of a run of RL.")
     config = json.loads((args.run / "config.json").read_text(encoding="utf-8"))["config"]
     if config["rollout"]["context"] != "end":
         raise SystemExit("trees are of episodes that are one text: rollout.context 'end'.")

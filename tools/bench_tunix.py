@@ -6,9 +6,14 @@ turn, prompts padded to powers of two. `bench_rollout --against tunix` runs this
 
 import jax
 import numpy as np
-from tunix.generate import sampler as tunix_sampler
-from tunix.models.llama3 import model as llama
-from tunix.models.llama3 import params as llama_params
+
+try:
+    from tunix.generate import sampler as tunix_sampler
+    from tunix.models.llama3 import model as llama
+    from tunix.models.llama3 import params as llama_params
+except ImportError as error:
+    raise SystemExit(f"Tunix cannot be imported ({error}): pip install google-tunix, and run bench_rollout.py "
+                     "--against tunix") from error
 
 
 class Ids:

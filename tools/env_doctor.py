@@ -2,6 +2,7 @@
 
     python tools/env_doctor.py --env=textworld
     python tools/env_doctor.py --env=alfworld
+    python tools/env_doctor.py --env=swe --params='{"family": "swe-bugs", "repository": "<folder>"}'
     python tools/env_doctor.py --env=package.module:Class --tasks=tasks.jsonl
 
 Plays games by random admissible commands and by walkthrough, in this process and in worker
@@ -27,9 +28,9 @@ from typing import Any
 import psutil
 
 import envs_host
-from envs_host import collect
+from envs_host import collect, swe_tests
 from envs_host.pool import EnvPool
-from envs_host.types import EnvFailure, Task
+from envs_host.types import EnvFailure, GameFileError, Task
 
 _SEED = 20_001
 _PARAMS = {
@@ -69,18 +70,18 @@ def main() -> None:
     parser.add_argument("--num_episodes", type=_count, default=40)
     parser.add_argument("--max_turns", type=_count, default=20)
     parser.add_argument("--num_slots", type=_count, default=256, help="episodes at a time in a rollout")
-    parser.add_argument("--turn_s", type=float, default=0.5,
+    parser.add_argument("--turn_s", type=_seconds, default=0.5,
                         help="seconds in which the device decodes a turn of half of them")
     parser.add_argument("--tokenizer", help="folder of a tokenizer, to count an observation's tokens")
     parser.add_argument("--cache_dir", help="where games are kept; by default a temporary folder")
     args = parser.parse_args()
     try:
-        envs_host.check_options(args.env, args.options)
+        _check_env(args.env, args.options)
         with tempfile.TemporaryDirectory() as scratch:
             tasks = _tasks(args, args.cache_dir or scratch)
             findings = examine(args.env, tasks, args.options, args.num_episodes, args.max_turns)
             rows, broken = table(args, findings, tasks)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, GameFileError) as error:
         sys.exit(f"error: {error}")
     print(f"| {args.env} | |\n|---|---|")
     for name, value in rows:
@@ -105,20 +106,57 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"expected seconds, more than 0, got {text!r}")
+    return found
+
+
+def _check_env(env: str, options: dict[str, Any]) -> None:
+    try:
+        envs_host.check_options(env, options)
+    except ValueError as error:
+        raise ValueError(f"--env={env} with --options={json.dumps(options)}: {error}") from error
+
+
 def _tasks(args: argparse.Namespace, cache_dir: str) -> list[Task]:
     if args.tasks:
-        with open(args.tasks, encoding="utf-8") as file:
-            found = [Task.from_json(json.loads(line)) for line in file if line.strip()]
+        found = _read_tasks(args.tasks)
     else:
         params = args.params or _PARAMS.get(args.env)
         if params is None:
             sys.exit(f"there are no games known for {args.env!r}: describe some by --params, or name some by --tasks=<file>")
+        played_by = collect.environment(params)
+        if args.env in envs_host.ENVIRONMENTS and args.env != played_by:
+            raise ValueError(f"--params: games of {params.get('family')!r} are played by --env={played_by}, got --env={args.env}.")
+        try:
+            os.makedirs(os.path.expanduser(cache_dir), exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--cache_dir={cache_dir} cannot be made: {error.strerror}.") from error
         seeds = range(_SEED, _SEED + args.num_tasks)
         found = collect.tasks(
             params, seeds, first=_SEED, cache_dir=cache_dir, num_workers=None).tasks
     if not found:
         sys.exit("no task is usable")
     return found
+
+
+def _read_tasks(path: str) -> list[Task]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [Task.from_json(_object(line)) for line in file if line.strip()]
+    except (OSError, ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"--tasks={path}, expected a task in each line as Task.to_json writes it: {error}") from error
+
+
+def _longest_step(env: str, options: dict[str, Any]) -> float:
+    """Seconds that a step may take by itself: a run of tests that does not end is the agent's failure, which the
+    pool must not come before."""
+    return options.get("test_limit_s", swe_tests.Limits().seconds) + 10.0 if env == "swe" else 0.0
 
 
 def examine(
@@ -192,8 +230,8 @@ def _walkthroughs(env, tasks, options, findings):
 def _nonsense(env, task, options, findings):
     """What a half-trained model may write: nothing may be raised."""
     texts = ["", " ", "\x00\x07", "take " * 400, "<|im_end|>", "ééé", "look.look;look", '"', "\\n\\"]
-    with EnvPool(env, options, num_workers=1, step_limit_s=60.0, reset_limit_s=120.0,
-                 worker_memory_mb=8000.0, max_replays=0) as pool:
+    with EnvPool(env, options, num_workers=1, step_limit_s=max(60.0, _longest_step(env, options)),
+                 reset_limit_s=120.0, worker_memory_mb=8000.0, max_replays=0) as pool:
         for number, text in enumerate(texts):
             pool.reset(number, task)
             pool.poll()
@@ -225,8 +263,8 @@ def _memory(env, tasks, scripts, options, num_episodes, findings):
 
 def _processes(env, tasks, scripts, options, findings):
     """Two worker processes at once give the same answers, and a killed one is replayed."""
-    with EnvPool(env, options | {"admissible_commands": True}, num_workers=2, step_limit_s=60.0,
-                 reset_limit_s=120.0, worker_memory_mb=8000.0) as pool:
+    with EnvPool(env, options | {"admissible_commands": True}, num_workers=2,
+                 step_limit_s=max(60.0, _longest_step(env, options)), reset_limit_s=120.0, worker_memory_mb=8000.0) as pool:
         collected = {number: [] for number in range(len(tasks))}
         for number, task in enumerate(tasks):
             pool.reset(number, task)
@@ -280,7 +318,8 @@ def table(
         ("versions", _versions(args.env)),
         ("suggested `pool.num_workers`", f"{min(max(1, wanted), cores)} ({cores} cores)"),
         ("suggested `pool.step_limit_s` / `reset_limit_s`",
-         f"{_limit(max(findings.first_steps))} / {_limit(max(findings.resets))}"),
+         f"{max(_limit(max(findings.first_steps)), _longest_step(args.env, args.options))} / "
+         f"{_limit(max(findings.resets))}"),
         ("suggested `pool.worker_memory_mb`",
          f"{math.ceil(2 * findings.memory_mb / 500) * 500}"),
     ]

@@ -311,6 +311,9 @@ def main() -> int:
 
     mutants = all_mutants(args.modules)
     if args.at:
+        places = {f"{m.module}:{m.line}" for m in mutants}
+        if nowhere := [place for place in args.at if place not in places]:
+            parser.error(f"--at: there is no mutant at {', '.join(nowhere)}; --list has them all.")
         mutants = [m for m in mutants if f"{m.module}:{m.line}" in args.at]
     if args.sample is not None and args.sample < len(mutants):
         mutants = sorted(

@@ -25,19 +25,33 @@ def _parameters(size: str) -> float:
     return 0.0 if size == "tiny" else float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
 
 
+def read(record: str) -> dict[tuple[float, int], tuple[str, dict[str, float]]]:
+    """How many times faster ours was than whom, by parameters and turns.
+
+    Raises:
+        SystemExit: it is no record of the benchmark.
+    """
+    cases = {}
+    try:
+        for line in pathlib.Path(record).read_text(encoding="utf-8").splitlines():
+            result = json.loads(line)
+            rates = result["turns_per_second"]
+            ratios = {name: rates["ours"] / rates[name] for name in rates if name != "ours"}
+            cases[_parameters(result["size"]), result["turns"]] = result["size"], ratios
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{record} is no file that bench_rollout.py --record wrote: {error!r}.") from error
+    if not any(ratios for _, ratios in cases.values()):
+        raise SystemExit(f"{record} compares ours with nobody: run bench_rollout.py --record={record} first.")
+    return cases
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("record")
     parser.add_argument("image")
     args = parser.parse_args()
 
-    cases = {}
-    for line in pathlib.Path(args.record).read_text().splitlines():
-        result = json.loads(line)
-        rates = result["turns_per_second"]
-        ratios = {name: rates["ours"] / rates[name] for name in rates if name != "ours"}
-        cases[_parameters(result["size"]), result["turns"]] = result["size"], ratios
-
+    cases = read(args.record)
     figure = Figure(figsize=(9, 4.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

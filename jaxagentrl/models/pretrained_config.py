@@ -309,8 +309,23 @@ _SCALINGS = {
 }
 
 
+def scaling(key: str, settings: Mapping[str, Any], length: int | None) -> rope.Scaling | None:
+    """A `rope_scaling` as a config.json has it, of a model made for texts of `length` tokens; None scales nothing.
+
+    Raises:
+        ValueError: with `key` and all that is wrong.
+    """
+    if "rope_theta" in settings:
+        raise ValueError(f"{key} has a rope_theta, {settings['rope_theta']!r}: give it as model.rope_theta.")
+    problems: list[str] = []
+    _, made = _rotation(key, settings, 10_000.0, length, problems)
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}. Write it as rope_scaling of a published config.json.")
+    return made
+
+
 def _rotation(
-    key: str, settings: Mapping[str, Any], theta: float, length: int, problems: list[str]
+    key: str, settings: Mapping[str, Any], theta: float, length: int | None, problems: list[str]
 ) -> tuple[float, rope.Scaling | None]:
     """θ and scaling of one entry; `type` is the older spelling of `rope_type`."""
     values = {name: value for name, value in settings.items() if value is not None}
@@ -334,7 +349,7 @@ def _rotation(
         del values["factor"]
     needed, optional = _SCALINGS.get(kind, ((), ()))
     # Some exporters write the keys of all kinds; a factor of 1 or the model's own length says nothing.
-    if kind in ("default", "linear") and values.get("original_max_position_embeddings") == length:
+    if kind in ("default", "linear") and values.get("original_max_position_embeddings", 0) == length:
         del values["original_max_position_embeddings"]
     wrong = [f"{key}.{name} is missing" for name in needed if name not in values]
     wrong += [f"{key}.{name} is {value!r}, a setting not known here"
