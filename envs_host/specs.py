@@ -154,8 +154,8 @@ class Spec:
                 params[name] = os.path.abspath(os.path.expanduser(value))
         if family == "tw-cooking" and params["take"] > params["recipe"]:
             raise ValueError(
-                f"tw-cooking: take is {params['take']}, but of recipe = {params['recipe']} ingredients no more can be "
-                "to be found: lower the first or raise the second."
+                f"tw-cooking: take is {params['take']}, but of recipe = {params['recipe']} ingredients no more can "
+                "lie elsewhere: lower the first or raise the second."
             )
         return cls(family, tuple(params.items()), seed)
 
