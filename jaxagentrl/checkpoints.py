@@ -24,9 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from jaxagentrl import workdir
+from jaxagentrl import hosts, workdir
 
 FORMAT_VERSION = 1
 
@@ -71,18 +70,19 @@ def save(
     leaves = _named_leaves(state)
     arrays, packing = _pack(leaves)
     existing = _complete(directory)
-    number = existing[-1][0] + 1 if existing else 0
+    # On a drive that is shared a process may see a folder as it was a while ago.
+    number = hosts.gather(existing[-1][0] + 1 if existing else 0)[0]
     folder = directory / f"{number:06d}_step_{step}"
     temporary = directory / f".saving-{folder.name}"
 
-    if jax.process_index() == 0:
+    if hosts.is_first():
         directory.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(directory)
         temporary.mkdir()
-    _barrier("jaxagentrl_checkpoint_begin")
+    hosts.wait("checkpoint_begin")
     with ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(temporary / "state", args=ocp.args.PyTreeSave(arrays))
-    if jax.process_index() == 0:
+    if hosts.is_first():
         record = {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -97,7 +97,7 @@ def save(
         workdir.fsync_folder(directory)
         for _, old in _complete(directory)[:-keep]:
             _remove(old)
-    _barrier("jaxagentrl_checkpoint_end")
+    hosts.wait("checkpoint_end")
     return folder
 
 
@@ -308,8 +308,3 @@ def _remove_leftovers(directory: pathlib.Path) -> None:
     for pattern in (".saving-*", ".removing-*"):
         for path in directory.glob(pattern):
             shutil.rmtree(path)
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
