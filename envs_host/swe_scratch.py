@@ -1,8 +1,8 @@
 """Folders that episodes work in, and what becomes of them when their process is killed.
 
 A process has one folder for all of its own, and holds a lock in it for as long as it lives: whoever can
-take the lock knows that the process is dead, whatever ended it, and clears up. The first that is asked for
-in a process does so, and a worker that is killed is replaced by one that plays its episodes again: copies
+take the lock knows that the process is dead, whatever ended it, and clears up. A process does so with its first
+folder and as it ends, and a worker that is killed is replaced by one that plays its episodes again: copies
 of large repositories do not pile up.
 """
 
@@ -29,16 +29,22 @@ def folder() -> tempfile.TemporaryDirectory:
 def _root() -> str:
     """This process's folder."""
     parent = os.path.realpath(tempfile.gettempdir())
-    for other in glob.glob(os.path.join(glob.escape(parent), _PREFIX + "*")):
-        _clear_if_dead(other)
+    _clear_dead(parent)
     root = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
     # Held to the end of the process, and by no child: descriptors are not inherited.
     descriptor = os.open(os.path.join(root, _LOCK), os.O_CREAT | os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     # pytest looks for settings in all folders above, as far as it finds some: those of others are not ours.
     open(os.path.join(root, "pytest.ini"), "w").close()
+    # The workers of a run are killed as it ends.
+    atexit.register(_clear_dead, parent)
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return root
+
+
+def _clear_dead(parent: str) -> None:
+    for root in glob.glob(os.path.join(glob.escape(parent), _PREFIX + "*")):
+        _clear_if_dead(root)
 
 
 def _clear_if_dead(root: str) -> None:

@@ -492,22 +492,30 @@ def test_an_episode_leaves_nothing_behind(env, tmp_path):
 
 
 def test_what_a_killed_process_leaves_is_cleared_up(tmp_path):
-    """By the next one, if it had lived for a minute; what a live process has stays."""
-    live = "import sys, time; from envs_host import swe_scratch; f = swe_scratch.folder(); print(f.name, flush=True); time.sleep(60)"
+    """By the next one, and by one that ends, if it had lived for a minute; what a live process has stays."""
+    live = "import sys; from envs_host import swe_scratch; f = swe_scratch.folder(); print(f.name, flush=True); sys.stdin.read()"
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    start = functools.partial(subprocess.Popen, [sys.executable, "-c", live], env=environment, stdout=subprocess.PIPE, text=True)
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    start = functools.partial(subprocess.Popen, [sys.executable, "-c", live], env=environment, text=True, **pipes)
+
+    def folder_of(process):
+        folder = pathlib.Path(process.stdout.readline().strip())
+        os.utime(folder.parent / "lock", (time.time() - 100,) * 2)  # the folder itself changes with every episode
+        return folder
+
     with start() as killed, start() as alive:
-        folders = [pathlib.Path(process.stdout.readline().strip()) for process in (killed, alive)]
+        folders = [folder_of(process) for process in (killed, alive)]
         killed.kill()
         killed.wait()
-        for folder in folders:
-            os.utime(folder.parent / "lock", (time.time() - 100,) * 2)  # the folder changes with every episode
         with start() as third:
-            own = pathlib.Path(third.stdout.readline().strip())
-            assert [folder.exists() for folder in (*folders, own)] == [False, True, True]
+            folders.append(folder_of(third))
+            assert [folder.exists() for folder in folders] == [False, True, True]
             assert not folders[0].parent.exists()
-            third.kill()
-        alive.kill()
+            alive.kill()  # as the workers of a run are when it ends
+            alive.wait()
+            third.stdin.close()
+            third.wait()
+    assert not any(folder.parent.exists() for folder in folders)
 
 
 def test_a_repository_that_has_changed_is_noticed(env, tmp_path):
