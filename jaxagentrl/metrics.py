@@ -12,12 +12,12 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorboardX
 
 from jaxagentrl import workdir as workdir_lib
 
@@ -67,7 +67,7 @@ class Writer:
         self._seconds_before = kept[-1]["time/run_s"] if kept else 0.0
         self._opened = time.monotonic()
         self._file = open(self._path, "a", encoding="utf-8")
-        self._events: dict[str, tensorboardX.SummaryWriter] = {}
+        self._events: dict[str, Any] = {}  # a writer of tensorboardX for each phase
 
     def write(self, phase: str, step: int, values: Mapping[str, Any]) -> Line:
         """Appends one line and returns it.
@@ -131,7 +131,7 @@ class Writer:
             # One event folder per phase: TensorBoard purges by step alone, and the steps of one
             # phase must not purge those of another. The suffix, because tensorboardX names files
             # by the second and would overwrite those of a run restarted within it.
-            self._events[phase] = tensorboardX.SummaryWriter(
+            self._events[phase] = _tensorboard_x().SummaryWriter(
                 str(self._tensorboard / phase),
                 purge_step=step,
                 flush_secs=10,
@@ -140,6 +140,20 @@ class Writer:
         for key, value in numbers.items():
             if math.isfinite(value):   # tensorboardX only warns; `write` raises after this
                 self._events[phase].add_scalar(key, value, step)
+
+
+def _tensorboard_x() -> Any:
+    """tensorboardX, kept from importing torch where there is one: it does so for an annotation, in seconds and with
+    hundreds of megabytes."""
+    hides = "torch" not in sys.modules
+    if hides:
+        sys.modules["torch"] = None  # as if it were not installed
+    try:
+        import tensorboardX
+    finally:
+        if hides:
+            del sys.modules["torch"]
+    return tensorboardX
 
 
 def read(path: str | os.PathLike) -> list[Line]:

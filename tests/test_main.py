@@ -5,6 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from jaxagentrl import main, settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -15,8 +19,27 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture
+def parse(monkeypatch):
+    """Parses flags as the program does, and leaves none behind."""
+    monkeypatch.chdir(ROOT)
+    known = set(flags.FLAGS)
+
+    def parsed(*arguments):
+        monkeypatch.setattr(sys, "argv", ["main", "--workdir=nowhere", *arguments])  # the config's flags read it
+        with flagsaver.flagsaver():
+            try:
+                main._parse(sys.argv)
+                return main._CONFIG.value.to_dict()
+            finally:
+                for name in set(flags.FLAGS) - known:
+                    delattr(flags.FLAGS, name)
+
+    return parsed
+
+
 @pytest.mark.parametrize(
-    "flags, named",
+    "arguments, named",
     [
         (["--config=configs/textworld_smoke.py", "--config.rl.grup_size=4"], ("grup_size", "group_size")),
         (["--config=configs/textworld_smoke.py", "--config.rl.groupsize=4"],
@@ -30,12 +53,27 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     ],
     ids=["key", "its flag", "of the games", "with a default", "file"],
 )
-def test_flags_that_cannot_work_get_one_sentence(flags, named):
-    failed = run("-m", "jaxagentrl.main", "--workdir=nowhere", *flags)
-    assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    said = failed.stderr[failed.stderr.index("error: ") :]
+def test_flags_that_cannot_work_get_one_sentence(parse, arguments, named):
+    with pytest.raises(SystemExit) as ended:
+        parse(*arguments)
+    said = str(ended.value)
+    assert said.startswith("error: ") and "\n" not in said
     assert all(name in said for name in (*named, "docs/config.md"))
-    assert "Traceback" in run("-m", "jaxagentrl.main", "--workdir=nowhere", *flags, "--debug").stderr
+    with pytest.raises((AttributeError, KeyError, OSError, ValueError, TypeError)):
+        parse(*arguments, "--debug")
+
+
+def test_none_is_a_value(parse):
+    keys = ("reward.intermediate_scale", "rollout.max_refusals", "compilation_cache_dir")
+    config = parse("--config=configs/textworld_smoke.py", *(f"--config.{key}=None" for key in keys))
+    assert [dict(settings.flat(config))[key] for key in keys] == [None] * 3
+    settings.check(config | {"reward": config["reward"] | {"kind": "dense"}})
+
+
+def test_the_command_line_of_a_shell_ends_with_the_sentence():
+    failed = run("-m", "jaxagentrl.main", "--workdir=nowhere", "--config=configs/textworld_smoke.py", "--config.rl.grup_size=4")
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert "error: --config.rl.grup_size names no key" in failed.stderr
 
 
 def test_an_interrupt_in_a_callback_of_the_garbage_collector_is_heard_after_it():

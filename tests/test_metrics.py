@@ -2,6 +2,9 @@
 
 import json
 import math
+import pathlib
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -184,3 +187,14 @@ def test_the_ledgers_of_two_processes_are_one():
     assert metrics.of_processes([one, other]) == dict(
         seconds=5.0, decode_share=0.375, slot_occupancy=0.75, tokens_decoded=17, env_crashes=2
     )
+
+
+def test_events_need_no_torch(tmp_path):
+    """tensorboardX imports it where it is there, which takes longer than all else that a run imports."""
+    code = (
+        "import sys; from jaxagentrl import metrics\n"
+        f"with metrics.Writer({str(tmp_path)!r}) as writer: writer.write('rl', 1, {{'k': 1.0}})\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[1], check=True)
+    assert list((tmp_path / "tensorboard" / "rl").iterdir())
