@@ -26,7 +26,7 @@ COMMANDS = (
     "bench_rollout.py --size tiny --turns 1 --episodes 1 --repeats 1 --cache-dir {games}",
     "bench_rollout.py --size tiny --turns 1 --episodes 1 --per-turn --workers 1 --dtype bfloat16 "
     "--cache-dir {games}",
-    "bench_rollout.py --size tiny --turns 3 --episodes 8 --alike --cache-dir {games}",
+    "bench_rollout.py --size tiny --turns 2 --episodes 8 --alike --cache-dir {games}",
     "bench_rollout.py --size tiny --turns 2 --episodes 1 --spread --slots 2 --cache-dir {games}",
     "bench_environments.py --size tiny --turns 1 --games 1 --group_size 2 --slots 2 --waves 1 2 "
     "--workers 1 --repeats 1 --cache_dir {games}",
