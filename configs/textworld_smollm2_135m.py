@@ -11,7 +11,7 @@ On one GPU, add (docs/performance.md, "On an H200")
     --config.learner.packing=True --config.learner.length_buckets='(640,)' \
     --config.learner.tokens_per_part=20480 --config.pool.num_workers=12 --config.env.num_workers=12
 which took 4 minutes on an H200, and 1 with programs compiled before: 66 to 96 %, 67 to 91 % and 74 to 98 %
-with seeds 0, 1 and 2.
+with seeds 0, 1 and 2, by the program that summed the embedding's gradient in bfloat16, too (CHANGELOG).
 
 Measured once on two CPU cores, seed 0, with the four-bit weights of docs/models.md, "A published model": 0 % of 100 held-out
 games before training, 65 % [55, 74] after imitation, 92 % [85, 96] after RL, at temperature 0.4. On two
