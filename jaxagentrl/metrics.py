@@ -59,7 +59,7 @@ class Writer:
                 f"{resume_lines}. Restore the file, or start in another workdir."
             )
         kept = lines[:resume_lines]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        text = _text(kept)
         if not self._path.exists() or self._path.read_text(encoding="utf-8") != text:
             workdir_lib.write_atomic(self._path, text)
         self.num_lines = len(kept)
@@ -140,6 +140,18 @@ class Writer:
         for key, value in numbers.items():
             if math.isfinite(value):   # tensorboardX only warns; `write` raises after this
                 self._events[phase].add_scalar(key, value, step)
+
+
+def catch_up(workdir: pathlib.Path, first: pathlib.Path, num_lines: int) -> None:
+    """Gives a process that was not there when the checkpoint was saved, or not of late, the lines of the first
+    process's folder: all write the same."""
+    own = workdir / "metrics.jsonl"
+    if len(read(own)) < num_lines:
+        workdir_lib.write_atomic(own, _text(read(first / "metrics.jsonl")[:num_lines]))
+
+
+def _text(lines: Sequence[Line]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _tensorboard_x() -> Any:

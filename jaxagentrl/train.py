@@ -101,7 +101,8 @@ def _run(config: Mapping[str, Any], folder: workdir.Workdir) -> None:
         if host["stage"] != "rl":  # a stage that is new in a run may have games that are new, too
             _read_openings(config, setup)
         _warm_up(config, setup, state.params)
-        _catch_up(folder, host["lines"])
+        if folder.shared_root is not None:
+            metrics.catch_up(folder.root, folder.shared_root, host["lines"])
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
             session = Session(config, folder, setup, writer)
             if host["stage"] == "start":
@@ -148,14 +149,6 @@ def _open(root: pathlib.Path, config: Mapping[str, Any]) -> workdir.Workdir:
     own = root / "processes" / f"{jax.process_index():03d}"
     folder = workdir.open_workdir(own, config, free_keys=FREE_KEYS)
     return dataclasses.replace(folder, shared_root=root)
-
-
-def _catch_up(folder: workdir.Workdir, num_lines: int) -> None:
-    """Gives a process that was not there when the checkpoint was saved the first's lines: all write the same."""
-    if folder.shared_root is None or len(metrics.read(folder.metrics)) >= num_lines:
-        return
-    lines = metrics.read(folder.shared_root / folder.metrics.name)[:num_lines]
-    workdir.write_atomic(folder.metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _check_end(root: pathlib.Path, num_iterations: int) -> None:
