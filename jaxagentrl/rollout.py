@@ -90,7 +90,7 @@ def collect(
 
     Returns:
         The trajectories, the failures of environments, and a ledger of where the seconds and the
-        tokens went, see `_Player.ledger`.
+        tokens went, see `turns.Counters.ledger`.
 
     Raises:
         ValueError: a first prompt does not fit a slot.
@@ -137,7 +137,9 @@ class _Player:
         return Rollout(
             trajectories=[self.finished[index] for index in sorted(self.finished)],
             failures=[(self.to_play[i], self.failures[i]) for i in sorted(self.failures)],
-            ledger=self.ledger(),
+            ledger=self.engine.counters.since(self.counters).ledger(
+                time.monotonic() - self.began, self.seconds_environment
+            ),
         )
 
     def _leave(self) -> None:
@@ -147,38 +149,6 @@ class _Player:
             self.engine.clear()
         for item in left:
             self.pool.release(item.index)
-
-    def ledger(self) -> dict[str, float]:
-        """Where the seconds and the tokens went.
-
-        Seconds are the host's: waiting for extend, for decode, for transfers, for environments,
-        compiling; what is left is its own work. Work that overlaps another's shows in neither.
-        `slot_occupancy` is the share of slots that had a turn on its way when their wave was launched,
-        `decode_occupancy` that of the places of decode steps which sampled a token.
-        """
-        used = self.engine.counters.since(self.counters)
-        total = time.monotonic() - self.began
-        seconds = {
-            "extend": used.seconds_extend,
-            "decode": used.seconds_decode,
-            "transfer": used.seconds_transfer,
-            "compile": used.seconds_compile,
-            "environment": self.seconds_environment,
-        }
-        seconds["host"] = max(0.0, total - sum(seconds.values()))
-        placed = used.tokens_extended + used.tokens_padded
-        return {
-            "seconds": total,
-            **{f"{name}_share": value / total for name, value in seconds.items()},
-            "tokens_decoded": used.tokens_decoded,
-            "tokens_prefilled": used.tokens_extended,
-            "tokens_forked": used.tokens_forked,
-            "tokens_reprefill": used.tokens_reprefill,
-            "slot_occupancy": used.turns_launched / max(1, used.slots_launched),
-            "decode_occupancy": used.tokens_decoded / max(1, used.decode_places),
-            "padding_share": used.tokens_padded / max(1, placed),
-            "compiles": used.compiles,
-        }
 
     def _receive(self, wave: int) -> None:
         """Waits for the wave's turns. Those of a wave that is over earlier go to their environments, too:

@@ -7,7 +7,6 @@ the newest checkpoint stands; what came after it is computed again, equal to the
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +19,12 @@ from jaxagentrl import (
     evaluate,
     hosts,
     imitate,
-    learner,
     metrics,
     openings,
     pages,
     plan,
     plan_sampling,
+    playing,
     precision,
     prepare,
     progress,
@@ -38,11 +37,8 @@ from jaxagentrl import (
     tasks,
     workdir,
 )
-from jaxagentrl.models import decoding_layout, sharding
+from jaxagentrl.models import sharding
 from jaxagentrl.types import TrainState
-
-# Words of the random streams, so that no two uses of one seed coincide.
-STREAM_EVALUATE, STREAM_RL = 1, 2
 
 # How many times its plan a run on CPU has room for where it keeps the memory that its programs give back.
 # That lies in pieces, and imitation's beside RL's: 3.2 times the plan were held (`docs/performance.md`,
@@ -54,16 +50,6 @@ FREE_KEYS = (
     "compilation_cache_dir", "env.cache_dir", "env.num_workers", "memory_limit_gb", "mesh", "pool",
     "rl.num_iterations",
 )
-
-
-@dataclasses.dataclass
-class Session:
-    """What the stages of one run share."""
-
-    config: Mapping[str, Any]
-    folder: workdir.Workdir
-    setup: prepare.Setup
-    writer: metrics.Writer
 
 
 def run(config: Mapping[str, Any], directory: str) -> None:
@@ -100,21 +86,21 @@ def _run(config: Mapping[str, Any], folder: workdir.Workdir) -> None:
         state, host = states.restore(folder, config, setup)
         if host["stage"] != "rl":  # a stage that is new in a run may have games that are new, too
             _read_openings(config, setup)
-        _warm_up(config, setup, state.params)
+        playing.warm_up(config, setup, state.params)
         if folder.shared_root is not None:
             metrics.catch_up(folder.root, folder.shared_root, host["lines"])
         with metrics.Writer(folder.root, resume_lines=host["lines"]) as writer:
-            session = Session(config, folder, setup, writer)
+            session = playing.Session(config, folder, setup, writer)
             if host["stage"] == "start":
                 seconds = {"time/prepare_s": time.monotonic() - started}
-                values = _timed(seconds, _baselines, session, state.params)
+                values = _timed(seconds, playing.baselines, session, state.params)
                 writer.write("baseline", 0, values)
                 host = _save(session, state, stage="sft", step=0)
             # Checkpoints of earlier versions lack these two.
             if imitation is not None and not host.get("is_evaluated"):
                 if not host.get("is_over"):
                     state = _imitate(session, imitation, state, host["step"])
-                writer.write("eval", 0, _timed({}, _evaluate, session, state.params, "sft"))
+                writer.write("eval", 0, _timed({}, playing.held_out, session, state.params, "sft"))
                 if "RL" not in stages:  # else its first checkpoint follows
                     done = {"step": int(state.step), "is_over": True, "is_evaluated": True}
                     host = _save(session, state, stage="sft", **done)
@@ -182,7 +168,7 @@ def _read_openings(config: Mapping[str, Any], setup: prepare.Setup) -> None:
 
 
 def _imitate(
-    session: Session, imitation: imitate.Imitation, state: TrainState, first_step: int
+    session: playing.Session, imitation: imitate.Imitation, state: TrainState, first_step: int
 ) -> TrainState:
     """Imitation from `first_step` on, to its last step or to where the demonstrations' loss, as logged,
     is at its target."""
@@ -261,7 +247,7 @@ def _plan(
 
 
 def _reinforce(
-    session: Session, state: TrainState, host: Mapping[str, Any], programs: reinforce.Programs
+    session: playing.Session, state: TrainState, host: Mapping[str, Any], programs: reinforce.Programs
 ) -> TrainState:
     """Reinforcement learning from iteration host["step"] on."""
     config, setup, rl = session.config, session.setup, session.config["rl"]
@@ -273,13 +259,13 @@ def _reinforce(
         advance(host["step"])
         for iteration in range(host["step"], rl["num_iterations"]):
             clock = [time.monotonic()]
-            played = _play(
+            played = playing.play(
                 session,
                 state.params,
                 rollout.episodes(
                     sampler.take(rl["tasks_per_iteration"]),
                     group_size=rl["group_size"],
-                    stream=(config["seed"], STREAM_RL, iteration),
+                    stream=(config["seed"], playing.STREAM_RL, iteration),
                 ),
                 temperature=config["rollout"]["temperature"],
             )
@@ -301,9 +287,9 @@ def _reinforce(
             values |= {f"ledger/{key}": value for key, value in played.ledger.items()}
             done, last = iteration + 1, iteration + 1 == rl["num_iterations"]
             if done % rl["eval_every"] == 0 or last:
-                values |= _evaluate(session, state.params, "rl", keep=last)
+                values |= playing.held_out(session, state.params, "rl", keep=last)
                 records = reinforce.records(played.trajectories, credit, config["reward"])
-                _keep(session, f"rl_{done:06d}", records)
+                playing.write_episodes(session, f"rl_{done:06d}", records)
             values |= {
                 "time/rollout_s": clock[1] - clock[0],
                 "time/update_s": clock[2] - clock[1],
@@ -313,7 +299,7 @@ def _reinforce(
                 session.writer.write("rl", done, values)
             except metrics.NonFiniteError:
                 records = reinforce.records(played.trajectories, credit, config["reward"])
-                _keep(session, f"nonfinite_rl_{done:06d}", records)
+                playing.write_episodes(session, f"nonfinite_rl_{done:06d}", records)
                 raise
             advance(note=_note(values))
             if done % rl["save_every"] == 0 or last:
@@ -343,133 +329,6 @@ def _timed(values: dict[str, float], measure: Any, *arguments: Any) -> dict[str,
     return values | measure(*arguments) | {"time/evaluate_s": time.monotonic() - since}
 
 
-def _baselines(session: Session, params: learner.Params) -> dict[str, float]:
-    """Floor and ceiling on the held-out tasks: random agent, walkthrough agent, untrained model."""
-    config, test = session.config, session.setup.splits["test"]
-    values: dict[str, float] = {}
-    rules = {
-        "random": evaluate.random_policy(config["seed"]),
-        "walkthrough": evaluate.walkthrough_policy,
-    }
-    with prepare.make_pool(config, admissible_commands=True) as pool:
-        for name, rule in rules.items():
-            with progress.bar(f"{name} agent", None):
-                won, n, failures = evaluate.play(
-                    test, pool, rule, max_turns=config["rollout"]["max_turns"]
-                )
-            values |= metrics.success_metrics(name, won, n)
-            values[f"{name}/env_failures"] = failures
-    return values | _evaluate(session, params, "untrained")
-
-
-def _evaluate(
-    session: Session, params: learner.Params, name: str, *, keep: bool = True
-) -> dict[str, float]:
-    """Success on the held-out tasks, always with the same random streams.
-
-    Where the record is kept, at the stages' ends, further held-out splits ("test_<x>") are played, and
-    everything at further temperatures.
-    """
-    options, values = session.config["eval"], {}
-    temperatures = {"": options["temperature"]}
-    if keep:
-        temperatures |= {evaluate.temperature_suffix(t): t for t in options["other_temperatures"]}
-    for split, prefix in prepare.held_out(session.config["splits"]).items():
-        if split != "test" and not keep:
-            continue
-        for suffix, temperature in temperatures.items():
-            values |= _evaluate_at(
-                session, params, split, prefix + suffix, temperature, name if keep else None
-            )
-    return values
-
-
-def _evaluate_at(
-    session: Session,
-    params: learner.Params,
-    split: str,
-    prefix: str,
-    temperature: float,
-    name: str | None,
-) -> dict[str, float]:
-    """A held-out split at a temperature; its episodes are written down under `name`, if it has one."""
-    test, stream = session.setup.splits[split], (session.config["seed"], STREAM_EVALUATE, 0)
-    with progress.bar(f"evaluating ({split}, T {temperature:g})", len(test)) as advance:
-        played = _play(
-            session,
-            params,
-            rollout.episodes(test, group_size=1, stream=stream),
-            advance=advance,
-            temperature=temperature,
-        )
-    if name is not None:
-        _keep(session, f"{prefix}_{name}", [t.to_json() for t in played.trajectories])
-    happened = {
-        f"ledger/{prefix}_{key}": count
-        for key, count in played.ledger.items()
-        if key == "compiles" or key.startswith("env_")
-    }
-    return evaluate.summary(prefix, played) | evaluate.breakdown(prefix, played) | happened
-
-
-def _keep(session: Session, name: str, records: list[dict[str, Any]]) -> None:
-    """Writes trajectories/<name>.jsonl, one episode a line."""
-    session.folder.trajectories.mkdir(exist_ok=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    workdir.write_atomic(session.folder.trajectories / f"{name}.jsonl", lines)
-
-
-def _play(
-    session: Session,
-    params: learner.Params,
-    episodes: list[rollout.Episode],
-    *,
-    temperature: float,
-    **options: Any,
-) -> rollout.Rollout:
-    """Plays episodes with the policy; each process its share."""
-    config, setup = session.config, session.setup
-    before = setup.pool.counters
-    with _decoding(config, setup, params) as policy:
-        played = rollout.collect(
-            hosts.share(episodes),
-            rules=settings.play(config, temperature=temperature),
-            pool=setup.pool,
-            engine=setup.engine,
-            params=policy,
-            chat_format=setup.chat_format,
-            **options,
-        )
-    happened = {f"env_{key}": count - before[key] for key, count in setup.pool.counters.items()}
-    parts = hosts.gather((played.trajectories, played.failures, played.ledger | happened))
-    return rollout.Rollout(
-        trajectories=[trajectory for part, _, _ in parts for trajectory in part],
-        failures=[failure for _, part, _ in parts for failure in part],
-        ledger=metrics.of_processes([ledger for _, _, ledger in parts]),
-    )
-
-
-@contextlib.contextmanager
-def _decoding(
-    config: Mapping[str, Any], setup: prepare.Setup, params: learner.Params
-) -> Iterator[learner.Params]:
-    """The decoder's parameters, adapters included, where and as the engine takes them.
-
-    In the dtype that the learner computes in: sampler and learner are to be one policy.
-    """
-    policy = learner.policy_of((setup.frozen or {}) | params)
-    policy = decoding_layout.for_decoding(policy, config["learner"]["compute_dtype"])
-    policy = sharding.for_decoding(policy, setup.mesh)
-    with sharding.use(setup.decoding_mesh):
-        yield policy
-
-
-def _warm_up(config: Mapping[str, Any], setup: prepare.Setup, params: learner.Params) -> None:
-    """Compiles the programs of sampling. The decoder's copy of the parameters ends with the call."""
-    with _decoding(config, setup, params) as policy:
-        setup.engine.warm_up(policy, restricted=rules.is_restricted(config["rollout"]))
-
-
 def _name_idle_devices(mesh: jax.sharding.Mesh | None) -> None:
     """One process may leave devices idle, which is easily done without meaning it."""
     used, there = 1 if mesh is None else mesh.size, jax.device_count()
@@ -480,7 +339,7 @@ def _name_idle_devices(mesh: jax.sharding.Mesh | None) -> None:
 
 
 def _save(
-    session: Session,
+    session: playing.Session,
     state: TrainState,
     *,
     stage: str,

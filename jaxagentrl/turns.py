@@ -66,6 +66,40 @@ class Counters:
         mine, before = dataclasses.asdict(self), dataclasses.asdict(earlier)
         return Counters(**{key: mine[key] - before[key] for key in mine})
 
+    def ledger(self, seconds: float, seconds_environment: float) -> dict[str, float]:
+        """Where the seconds and the tokens of a rollout went, of which these are the counts.
+
+        Seconds are the host's: waiting for extend, for decode, for transfers, for environments,
+        compiling; what is left is its own work. Work that overlaps another's shows in neither.
+        `slot_occupancy` is the share of slots that had a turn on its way when their wave was launched,
+        `decode_occupancy` that of the places of decode steps which sampled a token.
+
+        Args:
+            seconds: that the rollout took.
+            seconds_environment: of these, that it waited for environments.
+        """
+        parts = {
+            "extend": self.seconds_extend,
+            "decode": self.seconds_decode,
+            "transfer": self.seconds_transfer,
+            "compile": self.seconds_compile,
+            "environment": seconds_environment,
+        }
+        parts["host"] = max(0.0, seconds - sum(parts.values()))
+        placed = self.tokens_extended + self.tokens_padded
+        return {
+            "seconds": seconds,
+            **{f"{name}_share": part / seconds for name, part in parts.items()},
+            "tokens_decoded": self.tokens_decoded,
+            "tokens_prefilled": self.tokens_extended,
+            "tokens_forked": self.tokens_forked,
+            "tokens_reprefill": self.tokens_reprefill,
+            "slot_occupancy": self.turns_launched / max(1, self.slots_launched),
+            "decode_occupancy": self.tokens_decoded / max(1, self.decode_places),
+            "padding_share": self.tokens_padded / max(1, placed),
+            "compiles": self.compiles,
+        }
+
 
 def stream_words(stream: Sequence[int]) -> np.ndarray:
     """[2] uint32, a key for the turn that the words (run seed, task, member, turn, ...) name."""

@@ -129,6 +129,7 @@ jaxagentrl.report
 jaxagentrl.prepare
 jaxagentrl.settings
 jaxagentrl.states
+jaxagentrl.playing
 jaxagentrl.train
 jaxagentrl.main
 """.split()

@@ -30,6 +30,7 @@ from jaxagentrl import (
     main,
     metrics,
     plan,
+    playing,
     prepare,
     progress,
     reinforce,
@@ -286,9 +287,9 @@ def test_an_iteration_whose_environments_all_fail_is_counted_and_passed(monkeypa
     ledger = LEDGER
     played = rollout.Rollout([], failed, ledger)
     written = []
-    monkeypatch.setattr(train, "_play", lambda *_, **__: played)
-    for unused in ("_evaluate", "_keep", "_save"):
-        monkeypatch.setattr(train, unused, lambda *_, **__: {})
+    monkeypatch.setattr(playing, "play", lambda *_, **__: played)
+    for module, unused in ((playing, "held_out"), (playing, "write_episodes"), (train, "_save")):
+        monkeypatch.setattr(module, unused, lambda *_, **__: {})
     session = types.SimpleNamespace(
         config=config,
         setup=types.SimpleNamespace(splits={"train": [task]}, frozen=None),
@@ -308,7 +309,7 @@ def test_the_sampler_decodes_in_the_dtype_that_the_learner_computes_in():
     params = {"policy": {"embed": {"embedding": jnp.ones((4, 2))}, "layers": {}}}
     for dtype in ("float32", "bfloat16"):
         config = {"learner": {"compute_dtype": dtype}}
-        with train._decoding(config, setup, params) as policy:
+        with playing.decoding(config, setup, params) as policy:
             assert policy["embed"]["embedding"].dtype == dtype
 
 
@@ -427,7 +428,7 @@ def test_the_copy_that_sampling_is_compiled_with_does_not_stay():
     copy = plan.per_device(setup.trainable) // 2
     before, seen = held(), []
     engine = types.SimpleNamespace(warm_up=lambda *x, **y: seen.append(held() - before))
-    train._warm_up(config, dataclasses.replace(setup, engine=engine), setup.trainable)
+    playing.warm_up(config, dataclasses.replace(setup, engine=engine), setup.trainable)
     assert seen == [copy] and held() == before
 
 

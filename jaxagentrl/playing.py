@@ -1,0 +1,161 @@
+"""Playing with the policy that is trained: the episodes of a stage, held-out tasks, and the agents that bound it."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxagentrl import (
+    evaluate,
+    hosts,
+    learner,
+    metrics,
+    prepare,
+    progress,
+    rollout,
+    rules,
+    settings,
+    workdir,
+)
+from jaxagentrl.models import decoding_layout, sharding
+
+# Words of the random streams, so that no two uses of one seed coincide.
+STREAM_EVALUATE, STREAM_RL = 1, 2
+
+
+@dataclasses.dataclass
+class Session:
+    """What the stages of one run share."""
+
+    config: Mapping[str, Any]
+    folder: workdir.Workdir
+    setup: prepare.Setup
+    writer: metrics.Writer
+
+
+def play(
+    session: Session,
+    params: learner.Params,
+    episodes: list[rollout.Episode],
+    *,
+    temperature: float,
+    **options: Any,
+) -> rollout.Rollout:
+    """Plays episodes with the policy; each process its share."""
+    config, setup = session.config, session.setup
+    before = setup.pool.counters
+    with decoding(config, setup, params) as policy:
+        played = rollout.collect(
+            hosts.share(episodes),
+            rules=settings.play(config, temperature=temperature),
+            pool=setup.pool,
+            engine=setup.engine,
+            params=policy,
+            chat_format=setup.chat_format,
+            **options,
+        )
+    happened = {f"env_{key}": count - before[key] for key, count in setup.pool.counters.items()}
+    parts = hosts.gather((played.trajectories, played.failures, played.ledger | happened))
+    return rollout.Rollout(
+        trajectories=[trajectory for part, _, _ in parts for trajectory in part],
+        failures=[failure for _, part, _ in parts for failure in part],
+        ledger=metrics.of_processes([ledger for _, _, ledger in parts]),
+    )
+
+
+@contextlib.contextmanager
+def decoding(
+    config: Mapping[str, Any], setup: prepare.Setup, params: learner.Params
+) -> Iterator[learner.Params]:
+    """The decoder's parameters, adapters included, where and as the engine takes them.
+
+    In the dtype that the learner computes in: sampler and learner are to be one policy.
+    """
+    policy = learner.policy_of((setup.frozen or {}) | params)
+    policy = decoding_layout.for_decoding(policy, config["learner"]["compute_dtype"])
+    policy = sharding.for_decoding(policy, setup.mesh)
+    with sharding.use(setup.decoding_mesh):
+        yield policy
+
+
+def warm_up(config: Mapping[str, Any], setup: prepare.Setup, params: learner.Params) -> None:
+    """Compiles the programs of sampling. The decoder's copy of the parameters ends with the call."""
+    with decoding(config, setup, params) as policy:
+        setup.engine.warm_up(policy, restricted=rules.is_restricted(config["rollout"]))
+
+
+def baselines(session: Session, params: learner.Params) -> dict[str, float]:
+    """Floor and ceiling on the held-out tasks: random agent, walkthrough agent, untrained model."""
+    config, test = session.config, session.setup.splits["test"]
+    values: dict[str, float] = {}
+    agents = {
+        "random": evaluate.random_policy(config["seed"]),
+        "walkthrough": evaluate.walkthrough_policy,
+    }
+    with prepare.make_pool(config, admissible_commands=True) as pool:
+        for name, agent in agents.items():
+            with progress.bar(f"{name} agent", None):
+                won, n, failures = evaluate.play(
+                    test, pool, agent, max_turns=config["rollout"]["max_turns"]
+                )
+            values |= metrics.success_metrics(name, won, n)
+            values[f"{name}/env_failures"] = failures
+    return values | held_out(session, params, "untrained")
+
+
+def held_out(
+    session: Session, params: learner.Params, name: str, *, keep: bool = True
+) -> dict[str, float]:
+    """Success on the held-out tasks, always with the same random streams.
+
+    Where the record is kept, at the stages' ends, further held-out splits ("test_<x>") are played, and
+    everything at further temperatures.
+    """
+    options, values = session.config["eval"], {}
+    temperatures = {"": options["temperature"]}
+    if keep:
+        temperatures |= {evaluate.temperature_suffix(t): t for t in options["other_temperatures"]}
+    for split, prefix in prepare.held_out(session.config["splits"]).items():
+        if split != "test" and not keep:
+            continue
+        for suffix, temperature in temperatures.items():
+            values |= _held_out_at(
+                session, params, split, prefix + suffix, temperature, name if keep else None
+            )
+    return values
+
+
+def _held_out_at(
+    session: Session,
+    params: learner.Params,
+    split: str,
+    prefix: str,
+    temperature: float,
+    name: str | None,
+) -> dict[str, float]:
+    """A held-out split at a temperature; its episodes are written down under `name`, if it has one."""
+    test, stream = session.setup.splits[split], (session.config["seed"], STREAM_EVALUATE, 0)
+    with progress.bar(f"evaluating ({split}, T {temperature:g})", len(test)) as advance:
+        played = play(
+            session,
+            params,
+            rollout.episodes(test, group_size=1, stream=stream),
+            advance=advance,
+            temperature=temperature,
+        )
+    if name is not None:
+        write_episodes(session, f"{prefix}_{name}", [t.to_json() for t in played.trajectories])
+    happened = {
+        f"ledger/{prefix}_{key}": count
+        for key, count in played.ledger.items()
+        if key == "compiles" or key.startswith("env_")
+    }
+    return evaluate.summary(prefix, played) | evaluate.breakdown(prefix, played) | happened
+
+
+def write_episodes(session: Session, name: str, records: list[dict[str, Any]]) -> None:
+    """Writes trajectories/<name>.jsonl, one episode a line."""
+    session.folder.trajectories.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    workdir.write_atomic(session.folder.trajectories / f"{name}.jsonl", lines)
