@@ -202,7 +202,8 @@ class SweEnv:
             swe_workspace.write(folder, problem.hidden)
             run = self._run(problem.tests, folder, explained=False)
         repaired = sum(test in run.passed for test in problem.fail_to_pass)
-        broken = sum(test not in run.passed for test in problem.pass_to_pass)
+        # SWE-bench lists in PASS_TO_PASS what is expected to fail, too.
+        broken = sum(test not in run.passed | run.expected for test in problem.pass_to_pass)
         return _Verdict(run.problem, repaired, broken)
 
     def _counts(self, path: str) -> bool:

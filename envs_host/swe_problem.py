@@ -29,7 +29,7 @@ class Problem:
         hidden: the files that the tests are run with at the end, whatever the episode made of them.
         tests: arguments of pytest that run all tests that count.
         fail_to_pass: ids of the tests that a repair must make pass.
-        pass_to_pass: ids of those that it must leave so.
+        pass_to_pass: ids of those that it must leave so, or failing as they are marked to.
         python: interpreter of the tests; None for that of the environment's options.
     """
 

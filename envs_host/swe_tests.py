@@ -44,11 +44,20 @@ class Outcomes:
         if self.told.get(report.nodeid, [""])[0] != "failed":
             self.told[report.nodeid] = [outcome, message]
 
+    @pytest.hookimpl(hookwrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = (yield).get_result()
+        is_marked = getattr(getattr(item, "obj", None), "__unittest_expecting_failure__", False)
+        asked = call.excinfo is not None and call.excinfo.errisinstance(pytest.xfail.Exception)
+        report.as_marked = report.skipped and hasattr(report, "wasxfail") and (is_marked or not asked)
+
     def pytest_runtest_logreport(self, report):
         if report.failed:
             self.note(report, "failed")
         elif report.when == "call" and report.passed and not hasattr(report, "wasxfail"):
             self.note(report, "passed")
+        elif report.when == "call" and getattr(report, "as_marked", False):
+            self.note(report, "expected")
 
     def pytest_collectreport(self, report):
         if report.failed:
@@ -82,8 +91,9 @@ class TestRun(NamedTuple):
     """What came of a run.
 
     Attributes:
-        passed: ids of the tests that passed, e.g. "tests/test_a.py::test_b"; none that failed as expected, which
-            code can ask for.
+        passed: ids of the tests that passed, e.g. "tests/test_a.py::test_b".
+        expected: of those that failed and are marked to (`pytest.mark.xfail`, `unittest.expectedFailure`); none
+            that called `pytest.xfail`, which the code under test can do, too.
         failed: ids of those that failed, and files that could not be collected -> the first line of why, perhaps "".
         problem: why there was no complete run; "" if there was one.
         output: the end of what pytest printed, without what differs from run to run.
@@ -92,6 +102,7 @@ class TestRun(NamedTuple):
     __test__ = False  # pytest takes the name for a test's
 
     passed: frozenset[str]
+    expected: frozenset[str]
     failed: dict[str, str]
     problem: str
     output: str
@@ -175,7 +186,7 @@ def run(
         cleaned = functools.partial(_cleaned, folders=(folder, temporary))
         output = cleaned(_end(printed, _MAX_PRINTED_BYTES).decode(errors="replace"))
         if not in_time:
-            return TestRun(frozenset(), {}, f"The tests took longer than {limits.seconds:g} s.", output)
+            return TestRun(frozenset(), frozenset(), {}, f"The tests took longer than {limits.seconds:g} s.", output)
         try:
             code, outcomes = json.loads(_end(told, _MAX_TOLD_BYTES))
         except ValueError:
@@ -183,10 +194,12 @@ def run(
     if code not in _COMPLETE and not (code == _INTERRUPTED and outcomes):
         lines = [line[:_MAX_LINE] for line in output.splitlines()[-_MAX_LINES:]]
         problem = "The tests could not be run: " + ("\n".join(lines) or "no output")
-        return TestRun(frozenset(), {}, problem, output)
-    passed = frozenset(test for test, (outcome, _) in outcomes.items() if outcome == "passed")
+        return TestRun(frozenset(), frozenset(), {}, problem, output)
+    passed, expected = (
+        frozenset(test for test, (outcome, _) in outcomes.items() if outcome == name) for name in ("passed", "expected")
+    )
     failed = {test: cleaned(message) for test, (outcome, message) in outcomes.items() if outcome == "failed"}
-    return TestRun(passed, {test: _first_line(message) for test, message in failed.items()}, "", output)
+    return TestRun(passed, expected, {test: _first_line(message) for test, message in failed.items()}, "", output)
 
 
 def _call(

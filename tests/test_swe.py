@@ -153,6 +153,16 @@ def test_the_tests_decide_and_not_what_became_of_them(env, tmp_path, commands):
     assert last.reward == 0.0
 
 
+def test_what_is_marked_to_fail_may_go_on_failing(env, tmp_path):
+    """As in SWE-bench, whose PASS_TO_PASS has such tests; to repair nothing is not made up for by them."""
+    marked = {"tests/test_marked.py": "import pytest\n\n@pytest.mark.xfail\ndef test_later():\n    assert 0\n"}
+    id_, tests = "tests/test_marked.py::test_later", ("tests/test_marked.py", "tests/test_shelf.py")
+    task = _task(tmp_path, hidden=marked, tests=tests, pass_to_pass=(id_,))
+    assert _play(env, task, *REPAIR, "submit")[-1].info.won
+    task = _task(tmp_path, hidden=marked, tests=tests, fail_to_pass=(id_,))
+    assert _play(env, task, *REPAIR, "submit")[-1].reward == 0.0
+
+
 def test_hidden_tests_are_only_there_at_the_end(env, tmp_path):
     hidden = {"tests/test_hidden.py": "from shelf import ordering\n\ndef test_it():\n    assert ordering.first_after([4], 4) is None\n"}
     task = _task(tmp_path, hidden=hidden, tests=("tests/test_hidden.py",), pass_to_pass=(), fail_to_pass=("tests/test_hidden.py::test_it",))
@@ -296,7 +306,15 @@ def test_end(ends_badly): pass
 @pytest.mark.xfail
 def test_expected(): assert 0
 
+def test_asks_for_it(): pytest.xfail("so")
+
+@pytest.mark.xfail
+def test_passes_all_the_same(): pass
+
 class Parts(unittest.TestCase):
+    @unittest.expectedFailure
+    def test_expected(self): assert 0
+
     def test_parts(self):
         with self.subTest(n=1):
             assert 0
@@ -305,6 +323,7 @@ class Parts(unittest.TestCase):
     env.reset(task)
     run = env._run(("tests/test_odd.py",), env._work.folder)
     assert run.passed == {f"tests/test_odd.py::test_odd[{name}]" for name in ("a - b", "0xdeadbeef", " in 1.50s")}
+    assert run.expected == {"tests/test_odd.py::test_expected", "tests/test_odd.py::Parts::test_expected"}
     failed = {"tests/test_odd.py::test_end": "ValueError: at the end"}
     assert run.failed.items() >= failed.items() and "tests/test_odd.py::Parts::test_parts" in run.failed
     judged = env._run(("tests/test_odd.py",), env._work.folder, explained=False)
