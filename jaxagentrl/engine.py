@@ -408,6 +408,8 @@ class Engine:
             for slot, item in sorted(waiting.items())
             if item.leader is not None and (length := length_now(item.leader))
         }
+        if self._ring is not None:  # one that is written over by this has lost what its followers need
+            copies = {slot: n for slot, n in copies.items() if waiting[slot].leader.source not in copies}
         markers = []
         for num_rows, filled, slots in self._shapes.tile_forks(copies):
             pairs = [(waiting[slot].leader.source, slot) for slot in slots]

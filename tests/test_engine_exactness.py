@@ -242,6 +242,29 @@ def test_what_a_ring_has_lost_is_computed_again(short_rings):
     assert largest_error([last], config) <= 1e-4
 
 
+def test_a_ring_is_not_copied_once_it_was_written_over(short_rings):
+    """The first row is copied to the second, and the third begins as the second did before that."""
+    config = WINDOWS[0]
+    eng = make_engine(config=config, row_divisors=(1, 4))
+    eng._shapes = dataclasses.replace(eng._shapes, copy_costs=tiling.Costs(call=1, positions=1))
+    ids = np.random.default_rng(1).integers(STOP + 1, 37, 80).astype(np.int32)
+
+    def go(new: dict[int, np.ndarray]) -> float:
+        """The largest error of rows that hold this now."""
+        episodes = {slot: Episode(slot, ids=prompt.tolist()) for slot, prompt in new.items()}
+        for slot, prompt in new.items():
+            kept = eng.rewind(0, slot, prompt)
+            eng.submit(0, engine.TurnRequest(slot, prompt[kept:], 3, (slot,)))
+        while eng.is_busy(0):
+            receive(eng, episodes, config)
+        return largest_error(list(episodes.values()), config)
+
+    assert go({0: ids[:70], 1: ids[:20]}) <= 1e-4
+    before = eng.counters.tokens_forked
+    assert go({1: ids[:60], 2: np.array([*ids[:19], *ids[70:]])}) <= 1e-4
+    assert eng.counters.tokens_forked > before
+
+
 def long_schedule(seed: int, steps: int):
     rng = np.random.default_rng(seed)
     return [
