@@ -11,7 +11,40 @@ import numpy as np
 
 from envs_host.types import ResetResult, StepResult
 from jaxagentrl import chat, windowed
+from jaxagentrl.rules import Rules
 from jaxagentrl.trajectory import Turn
+
+
+def of_next_turn(
+    chat_format: chat.ChatFormat,
+    turns: Sequence[Turn],
+    answer: ResetResult | StepResult,
+    rules: Rules,
+    *,
+    max_length: int,
+    max_turn_tokens: int,
+) -> tuple[np.ndarray, bool]:
+    """The prompt of the next turn by `rules.context`: int32 [n], and whether the conversation opens anew with it.
+
+    Args:
+        turns, answer: as of `next_prompt`.
+        max_length, max_turn_tokens: tokens that a conversation may have, and of these the next turn, by which
+            a window slides. A prompt may leave no room for a turn all the same.
+    """
+    shown = {"style": rules.prompt_style, "show_admissible": rules.show_admissible}
+    if rules.prompt_style == windowed.STYLE:
+        is_fresh = bool(turns)
+    else:
+        is_fresh = rules.context == "last_turns" and len(turns) > rules.history_turns
+    if is_fresh:
+        return conversation(chat_format, turns, answer, keep=rules.history_turns, **shown), True
+    prompt_ids = next_prompt(chat_format, turns, answer, **shown)
+    room = max_length - max_turn_tokens
+    is_full = sum(map(len, newest(turns))) + len(prompt_ids) > room
+    if not (is_full and turns and rules.context == "window"):
+        return prompt_ids, False
+    room = int(min(room, rules.context_keep * max_length))
+    return longest_conversation(chat_format, turns, answer, room=room, **shown), True
 
 
 def next_prompt(

@@ -1,19 +1,21 @@
 """Demonstrations: walkthroughs replayed in the real environment, as the rollout would record them.
 
 `replay` plays, `texts` gives what a tokenizer is trained on, `encode` makes trajectories with the
-very chat code of the rollout; `record` is `replay` and `encode`. Imitation batches then come from
+very prompts of the rollout; `record` is `replay` and `encode`. Imitation batches then come from
 `batching.to_batch(trajectories, None, ...)`, like any others.
 """
 
 import collections
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from envs_host.types import EnvFailure, ResetResult, StepResult, StopReason, Task
-from jaxagentrl import chat, windowed
+from jaxagentrl import chat, contexts, windowed
 from jaxagentrl.rollout import Pool
+from jaxagentrl.rules import Rules
 from jaxagentrl.trajectory import Trajectory, Turn, anchor_of
 
 
@@ -37,7 +39,7 @@ class Replay:
     def user_texts(
         self, *, prompt_style: str, show_admissible: bool = False, history_turns: int = 0
     ) -> list[str]:
-        """The T user messages that the commands answer."""
+        """The T user messages that the commands answer, in a conversation that never slides."""
         before = [self.reset, *self.steps[:-1]]  # what was seen before each command
         shown = [r.info.admissible_commands if show_admissible else None for r in before]
         if prompt_style == windowed.STYLE:
@@ -69,10 +71,10 @@ def record(
     tasks: Sequence[Task],
     pool: Pool,
     chat_format: chat.ChatFormat,
+    rules: Rules,
     *,
-    prompt_style: str,
-    show_admissible: bool = False,
-    history_turns: int = 0,
+    max_length: int = sys.maxsize,
+    max_turn_tokens: int = 0,
     max_in_flight: int = 64,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Trajectory]:
@@ -82,10 +84,10 @@ def record(
         tasks: what to play; every walkthrough must win.
         pool: where to play it.
         chat_format: from `chat.make`, the same as the rollout's.
-        prompt_style: as in `chat.first_user_text`.
-        show_admissible: whether the messages list the admissible commands; the pool's
-            environments must have been asked for them.
-        history_turns: as in `rollout.Rules`; only the style of `windowed` tells them.
+        rules: the rollout's, whose prompts and contexts these are; where they show the admissible commands the
+            pool's environments must have been asked for them. Nothing is sampled, and walkthroughs are played
+            to their end.
+        max_length, max_turn_tokens: the engine's, by which `rules.context` "window" slides; by default never.
         max_in_flight: episodes that are live at the same time.
         advance: called with 1 for every episode that ended.
 
@@ -94,11 +96,7 @@ def record(
     """
     replays = replay(tasks, pool, max_in_flight=max_in_flight, advance=advance)
     return encode(
-        replays,
-        chat_format,
-        prompt_style=prompt_style,
-        show_admissible=show_admissible,
-        history_turns=history_turns,
+        replays, chat_format, rules, max_length=max_length, max_turn_tokens=max_turn_tokens
     )
 
 
@@ -139,44 +137,39 @@ def replay(
 def encode(
     replays: Sequence[Replay],
     chat_format: chat.ChatFormat,
+    rules: Rules,
     *,
-    prompt_style: str,
-    show_admissible: bool = False,
-    history_turns: int = 0,
+    max_length: int = sys.maxsize,
+    max_turn_tokens: int = 0,
 ) -> list[Trajectory]:
     """Makes the trajectories that a rollout sampling exactly these commands would have recorded.
 
-    Log-probs and entropies are 0: nothing was sampled. Each trajectory is its own group.
+    Log-probs and entropies are 0: nothing was sampled. Each trajectory is its own group. Arguments as in
+    `record`.
     """
+    sizes = {"max_length": max_length, "max_turn_tokens": max_turn_tokens}
     trajectories = []
     for group, played in enumerate(replays):
-        user_texts = played.user_texts(
-            prompt_style=prompt_style, show_admissible=show_admissible, history_turns=history_turns
-        )
         seen = [played.reset, *played.steps[:-1]]
         turns = []
-        for index, step in enumerate(played.steps):
-            own_prompt = prompt_style == windowed.STYLE
-            if index == 0 or own_prompt:
-                prompt_ids = chat_format.first_prompt(user_texts[index])
-            else:
-                prompt_ids = chat_format.next_prompt(user_texts[index], ended=True)
-            action_ids = chat_format.encode_action(_said(played.commands[index], prompt_style))
+        for command, answer, step in zip(played.commands, seen, played.steps, strict=True):
+            prompt_ids, is_fresh = contexts.of_next_turn(chat_format, turns, answer, rules, **sizes)
+            action_ids = chat_format.encode_action(_said(command, rules.prompt_style))
             turns.append(
                 Turn(
                     prompt_ids=prompt_ids,
                     action_ids=action_ids,
                     logprobs=np.zeros(len(action_ids), np.float32),
                     entropies=np.zeros(len(action_ids), np.float32),
-                    observation=seen[index].observation,
+                    observation=answer.observation,
                     action=chat_format.decode_action(action_ids),
                     command=step.info.command,
                     reward=step.reward,
                     intermediate_reward=step.info.intermediate_reward,
                     valid_command=step.info.valid_command,
                     score=step.info.score,
-                    anchor=anchor_of(turns, seen[index]),
-                    fresh=own_prompt and index > 0,
+                    anchor=anchor_of(turns, answer),
+                    fresh=is_fresh,
                 )
             )
         last = played.steps[-1].info

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxagentrl import batching, chat, demos, learner, losses, optimizer
+from jaxagentrl import batching, chat, demos, learner, losses, optimizer, rules
 from jaxagentrl.models import decoder, sharding
 from jaxagentrl.packing import Rows, pack, rows_per_part
 from jaxagentrl.trajectory import Trajectory
@@ -60,9 +60,9 @@ def make(
     trajectories = demos.encode(
         replays,
         chat_format,
-        prompt_style=config["prompt"]["style"],
-        show_admissible=config["prompt"]["show_admissible"],
-        history_turns=config["rollout"]["history_turns"],
+        rules.of_config(config),
+        max_length=config["sampling"]["max_length"],
+        max_turn_tokens=config["sampling"]["max_turn_tokens"],
     )
     chain = optimizer.make(**sft["optimizer"])
     loss = learner.make_sft_loss(

@@ -15,7 +15,6 @@ from jaxagentrl import (
     progress,
     rollout,
     rules,
-    settings,
     workdir,
 )
 from jaxagentrl.models import decoding_layout, sharding
@@ -48,7 +47,7 @@ def play(
     with decoding(config, setup, params) as policy:
         played = rollout.collect(
             hosts.share(episodes),
-            rules=settings.play(config, temperature=temperature),
+            rules=rules.of_config(config, temperature=temperature),
             pool=setup.pool,
             engine=setup.engine,
             params=policy,

@@ -111,8 +111,6 @@ class _Player:
     advance: Callable[..., None]
 
     def __post_init__(self) -> None:
-        rules = self.rules
-        self.shown = {"style": rules.prompt_style, "show_admissible": rules.show_admissible}
         self.began, self.seconds_environment = time.monotonic(), 0.0
         self.counters = dataclasses.replace(self.engine.counters)
         self.queue = collections.deque(enumerate(self.to_play))
@@ -298,19 +296,15 @@ class _Player:
         """Asks the model for the episode's next turn, or ends the episode where no turn fits."""
         budget = self.engine.max_turn_tokens
         room = self.engine.max_length - budget
-        item.fresh = self._opens_anew(item)
-        if not item.fresh:
-            new_ids = prompt_ids = contexts.next_prompt(
-                self.chat_format, item.turns, answer, **self.shown
-            )
-            if item.episode.prefix and self.engine.length(wave, slot) == 0:
-                new_ids = np.concatenate([*contexts.newest(item.turns), prompt_ids])
-            is_full = self.engine.length(wave, slot) + len(new_ids) > room
-            item.fresh = is_full and self.rules.context == "window" and bool(item.turns)
-        if item.fresh:
-            prompt_ids = self._reopened(item, answer, room)
-            # What it begins with as before stays in the slot.
+        sizes = dict(max_length=self.engine.max_length, max_turn_tokens=budget)
+        prompt_ids, item.fresh = contexts.of_next_turn(
+            self.chat_format, item.turns, answer, self.rules, **sizes
+        )
+        new_ids = prompt_ids
+        if item.fresh:  # what it begins with as before stays in the slot
             new_ids = prompt_ids[self.engine.rewind(wave, slot, prompt_ids) :]
+        elif item.episode.prefix and self.engine.length(wave, slot) == 0:
+            new_ids = np.concatenate([*contexts.newest(item.turns), prompt_ids])
         if self.engine.length(wave, slot) + len(new_ids) > room:
             if not item.turns:
                 raise ValueError(
@@ -342,20 +336,6 @@ class _Player:
         if self.rules.prompt_style == windowed.STYLE:
             return windowed.read(action).command
         return chat.command(action)
-
-    def _opens_anew(self, item: _Live) -> bool:
-        """Whether the next turn opens a new context in any case."""
-        if self.rules.prompt_style == windowed.STYLE:
-            return bool(item.turns)
-        return self.rules.context == "last_turns" and len(item.turns) > self.rules.history_turns
-
-    def _reopened(self, item: _Live, answer: StepResult, room: int) -> np.ndarray:
-        """The ids of the conversation that goes on without its oldest turns."""
-        told = (self.chat_format, item.turns, answer)
-        if self.rules.context == "last_turns":
-            return contexts.conversation(*told, keep=self.rules.history_turns, **self.shown)
-        room = int(min(room, self.rules.context_keep * self.engine.max_length))
-        return contexts.longest_conversation(*told, room=room, **self.shown)
 
     def _cut_at_stop_string(
         self, wave: int, slot: int, sample: TurnSample

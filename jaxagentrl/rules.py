@@ -86,6 +86,15 @@ class Rules:
             )
 
 
+def of_config(config: Mapping[str, Any], *, temperature: float | None = None) -> Rules:
+    """How a run plays, by its whole config; at another temperature than that of its rollouts if one is given."""
+    rollout = dict(config["rollout"])
+    if temperature is not None:
+        rollout["temperature"] = temperature
+    prompt = config["prompt"]
+    return Rules(**rollout, prompt_style=prompt["style"], show_admissible=prompt["show_admissible"])
+
+
 def is_restricted(rules: Mapping[str, Any]) -> bool:
     """Whether some tokens are never sampled, which takes programs of its own."""
     return rules["top_k"] > 0 or rules["top_p"] < 1 or rules["min_p"] > 0

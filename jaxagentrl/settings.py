@@ -132,7 +132,7 @@ def check(config: Config) -> None:
     _check_values(config)
     _check_games(config)
     sampling.check(**config["sampling"])
-    play(config, temperature=config["rollout"]["temperature"])
+    rules.of_config(config)
     rewards.check(**config["reward"])
     reinforce.check(config["rl"])
     for stage in ("sft", "rl"):
@@ -150,15 +150,6 @@ def check(config: Config) -> None:
             f"{jax.process_count()} processes cannot share equally: make it a multiple."
         )
     sharding.make_mesh(**config["mesh"])
-
-
-def play(config: Config, *, temperature: float) -> rules.Rules:
-    """How episodes are played by this config."""
-    return rules.Rules(
-        **dict(config["rollout"]) | {"temperature": temperature},
-        prompt_style=config["prompt"]["style"],
-        show_admissible=config["prompt"]["show_admissible"],
-    )
 
 
 def can_be_added(path: str) -> bool:

@@ -1,5 +1,6 @@
 """Walkthroughs become the trajectories that a rollout with the same commands would record."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from fake_engine import FakeEngine
 
 from envs_host import textworld
 from envs_host.types import EnvFailure, Info, ResetResult, StepResult, StopReason, Task
-from jaxagentrl import batching, chat, demos, rewards, rollout, tokenizer
+from jaxagentrl import batching, chat, demos, rewards, rollout, tokenizer, windowed
 
 COMMANDS = ("go east", "open box7", "take F-key from box7")
 
@@ -80,8 +81,8 @@ class ScriptedPool:
 class WalkthroughEngine(FakeEngine):
     """Says the walkthrough."""
 
-    def __init__(self, chat_format):
-        super().__init__(stop_ids=[chat_format.end_of_turn_id])
+    def __init__(self, chat_format, **sizes):
+        super().__init__(stop_ids=[chat_format.end_of_turn_id], **sizes)
         self.chat_format = chat_format
 
     def ids(self, request):
@@ -94,28 +95,44 @@ def chat_format(tmp_path):
     return chat.make(tokenizer.train(texts * 3, vocab_size=400, directory=tmp_path))
 
 
-def test_a_demonstration_is_what_the_rollout_would_record(chat_format):
-    tasks = [make_task(seed) for seed in range(5)]
-    for style, admissible in (("brief", False), ("paper", True)):
-        options = {"prompt_style": style, "show_admissible": admissible}
-        recorded = demos.record(tasks, ScriptedPool(), chat_format, **options)
-        played = rollout.collect(
-            rollout.episodes(tasks, group_size=1, stream=(0,)),
-            pool=ScriptedPool(),
-            engine=WalkthroughEngine(chat_format),
-            params=None,
-            chat_format=chat_format,
-            rules=rollout.Rules(max_turns=8, temperature=1.0, **options),
-        )
-        assert len(recorded) == 5 and not played.failures
-        for one, two in zip(recorded, played.trajectories, strict=True):
-            assert json.dumps(one.to_json(), sort_keys=True) == json.dumps(
-                two.to_json(), sort_keys=True
-            )
+BRIEF = rollout.Rules(max_turns=8, temperature=1.0, prompt_style="brief", show_admissible=False)
+
+
+@pytest.mark.parametrize(
+    "options, max_length, opens_anew",
+    [
+        ({}, 1000, 0),
+        ({"prompt_style": "paper", "show_admissible": True}, 1000, 0),
+        ({"context": "last_turns", "history_turns": 1}, 1000, 1),
+        ({"context": "last_turns", "history_turns": 0}, 1000, 2),
+        ({"context": "window", "show_admissible": True}, 1000, 0),
+        ({"context": "window", "show_admissible": True}, 200, 1),
+        ({"prompt_style": "think_action", "context": "last_turns", "show_admissible": True}, 2000, 2),
+    ],
+)
+def test_a_demonstration_is_what_the_rollout_would_record(chat_format, options, max_length, opens_anew):
+    tasks, rules = [make_task(seed) for seed in range(5)], dataclasses.replace(BRIEF, **options)
+    sizes = {"max_length": max_length, "max_turn_tokens": 100}
+    recorded = demos.record(tasks, ScriptedPool(), chat_format, rules, **sizes)
+    engine = WalkthroughEngine(chat_format, **sizes)
+    if rules.prompt_style == "think_action":
+        engine.ids = lambda request: chat_format.encode_action(windowed.action_text(COMMANDS[request.stream[-1]]))
+    played = rollout.collect(
+        rollout.episodes(tasks, group_size=1, stream=(0,)),
+        pool=ScriptedPool(),
+        engine=engine,
+        params=None,
+        chat_format=chat_format,
+        rules=rules,
+    )
+    assert len(recorded) == 5 and not played.failures
+    for one, two in zip(recorded, played.trajectories, strict=True):
+        assert json.dumps(one.to_json(), sort_keys=True) == json.dumps(two.to_json(), sort_keys=True)
+        assert len(one.contexts) == 1 + opens_anew
 
 
 def test_a_demonstration_by_hand(chat_format):
-    (made,) = demos.record([make_task(7)], ScriptedPool(), chat_format, prompt_style="brief")
+    (made,) = demos.record([make_task(7)], ScriptedPool(), chat_format, BRIEF)
     assert (made.won, made.score, made.stop_reason) == (True, 2.0, StopReason.DONE)
     assert [turn.action for turn in made.turns] == list(COMMANDS)
     assert [turn.reward for turn in made.turns] == [1.0, 0.0, 1.0]
@@ -225,7 +242,7 @@ def test_real_games_from_walkthrough_to_batch(tmp_path):
         lexicon=numbers,
     )
     chat_format = chat.make(trained)
-    recorded = demos.encode(replays, chat_format, prompt_style="brief")
+    recorded = demos.encode(replays, chat_format, BRIEF)
     for played, made in zip(replays, recorded, strict=True):
         messages = []
         texts = played.user_texts(prompt_style="brief")

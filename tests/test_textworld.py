@@ -610,6 +610,7 @@ def test_a_branch_goes_on_from_the_same_state(tasks, tmp_path):
             return chat_format.encode_action(task.walkthrough[request.stream[-1]])
 
     options = {"prompt_style": "brief", "show_admissible": True}
+    rules = rollout.Rules(max_turns=9, temperature=1.0, **options)
     with EnvPool(
         "textworld",
         {"admissible_commands": True},
@@ -619,13 +620,13 @@ def test_a_branch_goes_on_from_the_same_state(tasks, tmp_path):
         worker_memory_mb=2000.0,
     ) as pool:
         replays = demos.replay([task], pool)
-        texts = list(demos.texts(replays, **options, history_turns=0))
+        texts = list(demos.texts(replays, **options))
         chat_format = chat.make(tokenizer.train(texts, vocab_size=500, directory=tmp_path))
-        (walked,) = demos.encode(replays, chat_format, **options, history_turns=0)
+        (walked,) = demos.encode(replays, chat_format, rules)
         engine = Walks(max_length=10_000, stop_ids=[chat_format.end_of_turn_id])
         played = rollout.collect(
             rollout.branch(walked, 2, group=0, num_members=2, stream=(1,)),
-            rules=rollout.Rules(max_turns=9, temperature=1.0, **options),
+            rules=rules,
             pool=pool,
             engine=engine,
             params=None,

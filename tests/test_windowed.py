@@ -74,7 +74,8 @@ def test_demonstrations_take_the_same_form(tmp_path):
     texts = list(demos.texts([played], **options))
     assert texts[-1] == "<think></think><action>move mug 1 to desk 1</action>"
     chat_format = chat.make(tokenizer.train(texts, vocab_size=400, directory=tmp_path / "t"))
-    (trajectory,) = demos.encode([played], chat_format, **options)
+    rules = rollout.Rules(max_turns=9, temperature=1.0, context="last_turns", **options)
+    (trajectory,) = demos.encode([played], chat_format, rules)
     for turn, text in zip(trajectory.turns, texts[:2], strict=True):
         # Every prompt opens a conversation.
         np.testing.assert_array_equal(turn.prompt_ids, chat_format.first_prompt(text))
