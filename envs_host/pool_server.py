@@ -135,6 +135,8 @@ class Server:
                 self._dispatch()
         except PoolError as error:
             self.outbox.put(error)
+        except OSError as error:  # no memory, or no process, for a worker in another's place
+            self.outbox.put(PoolError(f"the environment pool cannot go on: {error}."))
         finally:
             for worker in self.workers:
                 worker.close()
@@ -265,7 +267,10 @@ class Server:
             episode = self._episodes.get(request.episode)
             if episode is None:
                 continue  # Released meanwhile, or this is the answer to the release.
-            result = pickle.loads(answer.pickled)
+            try:
+                result = pickle.loads(answer.pickled)
+            except Exception as error:  # whatever an object of an environment's own raises
+                result = EnvFailure("crash", f"its answer cannot be unpickled: {type(error).__name__}: {error}")
             if isinstance(result, EnvFailure):
                 self._fail(episode, result)
                 continue

@@ -2,8 +2,8 @@
 
 The worker notes in a small shared file what it is at and since when, so that after a crash or
 during a hang the pool knows the one episode to blame although answers travel in batches. Each
-result is pickled while its request is still noted: one that cannot be pickled is a crash like any
-other exception of its environment.
+result is looked at and pickled while its request is still noted: one that is none of the protocol's, or
+cannot be pickled, is a crash like any other exception of its environment.
 """
 
 import mmap
@@ -11,7 +11,7 @@ import pickle
 import struct
 import time
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import envs_host
 from envs_host.types import EnvFailure, GameFileError, ResetResult, StepResult, Task, TextEnv
@@ -144,7 +144,7 @@ class _Worker:
             env = self._spare.pop() if self._spare else self._make()
             self._live[request.episode] = env
             try:
-                result = env.reset(request.task)
+                result = _checked(env.reset(request.task), ResetResult, env)
             except GameFileError as error:
                 return EnvFailure("game file", str(error))
         env = self._live[request.episode]
@@ -152,7 +152,7 @@ class _Worker:
         for text in texts:
             self._note(request, began, is_reset=False)
             try:
-                result = env.step(text)
+                result = _checked(env.step(text), StepResult, env)
             except GameFileError as error:
                 return EnvFailure("game file", str(error))
         return result
@@ -161,3 +161,13 @@ class _Worker:
         limit = self._reset_limit_s if is_reset else self._step_limit_s
         deadline = time.monotonic() + limit
         self._activity.write(Note(request.number, began, deadline, is_reset))
+
+
+def _checked(result: Any, expected: type, env: TextEnv) -> ResetResult | StepResult:
+    if not isinstance(result, expected) or not isinstance(result.observation, str):
+        method = "reset" if expected is ResetResult else "step"
+        raise TypeError(
+            f"{type(env).__name__}.{method} must return a {expected.__name__} whose observation is a text, got "
+            f"{repr(result)[:200]}"
+        )
+    return result

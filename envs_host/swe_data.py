@@ -222,7 +222,8 @@ def _task(instance: dict[str, Any], repositories: str, python: str | None, cache
         seed=int(digest[:12], 16),
         file=path,
         digest=digest,
-        objective=instance["problem_statement"].strip(),
+        # Halves of surrogate pairs, which JSON may hold, can be neither written nor told.
+        objective=instance["problem_statement"].strip().encode(errors="replace").decode(),
         max_score=1.0,
         walkthrough=_walkthrough(solution, files),
     )

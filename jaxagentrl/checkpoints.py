@@ -77,7 +77,7 @@ def save(
 
     if hosts.is_first():
         directory.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(directory)
+        remove_leftovers(directory)
         temporary.mkdir()
     hosts.wait("checkpoint_begin")
     with ocp.Checkpointer(_handler()) as checkpointer:
@@ -304,7 +304,8 @@ def _remove(folder: pathlib.Path) -> None:
     shutil.rmtree(trash)
 
 
-def _remove_leftovers(directory: pathlib.Path) -> None:
+def remove_leftovers(directory: pathlib.Path) -> None:
+    """Deletes what a kill has left of checkpoints that were being written or deleted."""
     for pattern in (".saving-*", ".removing-*"):
         for path in directory.glob(pattern):
             shutil.rmtree(path)

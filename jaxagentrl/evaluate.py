@@ -23,7 +23,8 @@ def summary(prefix: str, rollout: Rollout) -> dict[str, float]:
     counts = collections.Counter(trajectory.stop_reason for trajectory in played)
     values = metrics.success_metrics(prefix, sum(t.won for t in played), len(played))
     values[f"{prefix}/env_failures"] = len(rollout.failures)
-    values |= {f"{prefix}/stop_{reason}": counts[reason] for reason in StopReason}
+    reasons = [reason for reason in StopReason if reason is not StopReason.ENV_FAILURE]  # which is no episode's
+    values |= {f"{prefix}/stop_{reason}": counts[reason] for reason in reasons}
     if played:
         num_turns = sum(trajectory.num_turns for trajectory in played)
         values |= {
@@ -64,9 +65,16 @@ def breakdown(prefix: str, rollout: Rollout) -> dict[str, float]:
 
 
 def play(
-    tasks: Sequence[Task], pool: Pool, policy: Policy, *, max_turns: int, max_in_flight: int = 64
+    tasks: Sequence[Task],
+    pool: Pool,
+    policy: Policy,
+    *,
+    max_turns: int,
+    max_in_flight: int = 64,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[int, int, int]:
-    """Plays every task once with a rule instead of a model, so many at a time.
+    """Plays every task once with a rule instead of a model, so many at a time. `advance` is called with 1 for
+    every episode that ended.
 
     Returns:
         (episodes won, episodes played to their end, environment failures).
@@ -87,6 +95,7 @@ def play(
                 won += not failed and answer.info.won
                 del turns[index]
                 pool.release(index)
+                advance(1)
                 continue
             command = policy(tasks[index], turns[index], answer.info.admissible_commands)
             turns[index] += 1

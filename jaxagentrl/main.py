@@ -25,14 +25,16 @@ _TOLD = (ValueError, OSError, metrics.NonFiniteError, demos.DemonstrationError, 
 
 
 class _OrNone(flags.ArgumentParser):
-    """Another parser's values, and None: `--config.sft.target_loss=None`."""
+    """Another parser's values, and None: `--config.sft.target_loss=None`, of numbers in any spelling of it."""
 
     def __init__(self, parser: flags.ArgumentParser):
         self._parser = parser
         self.syntactic_help = parser.syntactic_help
 
     def parse(self, argument):
-        return None if argument in (None, "None") else self._parser.parse(argument)
+        is_number = isinstance(self._parser, flags.IntegerParser | flags.FloatParser)  # "none" is a value of some keys that are texts
+        said = argument.capitalize() if is_number and isinstance(argument, str) else argument
+        return None if said in (None, "None") else self._parser.parse(argument)
 
     def flag_type(self) -> str:
         return self._parser.flag_type()

@@ -94,9 +94,9 @@ def baselines(session: Session, params: learner.Params) -> dict[str, float]:
     }
     with prepare.make_pool(config, admissible_commands=True) as pool:
         for name, agent in agents.items():
-            with progress.bar(f"{name} agent", None):
+            with progress.bar(f"{name} agent", len(test)) as advance:
                 won, n, failures = evaluate.play(
-                    test, pool, agent, max_turns=config["rollout"]["max_turns"]
+                    test, pool, agent, max_turns=config["rollout"]["max_turns"], advance=advance
                 )
             values |= metrics.success_metrics(name, won, n)
             values[f"{name}/env_failures"] = failures

@@ -29,7 +29,8 @@ def write(root: str | os.PathLike, *, console: rich.console.Console | None = Non
     run = report_data.read(root)
     png = report_curves.draw(run)
     workdir.write_atomic(root / "curves.png", png)
-    workdir.write_atomic(root / "report.html", report_page.page(run, png))
+    # An environment may have said what cannot be written, halves of surrogate pairs.
+    workdir.write_atomic(root / "report.html", report_page.page(run, png).encode(errors="replace"))
     print_table(run, console=console)
 
 

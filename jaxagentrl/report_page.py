@@ -5,7 +5,7 @@ import html
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from jaxagentrl import report_data
 from jaxagentrl import tokenizer as tokenizer_lib
@@ -116,8 +116,9 @@ def _episodes(run: Run) -> str:
         "the number.</p>"
     ]
     titles = run.stage_names
+    names = {trajectory.task.name for trajectory in chosen}
     others = {
-        stage: {t.task.name: t for t in _read_trajectories(path)}
+        stage: {t.task.name: t for t in _read_trajectories(path, names)}
         for stage, path in played.items() if stage != newest
     }
     for number, trajectory in enumerate(chosen):
@@ -215,10 +216,13 @@ def _token_texts(run: Run) -> list[str] | None:
     return None
 
 
-def _read_trajectories(path: pathlib.Path) -> Iterable[Trajectory]:
+def _read_trajectories(path: pathlib.Path, names: Collection[str] | None = None) -> Iterable[Trajectory]:
+    """Those of the tasks with these names, by default all."""
     with open(path, encoding="utf-8") as file:
         for line in file:
-            yield Trajectory.from_json(json.loads(line))
+            record = json.loads(line)
+            if names is None or record["task"]["name"] in names:
+                yield Trajectory.from_json(record)
 
 
 def _configuration(run: Run) -> str:

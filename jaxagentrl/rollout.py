@@ -166,7 +166,7 @@ class _Player:
             if stopped or self.rules.cut_turns == "send":
                 self._ask(item, self._command(item.action))
             else:
-                self._keep_unanswered(item, valid=False)
+                self._keep_unanswered(item, "", valid=False)
                 self._finish(wave, slot, item, StopReason.NO_END_OF_TURN)
 
     def _ask(self, item: _Live, command: str) -> None:
@@ -351,8 +351,8 @@ class _Player:
         keep = next(count for count in range(1, len(sample.ids) + 1) if stops(count))
         return self.engine.cut(wave, slot, sample, keep), True
 
-    def _keep_unanswered(self, item: _Live, *, valid: bool) -> None:
-        self._keep_turn(item, command="", reward=0.0, intermediate=0.0, valid=valid)
+    def _keep_unanswered(self, item: _Live, command: str, *, valid: bool) -> None:
+        self._keep_turn(item, command, reward=0.0, intermediate=0.0, valid=valid)
 
     def _keep_answered(self, item: _Live, answer: StepResult) -> None:
         info, valid = answer.info, answer.info.valid_command
@@ -396,7 +396,7 @@ class _Player:
         """Ends an episode whose environment has not answered in the episode's time."""
         if item.sample is not None:
             # Nobody refused the command: the agent does not pay for a slow environment.
-            self._keep_unanswered(item, valid=True)
+            self._keep_unanswered(item, self._command(item.action), valid=True)
         if len(item.turns) > len(item.episode.prefix):
             self._finish(wave, slot, item, StopReason.TIME_LIMIT)
             return

@@ -64,7 +64,7 @@ class Rules:
             ("max_refusals", self.max_refusals is None or self.max_refusals >= 1, "at least 1, or "
              "None"),
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 (off) or more, below 2**31"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1], 1 is off"),
             ("min_p", 0 <= self.min_p < 1, "in [0, 1), 0 is off"),
             ("cut_turns", self.cut_turns in ("end", "send"), "'end' or 'send'"),

@@ -210,7 +210,7 @@ class _Counted:
             yield f"{text}\n" * _LEXICON_REPEATS
         for text in self._texts:
             self.count += 1
-            yield text
+            yield text.encode(errors="replace").decode()  # as `chat` encodes it
             yield "user\n"
             yield "assistant\n"
 

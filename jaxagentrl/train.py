@@ -57,6 +57,8 @@ def run(config: Mapping[str, Any], directory: str) -> None:
     settings.check(config)
     precision.keep_float32(config["learner"]["compute_dtype"])
     _keep_compiled_programs(config["compilation_cache_dir"])
+    if not directory:
+        raise ValueError("the workdir is empty, which would be the folder that the run is started in: name one.")
     root = pathlib.Path(directory).expanduser()
     _check_end(root, config["rl"]["num_iterations"])
     # A notebook keeps the frames of a cell that was interrupted, and with them what is not closed.
@@ -129,6 +131,8 @@ def _open(root: pathlib.Path, config: Mapping[str, Any]) -> workdir.Workdir:
     """The run's folder; other processes than the first keep their records in a folder within."""
     if hosts.is_first():
         folder = workdir.open_workdir(root, config, free_keys=FREE_KEYS)
+        for stage in folder.checkpoints.glob("*"):
+            checkpoints.remove_leftovers(stage)
         hosts.wait("workdir")
         return folder
     hosts.wait("workdir")

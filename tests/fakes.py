@@ -21,6 +21,17 @@ def task(name="t", **params) -> Task:
     return Task("fakes:ScriptedEnv", name, params, 0, "", name, "", 1.0, ())
 
 
+class Unreadable:
+    """Can be pickled, and not be read again."""
+
+    def __reduce__(self):
+        return (int, ("no number",))
+
+
+# What no pool can hand on.
+_OBJECTIVES = {"unpicklable": {"look": 1}.keys(), "unreadable": Unreadable()}
+
+
 class ScriptedEnv:
     """Carries out each word of a command; the observation is the history of commands."""
 
@@ -49,7 +60,7 @@ class ScriptedEnv:
         return " | ".join(self._history)
 
     def _info(self, command: str) -> Info:
-        return Info(0.0, 1.0, command == "win", False, True, command, 0.0, (), "")
+        return Info(0.0, 1.0, command == "win", False, True, command, 0.0, (), _OBJECTIVES.get(command, ""))
 
     def _do(self, text: str) -> str | None:
         verb, _, rest = text.partition(" ")
@@ -80,8 +91,8 @@ class ScriptedEnv:
             return str(os.getpid())
         elif verb == "start":
             return str(subprocess.Popen(["sleep", "1000"]).pid)
-        elif verb == "unpicklable":
-            return {"look": 1}.keys()
+        elif verb == "no_text":
+            return ("a box", 1.0)
         elif verb == "close_files":
             os.closerange(3, 1000)  # As a library does that turns its process into a daemon.
         elif verb == "modules":

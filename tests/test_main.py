@@ -70,6 +70,13 @@ def test_none_is_a_value(parse):
     settings.check(config | {"reward": config["reward"] | {"kind": "dense"}})
 
 
+def test_none_of_a_number_has_any_spelling_and_none_of_a_text_may_be_a_value(parse):
+    given = ("--config.rollout.max_refusals=none", "--config.reward.intermediate_scale=NONE", "--config.learner.remat=none")
+    config = parse("--config=configs/textworld_smoke.py", *given)
+    assert config["rollout"]["max_refusals"] is None is config["reward"]["intermediate_scale"]
+    assert config["learner"]["remat"] == "none"
+
+
 def test_the_command_line_of_a_shell_ends_with_the_sentence():
     failed = run("-m", "jaxagentrl.main", "--workdir=nowhere", "--config=configs/textworld_smoke.py", "--config.rl.grup_size=4")
     assert failed.returncode == 1 and "Traceback" not in failed.stderr

@@ -93,6 +93,7 @@ def test_episodes_of_one_task_share_a_process_and_tasks_spread():
         ("crash", "SIGSEGV"),
         ("raise", "made to fail"),
         ("unpicklable", "cannot pickle 'dict_keys' object"),
+        ("no_text", "ScriptedEnv.step must return a StepResult whose observation is a text, got StepResult(observation=("),
     ],
 )
 def test_a_crash_fails_one_episode_and_spares_the_others(fatal, quoted):
@@ -111,6 +112,27 @@ def test_a_crash_fails_one_episode_and_spares_the_others(fatal, quoted):
         with pytest.raises(ValueError, match="not live"):
             pool.step("b", "anything")
         assert start(pool, "b")["b"].observation == "b"
+
+
+def test_an_answer_that_cannot_be_read_fails_one_episode_and_spares_the_others():
+    with make_pool() as pool:
+        start(pool, "ab")
+        answers = say(pool, {"a": "one", "b": "unreadable"})
+        assert answers["a"].observation == "a | one"
+        assert answers["b"].reason == "crash" and "cannot be unpickled: ValueError: invalid literal" in answers["b"].message
+
+
+def test_why_a_pool_cannot_go_on_is_told(monkeypatch):
+    with make_pool() as pool:
+        start(pool, "a")
+
+        def no_memory():
+            raise OSError(12, "Cannot allocate memory")
+
+        monkeypatch.setattr(pool._server, "_make_worker", no_memory)
+        pool.step("a", "crash")
+        with pytest.raises(PoolError, match="cannot go on.*Cannot allocate memory"):
+            pool.poll(60.0)
 
 
 def test_a_crash_that_does_not_come_again_is_healed_by_replay(tmp_path):

@@ -142,6 +142,15 @@ def test_a_run_without_imitation_says_nothing_of_it(tmp_path):
     assert report_data.read(root).milestones[2].name == "untrained model"
 
 
+def test_what_cannot_be_written_is_no_end_of_the_report(root):
+    path = root / "trajectories" / "eval_rl.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["turns"][0]["observation"] = "half of a pair: \ud83d"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.write(root, console=rich.console.Console(file=io.StringIO()))
+    assert "half of a pair: ?" in (root / "report.html").read_text(encoding="utf-8")
+
+
 def test_other_temperatures_stand_beside_the_verdict(tmp_path):
     make_run(tmp_path)
     assert report_data.verdict_at_other_temperatures(report_data.read(tmp_path)) is None

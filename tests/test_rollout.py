@@ -263,7 +263,7 @@ def test_a_turn_that_nobody_answered_in_time_is_no_refused_one(clock):
     pool.delays = _Later({"slow": 5.0})
     (slow,) = play({"slow": ["a", "a", "a"]}, pool=pool, episode_limit_s=0.2).trajectories
     assert slow.stop_reason is StopReason.TIME_LIMIT and slow.truncated
-    assert slow.turns[-1].command == "" and slow.turns[-1].valid_command
+    assert slow.turns[-1].command == "a" and slow.turns[-1].valid_command  # it was sent
     paid = rewards.turn_rewards(slow, kind="single", invalid_penalty=0.1)
     np.testing.assert_array_equal(paid, 0.0)
 
@@ -537,7 +537,9 @@ def test_no_episodes_give_no_rate():
 def test_rule_agents_play_through_the_pool():
     tasks = [make_task("one", 1), make_task("two", 2)]
     rule = lambda task, turn, admissible: task.name if turn else "a"  # noqa: E731
-    assert evaluate.play(tasks, ScriptedPool(), rule, max_turns=3) == (2, 2, 0)
+    ended = []
+    assert evaluate.play(tasks, ScriptedPool(), rule, max_turns=3, advance=ended.append) == (2, 2, 0)
+    assert ended == [1, 1]
     assert evaluate.play(tasks, ScriptedPool(), rule, max_turns=1) == (0, 2, 0)
     pool, most = ScriptedPool(), []
     pool.reset = lambda *given, reset=pool.reset: (reset(*given), most.append(len(pool.live)))

@@ -186,6 +186,14 @@ def test_vocabulary_is_no_larger_than_asked(tmp_path):
     assert len(tokenizer.train(GAME * 9, vocab_size=300, directory=tmp_path)) == 300
 
 
+def test_halves_of_surrogate_pairs_are_read_as_the_chat_encodes_them(tmp_path):
+    made = [
+        tokenizer.train([said] * 9, vocab_size=300, directory=tmp_path / str(number))
+        for number, said in enumerate(("a box \ud83d", "a box ?"))
+    ]
+    assert made[0].get_vocab() == made[1].get_vocab()
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="vocab_size is 100"):
         tokenizer.train(GAME, vocab_size=100, directory=tmp_path)

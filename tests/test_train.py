@@ -1,5 +1,6 @@
 """The whole run through the real command line: what it leaves, and that kill -9 changes nothing."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -387,6 +388,21 @@ def test_an_interrupted_run_lets_go_of_its_folder(tmp_path, monkeypatch):
             train.run(smoke_config(), str(tmp_path / "run"))
         kept.append(interrupt)
     assert all(interrupt.tb is not None for interrupt in kept)
+
+
+def test_what_a_kill_left_of_a_checkpoint_goes_when_the_run_continues(tmp_path):
+    left = tmp_path / "checkpoints" / "sft" / ".removing-000000_step_0"
+    left.mkdir(parents=True)
+    (left / "checkpoint.json").write_text("{}")
+    with contextlib.closing(train._open(tmp_path, smoke_config())):
+        assert not left.exists()
+
+
+def test_the_folder_that_a_run_is_started_in_is_no_workdir_by_mistake(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="workdir is empty"):
+        train.run(smoke_config(), "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_process_that_is_new_in_a_run_has_its_lines(tmp_path):
