@@ -391,7 +391,8 @@ def test_an_interrupted_run_lets_go_of_its_folder(tmp_path, monkeypatch):
 
 
 def test_what_a_kill_left_of_a_checkpoint_goes_when_the_run_continues(tmp_path):
-    left = tmp_path / "checkpoints" / "sft" / ".removing-000000_step_0"
+    with contextlib.closing(train._open(tmp_path, smoke_config())) as folder:
+        left = folder.checkpoints / "sft" / ".removing-000000_step_0"
     left.mkdir(parents=True)
     (left / "checkpoint.json").write_text("{}")
     with contextlib.closing(train._open(tmp_path, smoke_config())):
