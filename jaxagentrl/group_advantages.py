@@ -232,7 +232,8 @@ def center(
 
     Sums run over R − min R, which makes groups of equal scores come out exactly 0; and so do groups whose
     scores differ by no more than `ROUNDING` of the largest. With `counted`
-    ([B] bool, True somewhere in every group) mean and size are those of the counted rows.
+    ([B] bool, True somewhere in every group) mean and size are those of the counted rows; which scores
+    are equal is a matter of all rows.
     """
     chex.assert_rank([scores, group_ids], 1)
     chex.assert_equal_shape([scores, group_ids])
@@ -240,12 +241,12 @@ def center(
     inside = masking.in_group(group_ids, num_groups=num_groups)
     ids = group_ids if counted is None else jnp.where(counted, group_ids, -1)
     size = masking.group_count(ids, num_groups=num_groups, axis_name=axis_name)
-    lowest = masking.group_min(scores, ids, num_groups=num_groups, axis_name=axis_name)
+    lowest = masking.group_min(scores, group_ids, num_groups=num_groups, axis_name=axis_name)
     shifted = masking.zero_off(scores, inside) - masking.take_group(lowest, group_ids)
     sums = masking.group_sum(shifted, ids, num_groups=num_groups, axis_name=axis_name)
     mean = masking.take_group(masking.divide(sums, size), group_ids)
     # Scores that are sums of the same rewards in another order differ by rounding, which is no signal.
-    highest = -masking.group_min(-scores, ids, num_groups=num_groups, axis_name=axis_name)
+    highest = -masking.group_min(-scores, group_ids, num_groups=num_groups, axis_name=axis_name)
     rounding = ROUNDING * jnp.maximum(jnp.abs(lowest), jnp.abs(highest))
     differs = masking.take_group((highest - lowest > rounding).astype(jnp.float32), group_ids) > 0
     return jnp.where(differs, shifted - mean, 0.0), masking.take_group(size, group_ids)

@@ -230,6 +230,36 @@ def test_gigpo_loops_dominate_unless_first_visits_only():
     np.testing.assert_allclose(step_credit(True), [[0.5] * 3, [-0.5, 0, 0]], atol=1e-6)
 
 
+@pytest.mark.parametrize("scale, later", [("none", -0.5), ("std", -(3**0.5))])
+def test_gigpo_measures_later_visits_where_the_first_ones_tie(scale, later):
+    # Both reach the anchor with a return of 1, and row 0 comes back to it with 0.5. The std is that of
+    # all three visits: √((1/36 + 1/36 + 4/36) / 2) = 1/√12.
+    rewards = np.array([[0.5, 0, 0.5], [0, 0, 1]], np.float32)
+    anchors = np.array([[0, 1, 0], [0, 2, 3]], np.int32)
+
+    def step_credit(rewards):
+        credit = functools.partial(
+            fast.gigpo,
+            rewards,
+            np.ones((2, 3), bool),
+            np.array([[0, 1, 2]] * 2, np.int32),
+            anchors,
+            np.zeros(2, np.int32),
+            num_groups=1,
+            num_anchors=4,
+            turn_discount=1.0,
+            scale=scale,
+            first_visit=True,
+        )
+        return np.asarray(credit(step_weight=1.0) - credit(step_weight=0.0))
+
+    expected = np.array([[0, 0, later], [0, 0, 0]])
+    np.testing.assert_allclose(step_credit(rewards), expected, atol=1e-5)
+    # First visits that almost tie are no divisor. Their mean is half a part in ten thousand higher.
+    almost = step_credit(rewards + np.array([[0, 0, 0], [0, 0, 1e-4]], np.float32))
+    np.testing.assert_allclose(almost, expected, atol=1e-3)
+
+
 def test_gigpo_compares_no_trajectory_with_itself():
     # Alone at its anchor, three times: with first visits only there is one row to compare with.
     got = fast.gigpo(
@@ -411,7 +441,12 @@ def test_rewards_to_go_group_matches_definition(seed, junk, choices):
 
 
 GIGPO_CHOICES = st.sampled_from(
-    [("std", "trajectories", False), ("std", "trajectories", True), ("none", "steps", False)]
+    [
+        ("std", "trajectories", False),
+        ("std", "trajectories", True),
+        ("none", "steps", False),
+        ("none", "trajectories", True),
+    ]
 )
 
 
