@@ -235,7 +235,7 @@ def _against(
 ) -> Array:
     """x less its group's mean over some rows, over the std of some; 0 where the mean is of fewer than two."""
     centered, size = center(x, group_ids, num_groups, axis_name, mean_over)
-    centered = masking.zero_off(centered, size > 1)
+    centered = masking.zero_idle(centered, size <= 1)
     if scale == "none":
         return centered
     ids = jnp.where(std_over, group_ids, -1)

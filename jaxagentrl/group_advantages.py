@@ -2,7 +2,8 @@
 
 A group is the set of rows with one id. Ids are data: they need not be contiguous nor sorted, nor
 groups of equal size; ids out of [0, num_groups) mark padding rows, which get 0 and count nowhere.
-A group of one has no baseline: it gets 0. A group whose scores are all equal gets exactly 0.
+A group of one has no baseline: it gets 0. A group whose scores are all equal gets exactly 0. Scores that
+are NaN or infinite come through as what is not finite, in groups of one, too.
 With `axis_name` the groups may be spread over the devices of a mapped axis.
 """
 
@@ -80,7 +81,12 @@ def leave_one_out(
         [B] float32.
     """
     centered, size = center(scores, group_ids, num_groups, axis_name)
-    return masking.divide(centered * size, size - 1.0)
+    return without_self(centered, size)
+
+
+def without_self(centered: Array, size: Array) -> Array:
+    """Scores less the mean of all, as scores less the mean of the others; a group of one has 0 of both."""
+    return centered * size / jnp.maximum(size - 1.0, 1.0)
 
 
 def remax(scores: Array, greedy_scores: Array) -> Array:
@@ -248,8 +254,8 @@ def center(
     # Scores that are sums of the same rewards in another order differ by rounding, which is no signal.
     highest = -masking.group_min(-scores, group_ids, num_groups=num_groups, axis_name=axis_name)
     rounding = ROUNDING * jnp.maximum(jnp.abs(lowest), jnp.abs(highest))
-    differs = masking.take_group((highest - lowest > rounding).astype(jnp.float32), group_ids) > 0
-    return jnp.where(differs, shifted - mean, 0.0), masking.take_group(size, group_ids)
+    same = masking.take_group((highest - lowest <= rounding).astype(jnp.float32), group_ids) > 0
+    return masking.zero_idle(shifted - mean, same), masking.take_group(size, group_ids)
 
 
 def group_std(
@@ -266,8 +272,8 @@ def group_std(
     )
     var = masking.divide(squares, size - ddof)
     # The root of 0 has an infinite slope; equal scores must have a finite gradient.
-    positive = var > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1.0)), 0.0)
+    nothing = var <= 0
+    return jnp.where(nothing, 0.0, jnp.sqrt(jnp.where(nothing, 1.0, var)))
 
 
 def check_choice(name: str, got: str, choices: tuple[str, ...]) -> None:

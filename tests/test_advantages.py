@@ -736,6 +736,58 @@ def test_scores_that_differ_by_the_rounding_of_their_sums_are_equal(sign):
     assert abs(float(made[0])) > 0.9e-5 * abs(float(sums[0]))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("members", [1, 2, 4])
+def test_scores_that_are_no_numbers_are_no_missing_signal(bad, members):
+    """They must stop the run, not pass for a group that has nothing to learn from."""
+    ids = np.array([0] * members + [1, 1, 9], np.int32)
+    scores = np.array([bad] + [1.0] * (members - 1) + [3.0, 4.0, bad], np.float32)
+    mask, turns = np.ones((len(ids), 1), bool), np.zeros((len(ids), 1), np.int32)
+    rows, ones = scores[:, None], np.ones((len(ids), 1), np.float32)
+    firsts = {"turn_discount": 1.0, "first_visit": True, "scale": "none"}
+    found = [
+        *(fast.group_normalized(scores, ids, num_groups=2, scale=s) for s in ("std", "none")),
+        fast.leave_one_out(scores, ids, num_groups=2),
+        fast.opo(scores, ones[:, 0], ids, num_groups=2),
+        fast.rewards_to_go_group(rows, ones, mask, turns, ids, num_groups=2)[:, 0],
+        fast.mt_grpo(rows, 0 * ones[:, 0], mask, turns, ids, num_groups=2)[:, 0],
+        fast.istar(0 * ones[:, 0], rows, mask, turns, ids, num_groups=2)[:, 0],
+        fast.gigpo(rows, mask, turns, turns, ids, num_groups=2, num_anchors=1)[:, 0],
+        fast.gigpo(rows, mask, turns, turns, ids, num_groups=2, num_anchors=1, **firsts)[:, 0],
+    ]
+    for got in found:
+        assert not np.isfinite(got[0])
+        assert np.all(np.isfinite(got[members:])) and got[-1] == 0.0
+    whole = fast.reinforce_plus_plus_baseline(scores, ids, mask, num_groups=2)
+    assert not np.any(np.isfinite(whole[:-1])) and whole[-1, 0] == 0.0
+
+
+def test_a_later_visit_that_is_no_number_is_seen():
+    # Alone at its anchor, and a later visit there: nothing to compare it with.
+    got = fast.gigpo(
+        np.array([[1, np.inf]], np.float32),
+        np.ones((1, 2), bool),
+        np.arange(2, dtype=np.int32)[None],
+        np.zeros((1, 2), np.int32),
+        np.zeros(1, np.int32),
+        num_groups=1,
+        num_anchors=1,
+        first_visit=True,
+    )
+    assert not np.any(np.isfinite(got))
+
+
+def test_scores_that_are_no_numbers_leave_other_groups_gradients_alone():
+    scores, ids = np.array([np.nan, 1, 3, 4, 4, 4], np.float32), np.array([0, 0, 1, 1, 2, 2])
+
+    def loss(x):
+        credit = advantages.group_normalized(x, ids, num_groups=3, scale="none")
+        return jnp.sum(credit[2:] * jnp.arange(4.0))
+
+    gradient = jax.grad(loss)(scores)
+    assert np.all(np.isfinite(gradient[2:])) and np.any(gradient[2:4] != 0)
+
+
 def test_a_group_of_one_and_padding_rows_get_zero():
     scores = np.array([5.0, np.nan, np.inf, 3.0], np.float32)
     ids = np.array([0, 2, -1, 1], np.int32)  # 2 and −1 are out of range
