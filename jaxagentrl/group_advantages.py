@@ -206,9 +206,11 @@ def whiten(
     """
     chex.assert_equal_shape([x, mask])
     chex.assert_type([x, mask], [float, bool])
-    mean, var = masking.masked_mean_and_var(x, mask, ddof=ddof, axis_name=axis_name)
     kept = masking.zero_off(x, mask)
-    kept = kept - mean if shift_mean else kept
+    # The mean of large numbers is rounded to their last digit, that of what they are above the least is not.
+    shifted = kept - masking.masked_min(x, mask, axis_name=axis_name)
+    mean, var = masking.masked_mean_and_var(shifted, mask, ddof=ddof, axis_name=axis_name)
+    kept = shifted - mean if shift_mean else kept
     return jnp.where(mask, kept * jax.lax.rsqrt(var + epsilon), 0.0)
 
 

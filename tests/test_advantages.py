@@ -156,6 +156,20 @@ def test_whiten_golden():
     np.testing.assert_allclose(kept, [0.5, 1.5, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize("offset, size", [(1e2, 1e-2), (1e4, 1), (1e6, 1), (-1e6, 1)])
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whiten_does_not_lose_digits_to_a_common_offset(offset, size, shift_mean):
+    x = (offset + size * np.random.default_rng(0).standard_normal((4, 50))).astype(np.float32)
+    mask = np.random.default_rng(1).random((4, 50)) < 0.7
+    expected = oracles.whiten(x, mask, shift_mean=shift_mean)
+    check(fast.whiten(np.where(mask, x, np.nan), mask, shift_mean=shift_mean), expected, mask)
+    if shift_mean:
+        over_devices = jax.vmap(
+            functools.partial(advantages.whiten, axis_name="devices"), axis_name="devices"
+        )
+        check(over_devices(x, mask), expected, mask)
+
+
 def test_bilevel_gae_skips_what_lies_inside_a_turn():
     """Tool output in the middle of a turn is no token of it."""
     options = {"token_discount": 0.9, "turn_discount": 0.8, "gae_lambda": 0.7}
