@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxagentrl.models import decoder_config, rope
+from jaxagentrl.models import decoder_config, git_lfs, rope
 from jaxagentrl.models.pretrained_families import (
     BY_MODEL_TYPE,
     FAMILIES,
@@ -459,6 +459,8 @@ def _scaling_settings(scaling: rope.Scaling | None) -> dict[str, Any] | None:
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object from a file of a model folder, or PretrainedError."""
+    if said := git_lfs.advice(path):
+        raise PretrainedError(said)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
