@@ -225,7 +225,7 @@ def spread(scores: Array, action_mask: Array) -> Array:
         [..., L] float32.
     """
     chex.assert_type([scores, action_mask], [float, bool])
-    chex.assert_equal_shape([scores, action_mask[..., 0]])
+    chex.assert_shape(scores, action_mask.shape[:-1])
     return masking.zero_off(jnp.asarray(scores)[..., None], action_mask)
 
 

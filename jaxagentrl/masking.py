@@ -101,7 +101,7 @@ def masked_min(x: Array, mask: Array, *, axis_name: AxisName = None) -> Array:
     """Smallest entry on the mask, 0 when there is none; without gradient, as `pmin` has none."""
     chex.assert_equal_shape([x, mask])
     x = jax.lax.stop_gradient(jnp.asarray(x).astype(jnp.float32))
-    smallest = jnp.min(jnp.where(mask, x, jnp.inf))
+    smallest = jnp.min(jnp.where(mask, x, jnp.inf), initial=jnp.inf)
     if axis_name is not None:
         smallest = jax.lax.pmin(smallest, axis_name)
     return jnp.where(masked_count(mask, axis_name=axis_name) > 0, smallest, 0.0)
@@ -135,21 +135,6 @@ def positions(valid_mask: Array) -> Array:
     chex.assert_type(valid_mask, bool)
     counted = jnp.cumsum(valid_mask, axis=-1, dtype=jnp.int32) - 1
     return jnp.where(valid_mask, counted, 0)
-
-
-def segment_mask(segment_ids: Array) -> Array:
-    """Which token may attend to which in packed rows: same segment, and not to the future.
-
-    Args:
-        segment_ids: [..., L] int, −1 on padding.
-
-    Returns:
-        [..., L, L] bool, entry (t, s) True where token t may attend to token s.
-    """
-    length = segment_ids.shape[-1]
-    same = segment_ids[..., :, None] == segment_ids[..., None, :]
-    causal = jnp.broadcast_to(jnp.tri(length, dtype=bool), same.shape)
-    return same & causal & (segment_ids >= 0)[..., :, None]
 
 
 def zero_carry(rows: list[Array]) -> Array:

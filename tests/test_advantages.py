@@ -918,6 +918,9 @@ def test_rows_without_tokens_have_advantages_without_tokens():
         advantages.bilevel_gae(*[numbers] * 2, mask, mask, gae_lambda=0.9, **discounts),
     ):
         assert jax.tree.map(np.shape, got) in ((2, 0), ((2, 0), (2, 0)))
+    ids = np.zeros(2, np.int32)
+    assert advantages.spread(numbers.sum(1), mask).shape == (2, 0)
+    assert advantages.reinforce_plus_plus_baseline(WIN[:2], ids, mask, num_groups=1).shape == (2, 0)
 
 
 def test_shapes_and_types_are_checked():

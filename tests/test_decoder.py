@@ -216,6 +216,15 @@ def test_padding_of_an_append_writes_nowhere(params):
     np.testing.assert_array_equal(keys[:, 1], 0.0)
 
 
+@pytest.mark.parametrize("chunk_size", [0, -1])
+def test_a_chunk_holds_something(params, chunk_size):
+    ids = tokens(3, 11)
+    with pytest.raises(ValueError, match=f"chunk_size: got {chunk_size}, expected at least 1"):
+        logprobs.token_logprobs(
+            decoder.hidden(CONFIG, params, ids), decoder.unembedding(params), ids, chunk_size=chunk_size
+        )
+
+
 @pytest.mark.parametrize("chunk_size", [4096, 8])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_logprobs_against_float64_softmax(params, chunk_size, temperature):
