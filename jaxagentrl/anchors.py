@@ -44,7 +44,7 @@ def gigpo(
     long episodes weigh more (`episode_mean_over="steps"`), where the paper takes it over
     trajectories; F may be 1; and visits of one trajectory to one anchor all count, so that loops
     dominate a group, unless `first_visit` admits only each trajectory's first visit to the
-    anchor's mean and std (later visits are still measured against them).
+    anchor's mean (later visits are still measured against it; the std is that of all visits).
 
     `gigpo_steps` is the same for batches with one row per turn.
 
@@ -205,7 +205,9 @@ def _episode_and_step(
     else:  # each trajectory counts once, by its first row
         counted = inside & _is_first(trajectory_ids, steps, inside, num_trajectories)
     options = {"scale": scale, "ddof": ddof, "epsilon": epsilon, "axis_name": axis_name}
-    episode = _against(scores, group_ids, counted, num_groups=num_groups, **options)
+    episode = _against(
+        scores, group_ids, counted, std_over=counted, num_groups=num_groups, **options
+    )
 
     met = inside & masking.in_group(anchor_ids, num_groups=num_anchors)
     cells = jnp.where(met, group_ids * num_anchors + anchor_ids, -1)
@@ -214,28 +216,31 @@ def _episode_and_step(
     if first_visit:
         visits = trajectory_ids * num_anchors + anchor_ids
         counted = met & _is_first(visits, steps, met, num_trajectories * num_anchors)
-    step = _against(returns, cells, counted, num_groups=num_cells, **options)
+    # First visits may all but tie: divided by their std, a later one's credit would have no bound.
+    step = _against(returns, cells, counted, std_over=met, num_groups=num_cells, **options)
     return episode + step_weight * step
 
 
 def _against(
     x: Array,
     group_ids: Array,
-    counted: Array,
+    mean_over: Array,
     *,
+    std_over: Array,
     num_groups: int,
     scale: str,
     ddof: int,
     epsilon: float,
     axis_name: masking.AxisName,
 ) -> Array:
-    """x against the mean (and std) of the *counted* rows of its group; 0 where fewer than two."""
-    centered, size = center(x, group_ids, num_groups, axis_name, counted)
-    centered = masking.zero_off(centered, size > 1)
+    """x less its group's mean over some rows, over the std of some; 0 where the mean is of fewer than two."""
+    centered, size = center(x, group_ids, num_groups, axis_name, mean_over)
+    centered = masking.zero_idle(centered, size <= 1)
     if scale == "none":
         return centered
-    ids = jnp.where(counted, group_ids, -1)
-    std = group_std(centered, ids, num_groups, ddof, axis_name)
+    ids = jnp.where(std_over, group_ids, -1)
+    around, _ = center(x, ids, num_groups, axis_name)
+    std = group_std(around, ids, num_groups, ddof, axis_name)
     return centered / (masking.take_group(std, group_ids) + epsilon)
 
 

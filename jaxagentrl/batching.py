@@ -135,44 +135,6 @@ def length_groups(
     return groups
 
 
-def to_batches(
-    trajectories: Sequence[Trajectory],
-    turn_rewards: Sequence[np.ndarray] | None,
-    *,
-    discount: float,
-    length_buckets: Sequence[int],
-    tokens_per_batch: int,
-    row_multiple: int,
-) -> list[tuple[LengthGroup, TrajectoryBatch]]:
-    """`length_groups` and `to_batch` together; group ids are those of the whole set.
-
-    Returns:
-        (group, batch) pairs; row i of a batch is trajectory group.indices[i]. An empty list for no
-        trajectories.
-    """
-    ids = group_ids(trajectories)
-    groups = length_groups(
-        [trajectory.num_tokens for trajectory in trajectories],
-        length_buckets=length_buckets,
-        tokens_per_batch=tokens_per_batch,
-        row_multiple=row_multiple,
-    )
-    batches = []
-    for group in groups:
-        batch = to_batch(
-            [trajectories[index] for index in group.indices],
-            None if turn_rewards is None else [turn_rewards[index] for index in group.indices],
-            discount=discount,
-            length_buckets=[group.length],
-            row_multiple=row_multiple,
-            group_ids=ids[list(group.indices)],
-            num_groups=int(ids.max()) + 1,
-            num_rows=group.num_rows,
-        )
-        batches.append((group, batch))
-    return batches
-
-
 def group_ids(trajectories: Sequence[Trajectory]) -> np.ndarray:
     """Numbers the groups from 0 in order of appearance: int32 [B'].
 
@@ -209,14 +171,6 @@ def anchor_ids(
             if turn.anchor is not None:
                 ids[row, index] = mine.setdefault(turn.anchor, len(mine))
     return ids
-
-
-def padding_share(batches: Sequence[TrajectoryBatch]) -> float:
-    """The part of all positions of the batches that is padding, in [0, 1)."""
-    if not batches:
-        raise ValueError("padding_share: no batches")
-    positions = sum(batch.valid_mask.size for batch in batches)
-    return 1.0 - float(sum(np.sum(batch.valid_mask) for batch in batches)) / positions
 
 
 def bucket(

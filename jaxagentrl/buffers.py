@@ -49,7 +49,7 @@ def init(capacity: int, example: PyTree) -> Buffer:
         example: one row, leaves [...] without the leading axis; only shapes and dtypes are read.
 
     Raises:
-        ValueError: for a capacity below 1.
+        ValueError: for a capacity below 1, or an example without arrays.
 
     >>> buffer = init(4, {"x": jnp.zeros(2)})
     >>> buffer = add(buffer, {"x": jnp.ones((3, 2))})
@@ -58,6 +58,8 @@ def init(capacity: int, example: PyTree) -> Buffer:
     """
     if capacity < 1:
         raise ValueError(f"capacity: got {capacity}, expected at least 1 row")
+    if not jax.tree.leaves(example):
+        raise ValueError(f"example: got {example!r}, expected at least one array")
     rows = jax.tree.map(
         lambda leaf: jnp.zeros((capacity, *jnp.shape(leaf)), jnp.result_type(leaf)), example
     )
@@ -81,11 +83,15 @@ def add(
         The buffer with the rows added and its clock at the stamp + 1.
 
     Raises:
-        ValueError: for more rows than the capacity, which would partly overwrite themselves.
+        ValueError: for more rows than the capacity, which would partly overwrite themselves, and for
+            leaves that are not rows as in the example.
     """
     capacity = buffer.stamps.shape[0]
     chex.assert_trees_all_equal_structs(buffer.rows, batch)
-    count = jax.tree.leaves(batch)[0].shape[0]
+    first = jax.tree.leaves(batch)[0]
+    if not first.ndim:
+        raise ValueError("batch: got a leaf without a leading axis, expected rows [n, ...]")
+    count = first.shape[0]
     jax.tree.map(lambda old, new: _check_leaf(old, new, count), buffer.rows, batch)
     if count > capacity:
         raise ValueError(f"batch: got {count} rows, but the buffer holds {capacity}")

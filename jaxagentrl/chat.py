@@ -176,7 +176,8 @@ def make(
             as "26 Jul 2024", which it is unless that is given.
 
     Raises:
-        ValueError: an unknown family, or a `date_string` that the template cannot take its day from.
+        ValueError: an unknown family, an option that the template does not read, or a `date_string` that
+            it cannot take its day from.
         TemplateError: the template is missing, is of another family, has no system message,
             rewrites earlier turns or changes the text of messages.
     """

@@ -6,11 +6,14 @@ says is refused here.
 
 import dataclasses
 import datetime
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jinja2
+import jinja2.ext
+import jinja2.meta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,10 @@ _DAY = "26 Jul 2024"
 _DAY_FORMAT = "%d %b %Y"  # of `date_string`, as Llama's templates write it
 _ASKS_FOR_TODAY = re.compile(r"\bstrftime_now\s*\(")
 _TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+# What a template is rendered with besides its options: the tokenizer's special tokens, and these.
+_WRITTEN = ("messages", "add_generation_prompt")
+_FUNCTIONS = ("raise_exception", "strftime_now")  # of transformers, beside those of jinja2
 
 # Around what a reasoning model thinks before it answers.
 THOUGHT_TAGS = ("<think>", "</think>")
@@ -76,6 +83,7 @@ def read(
             "chat.make: the tokenizer has no chat template; copy `chat_template` from the "
             "tokenizer_config.json of the family's instruct model into that of the tokenizer's folder"
         )
+    _check_options(tokenizer, template_options)
     dated = _with_fixed_day(
         tokenizer.get_chat_template(), template_options.get("date_string", _DAY)
     )
@@ -97,6 +105,46 @@ def read(
         differences=(*glue.differences, *changed),
         keeps_plain_history=not glue.differences,
     )
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} … {% endgeneration %}`, by which transformers finds what an assistant said."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def _check_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
+    """Templates are silent about variables that they do not read, misspelt ones among them."""
+    if not options:
+        return
+    template = tokenizer.get_chat_template()
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
+    try:
+        found = jinja2.meta.find_undeclared_variables(environment.parse(template))
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"chat.make: the chat template cannot be read ({error})") from error
+    written = {*_WRITTEN, *tokenizer.special_tokens_map}
+    known = found - written - {*_FUNCTIONS}
+    if _ASKS_FOR_TODAY.search(template):
+        known.add("date_string")
+    for option in options:
+        if option in written:
+            raise ValueError(
+                f"chat.make: prompt.template_options: {option} is written by the run or the tokenizer; "
+                "leave it out."
+            )
+        if option not in known:
+            listed = f". It has: {', '.join(sorted(known))}." if known else "; it has none."
+            similar = difflib.get_close_matches(str(option), known, n=1)
+            raise ValueError(
+                f"chat.make: prompt.template_options: the chat template has no variable {option}{listed}"
+                + (f" Did you mean {similar[0]}?" if similar else "")
+            )
 
 
 def _with_fixed_day(template: str, date: str) -> str:

@@ -81,7 +81,7 @@ def explained_variance_per_turn(
 def _but_rounding(variation: Array, sizes: Array) -> Array:
     """Squares of what returns vary by, without those of rounding. Returns are A + V: where they are all one
     number they differ by what V was rounded by, whose squares are a part of `sizes`."""
-    return jnp.where(variation > _ROUNDING * sizes, variation, 0.0)
+    return masking.zero_idle(variation, variation <= _ROUNDING * sizes)
 
 
 def clip_fractions(

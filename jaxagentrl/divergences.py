@@ -46,7 +46,8 @@ def kl(
     logprobs, ref_logprobs = masking.clean([logprobs, ref_logprobs], action_mask, differentiable=1)
     u = logprobs - ref_logprobs
     k2 = 0.5 * jnp.square(u)
-    k3 = jnp.exp(jnp.clip(-u, -MAX_LOG_RATIO, MAX_LOG_RATIO)) - 1.0 + u
+    # exp(−u) − 1 would leave nothing of k3 but rounding where the policies are close.
+    k3 = jnp.expm1(jnp.clip(-u, -MAX_LOG_RATIO, MAX_LOG_RATIO)) + u
     estimates = {
         "k1": u,
         "k2": k2,

@@ -2,7 +2,8 @@
 
 A group is the set of rows with one id. Ids are data: they need not be contiguous nor sorted, nor
 groups of equal size; ids out of [0, num_groups) mark padding rows, which get 0 and count nowhere.
-A group of one has no baseline: it gets 0. A group whose scores are all equal gets exactly 0.
+A group of one has no baseline: it gets 0. A group whose scores are all equal gets exactly 0. Scores that
+are NaN or infinite come through as what is not finite, in groups of one, too.
 With `axis_name` the groups may be spread over the devices of a mapped axis.
 """
 
@@ -80,7 +81,12 @@ def leave_one_out(
         [B] float32.
     """
     centered, size = center(scores, group_ids, num_groups, axis_name)
-    return masking.divide(centered * size, size - 1.0)
+    return without_self(centered, size)
+
+
+def without_self(centered: Array, size: Array) -> Array:
+    """Scores less the mean of all, as scores less the mean of the others; a group of one has 0 of both."""
+    return centered * size / jnp.maximum(size - 1.0, 1.0)
 
 
 def remax(scores: Array, greedy_scores: Array) -> Array:
@@ -200,9 +206,11 @@ def whiten(
     """
     chex.assert_equal_shape([x, mask])
     chex.assert_type([x, mask], [float, bool])
-    mean, var = masking.masked_mean_and_var(x, mask, ddof=ddof, axis_name=axis_name)
     kept = masking.zero_off(x, mask)
-    kept = kept - mean if shift_mean else kept
+    # The mean of large numbers is rounded to their last digit, that of what they are above the least is not.
+    shifted = kept - masking.masked_min(x, mask, axis_name=axis_name)
+    mean, var = masking.masked_mean_and_var(shifted, mask, ddof=ddof, axis_name=axis_name)
+    kept = shifted - mean if shift_mean else kept
     return jnp.where(mask, kept * jax.lax.rsqrt(var + epsilon), 0.0)
 
 
@@ -217,7 +225,7 @@ def spread(scores: Array, action_mask: Array) -> Array:
         [..., L] float32.
     """
     chex.assert_type([scores, action_mask], [float, bool])
-    chex.assert_equal_shape([scores, action_mask[..., 0]])
+    chex.assert_shape(scores, action_mask.shape[:-1])
     return masking.zero_off(jnp.asarray(scores)[..., None], action_mask)
 
 
@@ -232,7 +240,8 @@ def center(
 
     Sums run over R − min R, which makes groups of equal scores come out exactly 0; and so do groups whose
     scores differ by no more than `ROUNDING` of the largest. With `counted`
-    ([B] bool, True somewhere in every group) mean and size are those of the counted rows.
+    ([B] bool, True somewhere in every group) mean and size are those of the counted rows; which scores
+    are equal is a matter of all rows.
     """
     chex.assert_rank([scores, group_ids], 1)
     chex.assert_equal_shape([scores, group_ids])
@@ -240,15 +249,15 @@ def center(
     inside = masking.in_group(group_ids, num_groups=num_groups)
     ids = group_ids if counted is None else jnp.where(counted, group_ids, -1)
     size = masking.group_count(ids, num_groups=num_groups, axis_name=axis_name)
-    lowest = masking.group_min(scores, ids, num_groups=num_groups, axis_name=axis_name)
+    lowest = masking.group_min(scores, group_ids, num_groups=num_groups, axis_name=axis_name)
     shifted = masking.zero_off(scores, inside) - masking.take_group(lowest, group_ids)
     sums = masking.group_sum(shifted, ids, num_groups=num_groups, axis_name=axis_name)
     mean = masking.take_group(masking.divide(sums, size), group_ids)
     # Scores that are sums of the same rewards in another order differ by rounding, which is no signal.
-    highest = -masking.group_min(-scores, ids, num_groups=num_groups, axis_name=axis_name)
+    highest = -masking.group_min(-scores, group_ids, num_groups=num_groups, axis_name=axis_name)
     rounding = ROUNDING * jnp.maximum(jnp.abs(lowest), jnp.abs(highest))
-    differs = masking.take_group((highest - lowest > rounding).astype(jnp.float32), group_ids) > 0
-    return jnp.where(differs, shifted - mean, 0.0), masking.take_group(size, group_ids)
+    same = masking.take_group((highest - lowest <= rounding).astype(jnp.float32), group_ids) > 0
+    return masking.zero_idle(shifted - mean, same), masking.take_group(size, group_ids)
 
 
 def group_std(
@@ -265,8 +274,8 @@ def group_std(
     )
     var = masking.divide(squares, size - ddof)
     # The root of 0 has an infinite slope; equal scores must have a finite gradient.
-    positive = var > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1.0)), 0.0)
+    nothing = var <= 0
+    return jnp.where(nothing, 0.0, jnp.sqrt(jnp.where(nothing, 1.0, var)))
 
 
 def check_choice(name: str, got: str, choices: tuple[str, ...]) -> None:

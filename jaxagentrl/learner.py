@@ -400,7 +400,7 @@ def _policy_metrics(
     return {
         "policy/entropy": jnp.sum(weights * scores.entropies),
         "policy/clip_fraction": jnp.sum(weights * is_clipped),
-        "policy/old_kl": jnp.sum(weights * (jnp.exp(log_ratio) - 1 - log_ratio)),
+        "policy/old_kl": jnp.sum(weights * losses.kl(old, scores.logprobs, estimator="k3", action_mask=mask)),
         "policy/sampler_gap_mean": jnp.sum(weights * gap),
         "policy/sampler_gap_max": jnp.max(gap),
     }

@@ -70,7 +70,12 @@ def token_logprobs(
     Returns:
         log-probs and entropies (nats), both [B, L] float32. Entry t describes token t; what is not
         needed is 0, without gradient.
+
+    Raises:
+        ValueError: a chunk of no positions.
     """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1, or None")
     batch, length, width = hidden.shape
     shards = 1 if batch % row_shards else row_shards
     held = batch // shards * length  # positions of a device

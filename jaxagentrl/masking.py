@@ -1,8 +1,8 @@
 """Masked and grouped reductions, shared by the estimators and the losses.
 
 Three habits hold for everything here. Values off the mask are replaced *before* any arithmetic, so
-that NaN or infinity there reaches neither the value nor the gradient. Arithmetic is float32. A
-reduction over nothing is 0, not NaN. Where a statistic spans the global batch, `axis_name` names
+that NaN or infinity there reaches neither the value nor the gradient; on the mask they come through. Arithmetic
+is float32. A reduction over nothing is 0, not NaN. Where a statistic spans the global batch, `axis_name` names
 the mapped axis (of `vmap`, `pmap` or `shard_map`) that holds the rest of it.
 """
 
@@ -24,6 +24,15 @@ def zero_off(x: Array, mask: Array) -> Array:
     Array([1., 0.], dtype=float32)
     """
     return jnp.where(mask, jnp.asarray(x).astype(jnp.float32), 0.0)
+
+
+def zero_idle(x: Array, idle: Array) -> Array:
+    """`x`, and 0 where it is `idle`, a finite number that carries no signal: NaN and infinity stay.
+
+    >>> zero_idle(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([False, True, True]))
+    Array([ 1.,  0., nan], dtype=float32)
+    """
+    return jnp.where(idle & jnp.isfinite(x), 0.0, x)
 
 
 def clean(rows: list[Array], action_mask: Array | None, *, differentiable: int) -> list[Array]:
@@ -54,8 +63,8 @@ def total(x: Array, axis_name: AxisName = None) -> Array:
 
 def divide(x: Array, y: Array) -> Array:
     """x / y, and 0 where y ≤ 0; the division by 0 happens in neither value nor gradient."""
-    positive = y > 0
-    return jnp.where(positive, x / jnp.where(positive, y, 1.0), 0.0)
+    nothing = y <= 0  # which NaN is not
+    return jnp.where(nothing, 0.0, x / jnp.where(nothing, 1.0, y))
 
 
 def masked_sum(x: Array, mask: Array, *, axis=None, axis_name: AxisName = None) -> Array:
@@ -92,7 +101,7 @@ def masked_min(x: Array, mask: Array, *, axis_name: AxisName = None) -> Array:
     """Smallest entry on the mask, 0 when there is none; without gradient, as `pmin` has none."""
     chex.assert_equal_shape([x, mask])
     x = jax.lax.stop_gradient(jnp.asarray(x).astype(jnp.float32))
-    smallest = jnp.min(jnp.where(mask, x, jnp.inf))
+    smallest = jnp.min(jnp.where(mask, x, jnp.inf), initial=jnp.inf)
     if axis_name is not None:
         smallest = jax.lax.pmin(smallest, axis_name)
     return jnp.where(masked_count(mask, axis_name=axis_name) > 0, smallest, 0.0)
@@ -126,21 +135,6 @@ def positions(valid_mask: Array) -> Array:
     chex.assert_type(valid_mask, bool)
     counted = jnp.cumsum(valid_mask, axis=-1, dtype=jnp.int32) - 1
     return jnp.where(valid_mask, counted, 0)
-
-
-def segment_mask(segment_ids: Array) -> Array:
-    """Which token may attend to which in packed rows: same segment, and not to the future.
-
-    Args:
-        segment_ids: [..., L] int, −1 on padding.
-
-    Returns:
-        [..., L, L] bool, entry (t, s) True where token t may attend to token s.
-    """
-    length = segment_ids.shape[-1]
-    same = segment_ids[..., :, None] == segment_ids[..., None, :]
-    causal = jnp.broadcast_to(jnp.tri(length, dtype=bool), same.shape)
-    return same & causal & (segment_ids >= 0)[..., :, None]
 
 
 def zero_carry(rows: list[Array]) -> Array:

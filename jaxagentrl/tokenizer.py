@@ -21,11 +21,14 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jaxagentrl.models import git_lfs
 
 START_OF_TURN = "<|im_start|>"
 END_OF_TURN = "<|im_end|>"
@@ -165,23 +168,37 @@ def load(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
             f"tokenizer folder {directory} does not exist; give a folder with tokenizer.json and "
             "tokenizer_config.json, as tokenizer.train or a Hugging Face model leaves it"
         )
+    contents: dict[str, Any] = {}
     for name in ("tokenizer.json", "tokenizer_config.json"):
         file = directory / name
         if not file.is_file():
             found = ", ".join(sorted(path.name for path in directory.iterdir())) or "nothing"
             raise ValueError(f"tokenizer folder {directory} has no {name}; it holds: {found}")
+        if said := git_lfs.advice(file):
+            raise ValueError(said)
         try:
-            json.loads(file.read_text(encoding="utf-8"))
+            contents[name] = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:  # covers both bad JSON and bad UTF-8
             raise ValueError(
                 f"{file} is not readable JSON ({error}); train or copy it again"
             ) from error
+        if not isinstance(contents[name], dict):
+            raise ValueError(
+                f"{file} holds {type(contents[name]).__name__}, expected an object; train or copy it again"
+            )
     # Beside the config.json of some models (Qwen2) the automatic choice is a class that builds parts
     # of the tokenizer as that model has them, whatever the files say.
-    declared = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    as_it_stands = declared.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    declared = contents["tokenizer_config.json"].get("tokenizer_class")
+    as_it_stands = declared in ("PreTrainedTokenizerFast", "TokenizersBackend")
     reader = transformers.PreTrainedTokenizerFast if as_it_stands else transformers.AutoTokenizer
-    tokenizer = reader.from_pretrained(str(directory), local_files_only=True)
+    try:
+        tokenizer = reader.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # a plain one is what tokenizers raises, and transformers whatever it comes to
+        name = "tokenizer_config.json" if _is_whole(directory, contents) else "tokenizer.json"
+        raise ValueError(
+            f"{directory / name} is not what a tokenizer has ({type(error).__name__}: {error}); train "
+            "or copy it again"
+        ) from error
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer in {directory} has no chat template, as of a base model; copy that of the "
@@ -190,6 +207,15 @@ def load(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
             "template writes must be in tokenizer.json."
         )
     return tokenizer
+
+
+def _is_whole(directory: pathlib.Path, contents: Mapping[str, Any]) -> bool:
+    """Whether a folder's tokenizer.json can be read by itself."""
+    try:
+        tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception:  # of no class of its own
+        return False
+    return "added_tokens" in contents["tokenizer.json"]  # which transformers reads
 
 
 # Often enough to be merged before what the text itself has to offer.

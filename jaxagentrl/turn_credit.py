@@ -15,6 +15,7 @@ from jaxagentrl.group_advantages import (
     group_normalized,
     group_std,
     leave_one_out,
+    without_self,
 )
 from jaxagentrl.types import Array
 
@@ -73,14 +74,9 @@ def rewards_to_go_group(
     )
     cells = turn_cells(present, group_ids, num_groups=num_groups)
     num_cells = num_groups * num_turns
-    if baseline == "mean":
-        credit, _ = center(returns.reshape(-1), cells, num_cells, axis_name)
-    else:
-        credit = leave_one_out(
-            returns.reshape(-1), cells, num_groups=num_cells, axis_name=axis_name
-        )
+    centered, size = center(returns.reshape(-1), cells, num_cells, axis_name)
+    credit = centered if baseline == "mean" else without_self(centered, size)
     if scale == "std":
-        centered, _ = center(returns.reshape(-1), cells, num_cells, axis_name)
         std = group_std(centered, cells, num_cells, ddof, axis_name)
         credit = credit / (masking.take_group(std, cells) + epsilon)
     return masking.spread_turns(credit.reshape(present.shape), turn_ids, action_mask)

@@ -112,12 +112,13 @@ def std(xs, ddof):
     return math.sqrt(sum((x - mean) ** 2 for x in xs) / (len(xs) - ddof))
 
 
-def against(x, others, *, scale, ddof, epsilon):
-    """x less the mean of `others` (which hold x), over their std; 0 with fewer than two."""
+def against(x, others, *, scale, ddof, epsilon, spread=None):
+    """x less the mean of `others`, over the std of `spread`, by default theirs; 0 with fewer than two."""
     if len(others) < 2:
         return 0.0
     difference = x - sum(others) / len(others)
-    return difference / (std(others, ddof) + epsilon) if scale == "std" else difference
+    divisor = std(others if spread is None else spread, ddof) + epsilon
+    return difference / divisor if scale == "std" else difference
 
 
 def group_normalized(scores, group_ids, *, num_groups, scale="std", ddof=1, epsilon=1e-6):
@@ -251,20 +252,23 @@ def gigpo(
             population = [scores[j] for j in rows for _ in returns[j]]
         else:
             population = [scores[j] for j in rows if returns[j]]
-        visits = {}  # anchor → returns that count there
+        visits, firsts = {}, {}  # anchor → returns there, and those that its mean is of
         for j in rows:
             seen = set()
             for k in sorted(returns[j]):
                 anchor = int(anchor_ids[j][k])
-                if anchor < 0 or (first_visit and anchor in seen):
+                if anchor < 0:
                     continue
-                seen.add(anchor)
                 visits.setdefault(anchor, []).append(returns[j][k])
+                if not (first_visit and anchor in seen):
+                    firsts.setdefault(anchor, []).append(returns[j][k])
+                seen.add(anchor)
         for i in rows:
             for k, x in returns[i].items():
                 episode = against(scores[i], population, **options)
-                there = visits.get(int(anchor_ids[i][k]), [])
-                credit[i][k] = episode + step_weight * against(x, there, **options)
+                anchor = int(anchor_ids[i][k])
+                step = against(x, firsts.get(anchor, []), spread=visits.get(anchor), **options)
+                credit[i][k] = episode + step_weight * step
     return spread_turns(credit, mask, turn_ids)
 
 

@@ -156,6 +156,20 @@ def test_whiten_golden():
     np.testing.assert_allclose(kept, [0.5, 1.5, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize("offset, size", [(1e2, 1e-2), (1e4, 1), (1e6, 1), (-1e6, 1)])
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whiten_does_not_lose_digits_to_a_common_offset(offset, size, shift_mean):
+    x = (offset + size * np.random.default_rng(0).standard_normal((4, 50))).astype(np.float32)
+    mask = np.random.default_rng(1).random((4, 50)) < 0.7
+    expected = oracles.whiten(x, mask, shift_mean=shift_mean)
+    check(fast.whiten(np.where(mask, x, np.nan), mask, shift_mean=shift_mean), expected, mask)
+    if shift_mean:
+        over_devices = jax.vmap(
+            functools.partial(advantages.whiten, axis_name="devices"), axis_name="devices"
+        )
+        check(over_devices(x, mask), expected, mask)
+
+
 def test_bilevel_gae_skips_what_lies_inside_a_turn():
     """Tool output in the middle of a turn is no token of it."""
     options = {"token_discount": 0.9, "turn_discount": 0.8, "gae_lambda": 0.7}
@@ -228,6 +242,36 @@ def test_gigpo_loops_dominate_unless_first_visits_only():
     # All visits: mean 3/4. First visits: mean 1/2, against which later visits are measured too.
     np.testing.assert_allclose(step_credit(False), [[0.25] * 3, [-0.75, 0, 0]], atol=1e-6)
     np.testing.assert_allclose(step_credit(True), [[0.5] * 3, [-0.5, 0, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("scale, later", [("none", -0.5), ("std", -(3**0.5))])
+def test_gigpo_measures_later_visits_where_the_first_ones_tie(scale, later):
+    # Both reach the anchor with a return of 1, and row 0 comes back to it with 0.5. The std is that of
+    # all three visits: √((1/36 + 1/36 + 4/36) / 2) = 1/√12.
+    rewards = np.array([[0.5, 0, 0.5], [0, 0, 1]], np.float32)
+    anchors = np.array([[0, 1, 0], [0, 2, 3]], np.int32)
+
+    def step_credit(rewards):
+        credit = functools.partial(
+            fast.gigpo,
+            rewards,
+            np.ones((2, 3), bool),
+            np.array([[0, 1, 2]] * 2, np.int32),
+            anchors,
+            np.zeros(2, np.int32),
+            num_groups=1,
+            num_anchors=4,
+            turn_discount=1.0,
+            scale=scale,
+            first_visit=True,
+        )
+        return np.asarray(credit(step_weight=1.0) - credit(step_weight=0.0))
+
+    expected = np.array([[0, 0, later], [0, 0, 0]])
+    np.testing.assert_allclose(step_credit(rewards), expected, atol=1e-5)
+    # First visits that almost tie are no divisor. Their mean is half a part in ten thousand higher.
+    almost = step_credit(rewards + np.array([[0, 0, 0], [0, 0, 1e-4]], np.float32))
+    np.testing.assert_allclose(almost, expected, atol=1e-3)
 
 
 def test_gigpo_compares_no_trajectory_with_itself():
@@ -411,7 +455,12 @@ def test_rewards_to_go_group_matches_definition(seed, junk, choices):
 
 
 GIGPO_CHOICES = st.sampled_from(
-    [("std", "trajectories", False), ("std", "trajectories", True), ("none", "steps", False)]
+    [
+        ("std", "trajectories", False),
+        ("std", "trajectories", True),
+        ("none", "steps", False),
+        ("none", "trajectories", True),
+    ]
 )
 
 
@@ -701,6 +750,58 @@ def test_scores_that_differ_by_the_rounding_of_their_sums_are_equal(sign):
     assert abs(float(made[0])) > 0.9e-5 * abs(float(sums[0]))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("members", [1, 2, 4])
+def test_scores_that_are_no_numbers_are_no_missing_signal(bad, members):
+    """They must stop the run, not pass for a group that has nothing to learn from."""
+    ids = np.array([0] * members + [1, 1, 9], np.int32)
+    scores = np.array([bad] + [1.0] * (members - 1) + [3.0, 4.0, bad], np.float32)
+    mask, turns = np.ones((len(ids), 1), bool), np.zeros((len(ids), 1), np.int32)
+    rows, ones = scores[:, None], np.ones((len(ids), 1), np.float32)
+    firsts = {"turn_discount": 1.0, "first_visit": True, "scale": "none"}
+    found = [
+        *(fast.group_normalized(scores, ids, num_groups=2, scale=s) for s in ("std", "none")),
+        fast.leave_one_out(scores, ids, num_groups=2),
+        fast.opo(scores, ones[:, 0], ids, num_groups=2),
+        fast.rewards_to_go_group(rows, ones, mask, turns, ids, num_groups=2)[:, 0],
+        fast.mt_grpo(rows, 0 * ones[:, 0], mask, turns, ids, num_groups=2)[:, 0],
+        fast.istar(0 * ones[:, 0], rows, mask, turns, ids, num_groups=2)[:, 0],
+        fast.gigpo(rows, mask, turns, turns, ids, num_groups=2, num_anchors=1)[:, 0],
+        fast.gigpo(rows, mask, turns, turns, ids, num_groups=2, num_anchors=1, **firsts)[:, 0],
+    ]
+    for got in found:
+        assert not np.isfinite(got[0])
+        assert np.all(np.isfinite(got[members:])) and got[-1] == 0.0
+    whole = fast.reinforce_plus_plus_baseline(scores, ids, mask, num_groups=2)
+    assert not np.any(np.isfinite(whole[:-1])) and whole[-1, 0] == 0.0
+
+
+def test_a_later_visit_that_is_no_number_is_seen():
+    # Alone at its anchor, and a later visit there: nothing to compare it with.
+    got = fast.gigpo(
+        np.array([[1, np.inf]], np.float32),
+        np.ones((1, 2), bool),
+        np.arange(2, dtype=np.int32)[None],
+        np.zeros((1, 2), np.int32),
+        np.zeros(1, np.int32),
+        num_groups=1,
+        num_anchors=1,
+        first_visit=True,
+    )
+    assert not np.any(np.isfinite(got))
+
+
+def test_scores_that_are_no_numbers_leave_other_groups_gradients_alone():
+    scores, ids = np.array([np.nan, 1, 3, 4, 4, 4], np.float32), np.array([0, 0, 1, 1, 2, 2])
+
+    def loss(x):
+        credit = advantages.group_normalized(x, ids, num_groups=3, scale="none")
+        return jnp.sum(credit[2:] * jnp.arange(4.0))
+
+    gradient = jax.grad(loss)(scores)
+    assert np.all(np.isfinite(gradient[2:])) and np.any(gradient[2:4] != 0)
+
+
 def test_a_group_of_one_and_padding_rows_get_zero():
     scores = np.array([5.0, np.nan, np.inf, 3.0], np.float32)
     ids = np.array([0, 2, -1, 1], np.int32)  # 2 and −1 are out of range
@@ -817,6 +918,9 @@ def test_rows_without_tokens_have_advantages_without_tokens():
         advantages.bilevel_gae(*[numbers] * 2, mask, mask, gae_lambda=0.9, **discounts),
     ):
         assert jax.tree.map(np.shape, got) in ((2, 0), ((2, 0), (2, 0)))
+    ids = np.zeros(2, np.int32)
+    assert advantages.spread(numbers.sum(1), mask).shape == (2, 0)
+    assert advantages.reinforce_plus_plus_baseline(WIN[:2], ids, mask, num_groups=1).shape == (2, 0)
 
 
 def test_shapes_and_types_are_checked():

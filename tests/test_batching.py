@@ -147,10 +147,21 @@ def test_batches_of_a_set_agree_with_one_large_batch():
     ]
     scores = [np.asarray([float(i)], np.float32) for i in range(len(made))]
     whole = batching.to_batch(made, scores, **OPTIONS)
-    pairs = batching.to_batches(made, scores, **OPTIONS, tokens_per_batch=32)
-    assert [(g.length, g.num_rows) for g, _ in pairs] == [(16, 2), (8, 4), (8, 4)]
+    groups = batching.length_groups(
+        [trajectory.num_tokens for trajectory in made], length_buckets=OPTIONS["length_buckets"],
+        tokens_per_batch=32, row_multiple=1,
+    )
+    assert [(group.length, group.num_rows) for group in groups] == [(16, 2), (8, 4), (8, 4)]
     seen = []
-    for group, batch in pairs:
+    for group in groups:
+        batch = batching.to_batch(
+            [made[index] for index in group.indices],
+            [scores[index] for index in group.indices],
+            **OPTIONS | {"length_buckets": [group.length]},
+            group_ids=batching.group_ids(made)[list(group.indices)],
+            num_groups=4,
+            num_rows=group.num_rows,
+        )
         assert batch.tokens.shape == (group.num_rows, group.length)
         for row, index in enumerate(group.indices):
             seen.append(index)
@@ -160,19 +171,6 @@ def test_batches_of_a_set_agree_with_one_large_batch():
                 np.testing.assert_array_equal(got, expected, strict=True)
         assert (batch.group_ids[len(group.indices) :] == 4).all()
     assert sorted(seen) == list(range(len(made)))
-    assert batching.to_batches([], [], **OPTIONS, tokens_per_batch=32) == []
-
-
-def test_bucketing_saves_padding():
-    rng = np.random.default_rng(0)
-    made = [one_turn(int(n)) for n in np.minimum(rng.geometric(0.02, 200) + 10, 256)]
-    options = OPTIONS | {"length_buckets": (32, 64, 96, 128, 192, 256)}
-    whole = batching.padding_share([batching.to_batch(made, None, **options)])
-    pairs = batching.to_batches(made, None, **options, tokens_per_batch=2048)
-    assert whole > 0.6
-    assert batching.padding_share([batch for _, batch in pairs]) < 0.3
-    with pytest.raises(ValueError, match="no batches"):
-        batching.padding_share([])
 
 
 def test_anchors_are_numbered_within_their_group():

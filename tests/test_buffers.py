@@ -162,6 +162,10 @@ def test_wrong_rows_are_refused():
         buffers.add(buffer, {**rows(0, 2), "x": jnp.zeros((1, 2))})
     with pytest.raises(AssertionError):
         buffers.add(buffer, {"n": jnp.zeros(2, jnp.int32)})
+    with pytest.raises(ValueError, match="example: got {}, expected at least one array"):
+        buffers.init(2, {})
+    with pytest.raises(ValueError, match="leaf without a leading axis"):
+        buffers.add(buffers.init(2, {"n": jnp.zeros(())}), {"n": jnp.float32(0)})
     with pytest.raises(AssertionError):
         buffers.add(buffer, rows(0, 2), valid=jnp.ones(1, bool))
 

@@ -204,6 +204,48 @@ def test_the_date_does_not_depend_on_the_day(folders):
     assert "1 Jan 2026" in other.before_first
 
 
+@pytest.mark.parametrize("option, said", [
+    ("enable_thinkng", r"no variable enable_thinkng. It has: .*enable_thinking.*Did you mean enable_thinking\?"),
+    ("temperature", r"no variable temperature. It has: [a-z_, ]*\.$"),
+    ("messages", "messages is written by the run"),
+    ("add_generation_prompt", "add_generation_prompt is written by the run"),
+    ("eos_token", "eos_token is written by the run"),
+    ("tokenize", "no variable tokenize"),
+])
+def test_an_option_that_the_template_does_not_read_is_refused(folders, option, said):
+    with pytest.raises(ValueError, match=said):
+        chat.make(tokenizer.load(folders["qwen3"]), template_options={option: False})
+
+
+def test_a_template_without_variables_says_so(folders):
+    loaded = tokenizer.load(folders["qwen2.5"])
+    loaded.chat_template = tokenizer.CHATML_TEMPLATE
+    with pytest.raises(ValueError, match="no variable enable_thinking; it has none"):
+        chat.make(loaded, template_options={"enable_thinking": False})
+
+
+def test_variables_are_found_where_published_templates_read_them(folders):
+    """Behind tags that transformers knows, and where a template sets its own default."""
+    loaded = tokenizer.load(folders["qwen2.5"])
+    plain = loaded.chat_template
+    loaded.chat_template = (
+        "{%- if voice is not defined %}{% set voice = 'calm' %}{% endif %}"
+        "{%- set mood = mood | default('mild') %}"
+        "{%- if tools %}{{ tools }}{% endif %}"
+        "{%- macro quiet(own) %}{{ own }}{% endmacro %}"
+        "{%- for m in messages %}{% generation %}{{ late | default('') }}{% endgeneration %}{% break %}{% endfor %}"
+        + plain
+    )
+    for option in ("voice", "mood", "late", "tools"):
+        chat.make(loaded, template_options={option: None if option == "tools" else ""})
+    for option in ("own", "m", "namespace", "raise_exception", "strftime_now"):
+        with pytest.raises(ValueError, match=f"no variable {option}. It has: late, mood, tools, voice\\."):
+            chat.make(loaded, template_options={option: "x"})
+    loaded.chat_template = "{% if %}"
+    with pytest.raises(chat.TemplateError, match="cannot be read"):
+        chat.make(loaded, template_options={"voice": "x"})
+
+
 def test_templates_that_ask_for_today_get_the_same_day(folders):
     """As Mistral Small does in its default system message, and SmolLM3."""
     loaded = tokenizer.load(folders["qwen2.5"])
@@ -223,7 +265,8 @@ def test_templates_that_ask_for_today_get_the_same_day(folders):
         chat.make(loaded, template_options={"date_string": "2026-01-01"})
     with pytest.raises(ValueError, match="date_string is 5, but"):
         chat.make(loaded, template_options={"date_string": 5})
-    chat.make(tokenizer.load(folders["qwen3"]), template_options={"date_string": "2026-01-01"})
+    with pytest.raises(ValueError, match="no variable date_string"):  # nor asks for today
+        chat.make(tokenizer.load(folders["qwen3"]), template_options={"date_string": "1 Jan 2026"})
     with pytest.raises(chat.TemplateError, match="from day to day"):
         chat.make(asking("strftime_now(form)"))
 

@@ -193,6 +193,8 @@ def test_the_prompts_are_the_runs_own(folder, capsys):
         with pytest.raises(SystemExit):
             check_tokens.main([str(folder), f"--template_options={wrong}"])
         assert said in capsys.readouterr().err
+    assert check_tokens.main([str(folder), '--template_options={"enable_thinkng": false}']) == 2
+    assert "Did you mean enable_thinking?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mesh", [("--fsdp=2", "--tensor=2"), ("--data=4",)], ids=" ".join)

@@ -237,6 +237,69 @@ def test_damaged_checkpoint_names_the_way_out(tmp_path):
     assert int(restored["x"][0]) == 0
 
 
+DAMAGES = {
+    "deleted": lambda content: None,
+    "emptied": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "one byte flipped": lambda content: (
+        content[: (half := len(content) // 2)] + bytes([content[half] ^ 255]) + content[half + 1 :]
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damaged_file_is_found(damage, tmp_path):
+    state = {"big": jnp.ones(BIG), "small": jnp.arange(3)}
+    folder = checkpoints.save(tmp_path, step=1, state=state, host={})
+    files = [path for path in (folder / "state").rglob("*") if path.is_file()]
+    assert len(files) > 3
+    for file in files:
+        content = file.read_bytes()
+        changed = DAMAGES[damage](content)
+        if changed is None:
+            file.unlink()
+        else:
+            file.write_bytes(changed)
+        with pytest.raises(checkpoints.CheckpointError, match="damaged.*Remove that folder") as caught:
+            checkpoints.restore(tmp_path, state)
+        assert file.name in str(caught.value)
+        file.write_bytes(content)
+    assert_same_bits(checkpoints.restore(tmp_path, state)[0], state)
+
+
+def test_a_checkpoint_of_before_there_were_checksums_is_read(tmp_path):
+    state = {"big": jnp.ones(BIG), "small": jnp.arange(3)}
+    folder = checkpoints.save(tmp_path, step=1, state=state, host={})
+    record = json.loads((folder / "checkpoint.json").read_text())
+    del record["files"]
+    (folder / "checkpoint.json").write_text(json.dumps(record))
+    assert_same_bits(checkpoints.restore(tmp_path, state)[0], state)
+    # What makes a file unreadable is found by TensorStore then.
+    largest = max((folder / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    with pytest.raises(checkpoints.CheckpointError, match="damaged.*Remove that folder") as caught:
+        checkpoints.restore(tmp_path, state)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [
+    {"format_version": "1"}, {"format_version": True}, {"leaves": None}, {"leaves": {"x": 3}},
+    {"leaves": {"x": {"shape": [1]}}}, {"host": 3}, {"step": "1"}, {"files": []},
+])
+def test_a_record_that_is_none_names_the_way_out(change, tmp_path):
+    folder = checkpoints.save(tmp_path, step=1, state={"x": jnp.zeros(1)}, host={})
+    record = json.loads((folder / "checkpoint.json").read_text()) | change
+    (folder / "checkpoint.json").write_text(json.dumps(record))
+    named = next(iter(change))
+    with pytest.raises(checkpoints.CheckpointError, match=f"{named}.*Remove the folder"):
+        checkpoints.restore(tmp_path, {"x": jnp.zeros(1)})
+    if named in ("leaves", "host"):
+        del record[named]
+        (folder / "checkpoint.json").write_text(json.dumps(record))
+        with pytest.raises(checkpoints.CheckpointError, match=f"{named}.*Remove the folder"):
+            checkpoints.restore(tmp_path, {"x": jnp.zeros(1)})
+
+
 @pytest.mark.parametrize("host, named", [
     ({"a": {1: 2}}, r"host\['a'\] has the key 1"),
     ({"a": [np.float32(1)]}, r"host\['a'\]\[0\] is float32"),

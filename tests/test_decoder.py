@@ -216,6 +216,15 @@ def test_padding_of_an_append_writes_nowhere(params):
     np.testing.assert_array_equal(keys[:, 1], 0.0)
 
 
+@pytest.mark.parametrize("chunk_size", [0, -1])
+def test_a_chunk_holds_something(params, chunk_size):
+    ids = tokens(3, 11)
+    with pytest.raises(ValueError, match=f"chunk_size: got {chunk_size}, expected at least 1"):
+        logprobs.token_logprobs(
+            decoder.hidden(CONFIG, params, ids), decoder.unembedding(params), ids, chunk_size=chunk_size
+        )
+
+
 @pytest.mark.parametrize("chunk_size", [4096, 8])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_logprobs_against_float64_softmax(params, chunk_size, temperature):
@@ -286,6 +295,11 @@ def test_chunked_logprobs_have_the_same_gradient(params):
         ({"num_kv_heads": 3}, "num_kv_heads"),
         ({"head_dim": 7}, "head_dim"),
         ({"num_layers": 0}, "num_layers"),
+        ({"num_layers": 2.0}, "model.num_layers must be a whole number, got 2.0"),
+        ({"num_heads": True}, "model.num_heads must be a whole number, got True"),
+        ({"vocab_size": None}, "model.vocab_size must be a whole number, got None"),
+        ({"sliding_window": 4.5}, "model.sliding_window must be a whole number, got 4.5"),
+        ({"norm_eps": "1e-6"}, "model.norm_eps must be a number, got '1e-6'"),
         ({"sliding_window": 0}, "sliding_window"),
         ({"sliding_window": 4, "window_layers": (True,)}, "window_layers.*each of the 2 layers"),
         ({"sliding_window": 4, "window_layers": (True, True)}, "some True and some False"),

@@ -38,6 +38,17 @@ def test_returns_that_vary_by_rounding_do_not_vary(outcome):
     assert per_turn[0] == 0
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("of_returns", [False, True])
+def test_a_critic_that_gives_no_numbers_explains_nothing(bad, of_returns):
+    good, broken = np.array([[1, 2, 3, bad]], np.float32), np.array([[bad, 1, 2, 3]], np.float32)
+    values, returns = (good, broken) if of_returns else (broken, good)
+    mask, ids = np.array([[True, True, True, False]]), np.zeros((1, 4), np.int32)
+    assert not np.isfinite(diagnostics.explained_variance(values, returns, mask))
+    per_turn = diagnostics.explained_variance_per_turn(values, returns, mask, ids, num_turns=2)
+    assert not np.isfinite(per_turn[0]) and per_turn[1] == 0
+
+
 def test_explained_variance_per_turn():
     turns = np.array([[0, 0, 1, 1, -1], [0, 1, 1, 2, 2]], np.int32)
     mask = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], bool)

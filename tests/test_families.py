@@ -153,7 +153,7 @@ def test_the_other_spelling_of_settings(case, tmp_path):
     if name == "gemma3_seven":
         settings["sliding_window_pattern"] = 6
     settings["torch_dtype"] = settings.pop("dtype")
-    if settings["rope_scaling"]:
+    if settings["rope_scaling"] and "rope_local_base_freq" not in settings:   # in Gemma 3 nobody reads it
         settings["rope_scaling"]["type"] = settings["rope_scaling"].pop("rope_type")
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert pretrained_config.read_config(tmp_path) == config
@@ -352,6 +352,14 @@ def test_a_scaled_gemma3_with_windows_everywhere_keeps_its_scaling(tmp_path):
      "rope_parameters.sliding_attention.rope_type is 'linear'"),
     (dict(query_pre_attn_scalar=-1), "query_pre_attn_scalar must be positive"),
     (dict(attention_bias=True), "attention_bias is True"),
+    (dict(rope_parameters={"full_attention": their_models.YARN | {"truncate": False},
+                           "sliding_attention": their_models.PLAIN}),
+     "rope_parameters.full_attention.truncate is False, which transformers passes over"),
+    (dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 8.0}),
+     "rope_scaling.type is 'linear', which transformers passes over.* rope_type"),
+    (dict(rope_parameters=None, rope_scaling={
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False}),
+     "rope_scaling.truncate is False, which transformers passes over"),
 ])
 def test_unsupported_settings_of_gemma3_are_named(changes, named, tmp_path):
     settings = their_models.make("gemma3").config.to_dict() | changes
@@ -402,6 +410,8 @@ def config_json(**changes):
      r"rope_scaling stands in the place of rope_parameters.*50000\.0"),
     (dict(hidden_size=32.0), "hidden_size is 32.0, expected a positive integer"),
     (dict(model_type=["llama"]), r"model_type is \['llama'\], expected one of"),
+    (dict(model_type="qwen2", use_sliding_window="false", sliding_window=8),
+     "use_sliding_window is 'false', expected true or false"),
     (dict(tie_word_embeddings="false"), "tie_word_embeddings is 'false', expected true or false"),
     (dict(rope_theta=0), "rope_theta is 0, expected more"),
     (dict(model_type="mistral", sliding_window=8.5), "sliding_window is 8.5, expected a positive integer"),
@@ -468,3 +478,21 @@ def test_a_query_scale_that_no_config_json_can_say_is_not_exported():
                intermediate_size=48, query_scale_dim=12.5), **GEMMA3)
     with pytest.raises(pretrained.PretrainedError, match="query_scale_dim.*12.5"):
         pretrained_config.to_json(config, "float32")
+
+
+def test_what_transformers_passes_over_in_a_gemma3_is_not_exported():
+    """The truncation of YARN, of which it makes the usual one."""
+    yarn = rope.Scaling("yarn", 4.0, original_max_position_embeddings=16, truncate=False)
+    settings = dict(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+                    intermediate_size=48, sliding_window=5, window_layers=(True, False), local_rope_theta=100.0,
+                    rope_scaling=yarn)
+    with pytest.raises(pretrained.PretrainedError, match="rope_scaling.truncate.*False"):
+        pretrained_config.to_json(decoder.DecoderConfig(**settings, **GEMMA3), "float32")
+    theirs = transformers.Gemma3TextConfig(head_dim=32, rope_parameters={
+        "full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0, "truncate": False,
+                           "original_max_position_embeddings": 16},
+        "sliding_attention": their_models.PLAIN})
+    made = transformers.models.gemma3.modeling_gemma3.Gemma3RotaryEmbedding(theirs).full_attention_inv_freq
+    usual, _ = rope.frequencies(32, 100.0, dataclasses.replace(yarn, truncate=True))
+    np.testing.assert_allclose(made.numpy(), usual, rtol=3e-7)
+    assert np.any(rope.frequencies(32, 100.0, yarn)[0] != usual)

@@ -78,6 +78,7 @@ jaxagentrl.models.decode_kernel
 jaxagentrl.models.layers
 jaxagentrl.models.decoder
 jaxagentrl.models.decoding_layout
+jaxagentrl.models.git_lfs
 jaxagentrl.models.pretrained_families
 jaxagentrl.models.pretrained_config
 jaxagentrl.models.lora

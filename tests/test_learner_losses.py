@@ -463,3 +463,14 @@ def test_reports_the_share_of_the_tokens_on_which_the_clip_acts(surrogate):
     _, metrics, _ = measure(targets, surrogate=surrogate)
     assert np.any(clipped) == (surrogate != "policy_gradient")
     np.testing.assert_allclose(metrics["policy/clip_fraction"], np.sum(weights * clipped), rtol=1e-5)
+
+
+def test_a_policy_that_has_hardly_moved_is_reported_to_have_moved_as_far():
+    new = case().scores.logprobs
+    away = 1e-4 * np.where(np.arange(new.size).reshape(new.shape) % 2, 1, -1)
+    targets = changed(old_logprobs=(new - away).astype(np.float32))
+    mask = case().batch.action_mask
+    log_ratios = (new - targets.old_logprobs.astype(np.float64))[mask]
+    _, metrics, _ = measure(targets)
+    expected = np.sum(targets.mean_weights[mask] * log_ratios**2 / 2)
+    np.testing.assert_allclose(metrics["policy/old_kl"], expected, rtol=0.05)

@@ -103,13 +103,9 @@ def test_clean():
     np.testing.assert_array_equal(jax.grad(total)(X), MASK)
 
 
-def test_positions_and_segment_mask():
+def test_positions():
     valid = np.array([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0]], bool)
     np.testing.assert_array_equal(masking.positions(valid), [[0, 0, 1, 0, 2], [0] * 5])
-    got = masking.segment_mask(np.array([0, 0, 1, -1], np.int32))
-    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
-    np.testing.assert_array_equal(got, expected)
-    assert masking.segment_mask(np.zeros((2, 4), np.int32)).shape == (2, 4, 4)
 
 
 def test_turn_ends_are_closed_and_counted():
@@ -176,3 +172,18 @@ def test_division_by_nothing_is_zero_in_value_and_gradient():
     np.testing.assert_array_equal(masking.divide(x, y), [1.5, 0, 0])
     slope = jax.grad(lambda x, y: jnp.sum(masking.divide(x, y)), (0, 1))(x, y)
     np.testing.assert_allclose(slope, [[0.5, 0, 0], [-0.75, 0, 0]])
+
+
+def test_division_hides_nothing_that_is_no_number():
+    x, y = jnp.array([3.0, 3.0, jnp.nan]), jnp.array([jnp.nan, 2.0, 0.0])
+    np.testing.assert_array_equal(masking.divide(x, y), [np.nan, 1.5, 0])
+    slope = jax.grad(lambda x: jnp.sum(masking.divide(x, y)))(x)
+    np.testing.assert_array_equal(slope, [np.nan, 0.5, 0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_idle_is_zero_if_it_is_a_number(bad):
+    x, idle = jnp.array([1.0, 2.0, bad, bad]), np.array([True, False, True, False])
+    np.testing.assert_array_equal(masking.zero_idle(x, idle), [0, 2, bad, bad])
+    slope = jax.grad(lambda x: jnp.sum(masking.zero_idle(x, idle)[:2]))(x)
+    np.testing.assert_array_equal(slope, [0, 1, 0, 0])

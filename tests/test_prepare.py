@@ -21,15 +21,18 @@ def trained(tmp_path_factory):
     return tokenizer.train(texts * 9, vocab_size=300, directory=tmp_path_factory.mktemp("tokens"))
 
 
-def test_the_configs_system_message_and_template_variables_reach_the_prompt(trained):
+def test_the_configs_system_message_and_template_variables_reach_the_prompt(trained, monkeypatch):
+    opening = "{% if enable_thinking %}{{ 'Think. ' }}{% endif %}"
+    monkeypatch.setattr(trained, "chat_template", opening + trained.chat_template)
     plain = prepare.make_chat(trained, {"system": None, "template_options": {}})
     told = prepare.make_chat(
-        trained, {"system": "Be brief.", "template_options": {"enable_thinking": False}}
+        trained, {"system": "Be brief.", "template_options": {"enable_thinking": True}}
     )
     assert "Be brief." not in plain.decode(plain.first_prompt("Look."))
     opening = told.decode(told.first_prompt("Look."))
+    assert opening.startswith("Think. ")
     assert opening.index("Be brief.") < opening.index("Look.")
-    assert told.template_options["enable_thinking"] is False
+    assert told.template_options["enable_thinking"] is True
 
 
 def test_a_models_folder_gives_its_vocabulary_its_stop_ids_and_its_longest_text(

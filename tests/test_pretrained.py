@@ -328,6 +328,14 @@ def test_missing_and_damaged_files(folders, tmp_path):
         pretrained.load(folder)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pointer_of_git_lfs_in_the_place_of_a_file(name, folders, tmp_path):
+    folder = copy_of(folders / "llama_tied", tmp_path)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 17\n")
+    with pytest.raises(pretrained.PretrainedError, match=f"{name} is a pointer of Git LFS.*`git lfs pull`"):
+        pretrained.load(folder)
+
+
 def test_save_refuses_other_trees_and_other_peoples_files(folders, tmp_path):
     config, params = pretrained.load(folders / "llama_tied")
     with pytest.raises(pretrained.PretrainedError, match="value_head/kernel is surplus"):

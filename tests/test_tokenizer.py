@@ -217,3 +217,25 @@ def test_wrong_folders_are_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="not readable JSON"):
         tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 17\n"
+    (tmp_path / "tokenizer.json").write_text(pointer)
+    with pytest.raises(ValueError, match="tokenizer.json is a pointer of Git LFS.*`git lfs pull`"):
+        tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("file, text", [
+    ("tokenizer.json", "[]"),
+    ("tokenizer.json", "{}"),
+    ("tokenizer.json", '{"added_tokens": [], "model": 3}'),
+    ("tokenizer_config.json", "[]"),
+    ("tokenizer_config.json", "null"),
+    ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+    ("tokenizer_config.json", '{"eos_token": 3}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": 3}'),
+])
+def test_files_that_are_no_tokenizers_are_named(file, text, tmp_path):
+    tokenizer.train(GAME, vocab_size=400, directory=tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file} .*(train|copy).* it again"):
+        tokenizer.load(tmp_path)

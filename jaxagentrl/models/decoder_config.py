@@ -1,10 +1,18 @@
 """The shape of a decoder: every family of models it can be is a choice of these settings."""
 
 import dataclasses
+import numbers
+from typing import Any
 
 from jaxagentrl.models import rope
 
 ACTIVATIONS = ("silu", "gelu_tanh")
+
+_NUMBERS: dict[Any, tuple[type, str]] = {
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+}
+_NUMBERS |= {kind | None: expected for kind, expected in _NUMBERS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +54,12 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            numbers = (int, float, int | None, float | None)
-            if field.type in numbers and value is not None and not value > 0:
+            if field.type not in _NUMBERS or (value is None and field.type not in (int, float)):
+                continue
+            kind, expected = _NUMBERS[field.type]
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"model.{field.name} must be {expected}, got {value!r}.")
+            if not value > 0:
                 raise ValueError(f"model.{field.name} must be positive, got {value!r}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

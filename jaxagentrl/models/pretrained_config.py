@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxagentrl.models import decoder_config, rope
+from jaxagentrl.models import decoder_config, git_lfs, rope
 from jaxagentrl.models.pretrained_families import (
     BY_MODEL_TYPE,
     FAMILIES,
@@ -200,8 +200,9 @@ def _of_wrong_types(settings: Mapping[str, Any]) -> list[str]:
             problems.append(f"rope_parameters.{kind} is {entry!r}, expected an object")
     if not isinstance(settings.get("layer_types"), list | None):
         problems.append(f"layer_types is {settings['layer_types']!r}, expected a list")
-    if not isinstance(settings.get("tie_word_embeddings"), bool | None):
-        problems.append(f"tie_word_embeddings is {settings['tie_word_embeddings']!r}, expected true or false")
+    for key in ("tie_word_embeddings", "use_sliding_window"):
+        if not isinstance(settings.get(key), bool | None):
+            problems.append(f"{key} is {settings[key]!r}, expected true or false")
     for key in ("rope_theta", "rope_local_base_freq"):
         if settings.get(key) == 0:
             problems.append(f"{key} is 0, expected more")
@@ -271,6 +272,8 @@ def _read_rotations(
     if local is not None and new and not per_kind:
         problems.append(f"rope_parameters is {new}, expected an entry for each of {[_FULL, _LOCAL]}: "
                         "transformers reads no other in a Gemma 3")
+    if local is not None:
+        problems += _passed_over(new, old)
     full = _rotation("rope_parameters", (new.get(_FULL) or {}) if per_kind else new, theta, length,
                      problems)
     if old:
@@ -297,6 +300,20 @@ def _read_rotations(
         problems.append(f"rope_parameters.{_LOCAL}.rope_type is {near[1].rope_type!r}, expected "
                         "'default'")
     return {"rope_theta": full[0], "rope_scaling": full[1], "local_rope_theta": near[0]}
+
+
+def _passed_over(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+    """What transformers does not read of the rotations of a Gemma 3, though it does of all others."""
+    entries = {f"rope_parameters.{kind}": new.get(kind) or {} for kind in (_FULL, _LOCAL)}
+    problems = [
+        f"{key}.truncate is {entry['truncate']!r}, which transformers passes over in a Gemma 3"
+        for key, entry in (entries | {"rope_scaling": old}).items()
+        if entry.get("truncate") not in (None, True)
+    ]
+    if old.get("type", "default") != "default" and "rope_type" not in old and not new:
+        problems.append(f"rope_scaling.type is {old['type']!r}, which transformers passes over in a "
+                        "Gemma 3: call it rope_type")
+    return problems
 
 
 # Keys of each scaling: what it must have, what it may have.
@@ -459,6 +476,8 @@ def _scaling_settings(scaling: rope.Scaling | None) -> dict[str, Any] | None:
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object from a file of a model folder, or PretrainedError."""
+    if said := git_lfs.advice(path):
+        raise PretrainedError(said)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -200,4 +200,7 @@ def differences(family: Family, config: Any) -> dict[str, Any]:
         found |= {"hidden_size": config.hidden_size, "num_heads": config.num_heads}
     if family.query_scale and (config.query_scale_dim or 0) % 1:  # an integer in config.json
         found["query_scale_dim"] = config.query_scale_dim
+    # Of rotations per kind of layer transformers does not read it.
+    if "local_rope_theta" in family.free and config.rope_scaling and not config.rope_scaling.truncate:
+        found["rope_scaling.truncate"] = config.rope_scaling.truncate
     return found

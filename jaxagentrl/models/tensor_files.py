@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 import ml_dtypes
 import numpy as np
 
+from jaxagentrl.models import git_lfs
 from jaxagentrl.models.pretrained_config import PretrainedError
 
 _DTYPES = {
@@ -72,6 +73,8 @@ def contents(path: pathlib.Path) -> dict[str, StoredTensor]:
     Raises:
         PretrainedError: the file is missing, cut off or of another format.
     """
+    if said := git_lfs.advice(path):
+        raise PretrainedError(said)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
