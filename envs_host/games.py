@@ -136,21 +136,18 @@ def _sweep(directory: str, pattern: str) -> None:
 def _load(spec: Spec, cache_dir: str) -> Task | str | None:
     """Reads an entry: its task, or why it was set aside, or None if it must be made (again)."""
     story_path, sidecar_path, record_path = spec.paths(cache_dir)
+    # A damaged entry, whatever is left of it, is made again: the same spec gives the same game.
     try:
         with open(record_path) as record_file:
             record = json.load(record_file)
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    if record["set_aside"] is not None:
-        return record["set_aside"]
-    try:
+        if record["set_aside"] is not None:
+            return record["set_aside"]
+        task = Task.from_json(record["task"] | {"file": story_path})
         with open(sidecar_path, "rb") as sidecar:
             intact = hashlib.sha256(sidecar.read()).hexdigest() == record["sidecar_digest"]
-        intact = intact and _DIGEST[spec.env](story_path) == record["task"]["digest"]
-    except (FileNotFoundError, GameFileError):
-        intact = False
-    # A damaged entry is made again: the same spec gives the same game.
-    return Task.from_json(record["task"] | {"file": story_path}) if intact else None
+        return task if intact and _DIGEST[spec.env](story_path) == task.digest else None
+    except (FileNotFoundError, GameFileError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _generate_in_processes(specs: list[Spec], cache_dir: str, num_workers: int) -> Iterable[Spec]:

@@ -8,6 +8,7 @@ processes.
 """
 
 import functools
+import inspect
 import itertools
 import os
 import pickle
@@ -20,6 +21,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxagentrl.models import sharding
+
+
+# Seconds that a process which ends waits for the others to end, too: one of them may have an error that they do not
+# know of. jax's 300 would have all hosts stand still for as long.
+_LEAVING_S = 30
 
 
 def start(
@@ -48,9 +54,15 @@ def start(
             f"--coordinator must be host:port of process 0, such as {coordinator.partition(':')[0] or 'host0'}:1234 "
             f"with any port that is free there, got {coordinator!r}."
         )
+    options = {"shutdown_timeout_seconds": _LEAVING_S}
+    known = inspect.signature(jax.distributed.initialize).parameters  # jax 0.8 has no such option
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, local_device_ids=_device_ids(os.environ)
+            coordinator,
+            num_processes,
+            process_id,
+            local_device_ids=_device_ids(os.environ),
+            **{name: value for name, value in options.items() if name in known},
         )
     except ValueError as error:
         raise ValueError(

@@ -4,6 +4,7 @@ import difflib
 import re
 import signal
 import sys
+import traceback
 
 if __name__ == "__main__":
     from jaxagentrl import pages
@@ -12,6 +13,7 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing has begun: Ctrl-C needs no traceback
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -32,7 +34,8 @@ class _OrNone(flags.ArgumentParser):
         self.syntactic_help = parser.syntactic_help
 
     def parse(self, argument):
-        is_number = isinstance(self._parser, flags.IntegerParser | flags.FloatParser)  # "none" is a value of some keys that are texts
+        # "none" is a value of some keys that are texts.
+        is_number = isinstance(self._parser, flags.IntegerParser | flags.FloatParser)
         said = argument.capitalize() if is_number and isinstance(argument, str) else argument
         return None if said in (None, "None") else self._parser.parse(argument)
 
@@ -71,6 +74,14 @@ def main(argv: list[str]) -> None:
         if _DEBUG.value:
             raise
         sys.exit(f"error: {error}\n(--debug shows where)")
+    except jax.errors.JaxRuntimeError:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        sys.exit(
+            "error: of a device, or because another process has ended: its output says why. The same commands, of all "
+            "processes, continue from the last checkpoint"
+        )
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues from the last checkpoint")
 

@@ -137,6 +137,21 @@ def positions(valid_mask: Array) -> Array:
     return jnp.where(valid_mask, counted, 0)
 
 
+def segment_mask(segment_ids: Array) -> Array:
+    """Which token may attend to which in packed rows: same segment, and not to the future.
+
+    Args:
+        segment_ids: [..., L] int, −1 on padding.
+
+    Returns:
+        [..., L, L] bool, entry (t, s) True where token t may attend to token s.
+    """
+    length = segment_ids.shape[-1]
+    same = segment_ids[..., :, None] == segment_ids[..., None, :]
+    causal = jnp.broadcast_to(jnp.tri(length, dtype=bool), same.shape)
+    return same & causal & (segment_ids >= 0)[..., :, None]
+
+
 def zero_carry(rows: list[Array]) -> Array:
     """[...] zeros to start a scan over the last axis of [..., L] rows.
 

@@ -116,6 +116,42 @@ def test_two_processes_of_two_devices(alone, tmp_path, smoke_games):
     assert not (workdir / "processes" / "001" / "model").exists()
 
 
+ONE_FAILS = """
+import sys
+from jaxagentrl import hosts
+hosts._LEAVING_S = 3
+hosts.start(sys.argv[1], 2, int(sys.argv[2]))
+if sys.argv[2] == "1":
+    sys.exit("error: no space left")
+hosts.gather("a part")
+"""
+
+
+def test_where_one_process_ends_the_others_do_too():
+    """With jax's own setting all would wait for five minutes."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"localhost:{probe.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_FAILS, coordinator, str(number)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode for process in processes)
+    assert "error: no space left" in outputs[1]
+
+
 @pytest.mark.parametrize("coordinator", ["host0", "host0:", ":1234", "host0:http", "host0:70000"])
 def test_a_coordinator_is_a_host_and_a_port(coordinator):
     with pytest.raises(ValueError, match="--coordinator must be host:port of process 0, such as host0:1234"):

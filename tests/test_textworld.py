@@ -15,7 +15,7 @@ import pytest
 from fake_engine import FakeEngine
 from hypothesis import strategies as st
 
-from envs_host import textworld, textworld_maker, textworld_text
+from envs_host import games, textworld, textworld_maker, textworld_text
 from envs_host.textworld_engine import Engine, Extras, Moment, Outcome, digest
 from envs_host.games import GenerationError
 from envs_host.memory import Engines, Memory
@@ -444,6 +444,13 @@ def test_games_are_found_again_and_damaged_ones_made_again(tasks, cache_dir, tmp
     made = textworld.generate(specs[:1], cache_dir=copies, progress=False)
     assert made.generated == 1
     assert made.tasks[0] == dataclasses.replace(tasks["basic"], file=str(game))  # Same digest.
+    record = game.with_suffix(".task.json")
+    whole = record.read_bytes()
+    for damaged in (b"", whole[:-9], b"\xff\xfe" + whole, b"{}", b"[]", b"null", b'{"set_aside": null}'):
+        record.write_bytes(damaged)
+        assert games._load(Spec.parse(specs[0]), str(copies)) is None, damaged
+    record.write_bytes(whole)
+    assert games._load(Spec.parse(specs[0]), str(copies)) == made.tasks[0]
 
 
 def test_the_cache_may_be_in_the_home_folder(tmp_path, monkeypatch):
