@@ -8,6 +8,11 @@ time in which this machine reads the filled keys and values once, by the bandwid
 large array in the same run.
 """
 
+if __name__ == "__main__":
+    from jaxagentrl import pages
+
+    pages.use_huge_ones()  # before jax is imported: it starts this process again
+
 import argparse
 import time
 
@@ -94,7 +99,6 @@ def main() -> None:
     parser.add_argument("--queries-per-head", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=32)
     args = parser.parse_args()
-    pages.use_huge_ones()
     pages.keep()
     s, k, g, e = args.slots, args.kv_heads, args.queries_per_head, args.head_dim
     floor = LAYERS * 2 * s * args.filled * k * e * 4 / bandwidth()

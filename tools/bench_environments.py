@@ -14,6 +14,11 @@ The model is random and its turns are those of `bench_rollout`: ended after eigh
 --budget. Longer ones leave environments more time.
 """
 
+if __name__ == "__main__":
+    from jaxagentrl import pages
+
+    pages.use_huge_ones()  # before jax is imported: it starts this process again
+
 import argparse
 import os
 import tempfile
@@ -154,7 +159,6 @@ def main() -> None:
     parser.add_argument("--row_divisors", type=int, nargs="+", default=[1])
     parser.add_argument("--cache_dir", default="~/.cache/jaxagentrl/textworld")
     args = parser.parse_args()
-    pages.use_huge_ones()
     pages.keep()
     precision.keep_float32(args.dtype)
     specs = [dict(bench_rollout.GAMES, seed=seed) for seed in range(1, args.games + 1)]

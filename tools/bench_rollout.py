@@ -23,6 +23,12 @@ plays once to warm up and compile, and is timed on other episodes, all of them i
 the episodes per second of each one's best repeat and our ratio to each.
 """
 
+if __name__ == "__main__":
+    from jaxagentrl import pages
+
+    # For all sides, as the main job has them; before jax is imported: it starts this process again.
+    pages.use_huge_ones()
+
 import argparse
 import dataclasses
 import functools
@@ -445,7 +451,6 @@ def main() -> int:
         args.slots = 32
     if args.waves < 1 or (args.slots or 0) % args.waves:
         parser.error(f"--slots must be a multiple of --waves, got {args.slots} and {args.waves}.")
-    pages.use_huge_ones()  # for all sides, as the main job has them
     pages.keep()
     precision.keep_float32(args.dtype)
 

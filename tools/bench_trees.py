@@ -17,6 +17,11 @@ them, and with those of the actions alone. It is given the advantages, and an ep
 credit and the layout of the batch are not in its time.
 """
 
+if __name__ == "__main__":
+    from jaxagentrl import pages
+
+    pages.use_huge_ones()  # before jax is imported: it starts this process again
+
 import argparse
 import copy
 import json
@@ -175,7 +180,6 @@ def learn_in_torch(config, folder, trajectories, credit, *, tokens_per_part, onl
 
 def main() -> None:
     args = arguments()
-    pages.use_huge_ones()
     pages.keep()
     if not (args.run / "config.json").is_file():
         raise SystemExit(f"{args.run} holds no config.json: name the workdir of a run of RL.")
