@@ -21,8 +21,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
 import transformers
@@ -168,7 +167,7 @@ def load(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
             f"tokenizer folder {directory} does not exist; give a folder with tokenizer.json and "
             "tokenizer_config.json, as tokenizer.train or a Hugging Face model leaves it"
         )
-    contents: dict[str, Any] = {}
+    contents = {}
     for name in ("tokenizer.json", "tokenizer_config.json"):
         file = directory / name
         if not file.is_file():
@@ -194,10 +193,9 @@ def load(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
     try:
         tokenizer = reader.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # a plain one is what tokenizers raises, and transformers whatever it comes to
-        name = "tokenizer_config.json" if _is_whole(directory, contents) else "tokenizer.json"
         raise ValueError(
-            f"{directory / name} is not what a tokenizer has ({type(error).__name__}: {error}); train "
-            "or copy it again"
+            f"the tokenizer in {directory} cannot be made of its tokenizer.json and tokenizer_config.json "
+            f"({type(error).__name__}: {error}); train or copy it again"
         ) from error
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -207,15 +205,6 @@ def load(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
             "template writes must be in tokenizer.json."
         )
     return tokenizer
-
-
-def _is_whole(directory: pathlib.Path, contents: Mapping[str, Any]) -> bool:
-    """Whether a folder's tokenizer.json can be read by itself."""
-    try:
-        tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    except Exception:  # of no class of its own
-        return False
-    return "added_tokens" in contents["tokenizer.json"]  # which transformers reads
 
 
 # Often enough to be merged before what the text itself has to offer.
