@@ -3,7 +3,9 @@
 import pathlib
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -75,6 +77,25 @@ def test_none_of_a_number_has_any_spelling_and_none_of_a_text_may_be_a_value(par
     config = parse("--config=configs/textworld_smoke.py", *given)
     assert config["rollout"]["max_refusals"] is None is config["reward"]["intermediate_scale"]
     assert config["learner"]["remat"] == "none"
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_an_error_of_the_devices_may_be_another_process_that_has_ended(num_processes, monkeypatch):
+    given = {"_DEBUG", "_DISTRIBUTED", "_COORDINATOR", "_NUM_PROCESSES", "_PROCESS_ID", "_WORKDIR"}
+    for name in given:
+        monkeypatch.setattr(main, name, types.SimpleNamespace(value=None))
+    monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=types.SimpleNamespace(to_dict=dict)))
+    monkeypatch.setattr(main.interrupts, "raise_where_heard", lambda: None)
+    monkeypatch.setattr(jax, "process_count", lambda: num_processes)
+
+    def fails(config, directory):
+        raise jax.errors.JaxRuntimeError("Gloo AllGather failed: Connection closed by peer")
+
+    monkeypatch.setattr(main.train, "run", fails)
+    expected = {1: (jax.errors.JaxRuntimeError, "closed by peer"), 2: (SystemExit, "another process has ended")}
+    error, said = expected[num_processes]
+    with pytest.raises(error, match=said):
+        main.main(["main"])
 
 
 def test_the_command_line_of_a_shell_ends_with_the_sentence():
