@@ -10,7 +10,6 @@ had passed. An empty submission earns nothing, unlike a share of all tests.
 import hashlib
 import json
 import os
-import tempfile
 from typing import NamedTuple
 
 from envs_host import swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
@@ -84,7 +83,7 @@ class SweEnv:
         self._sandbox, self._python = sandbox, python
         self._limits = swe_tests.Limits(test_limit_s, test_memory_mb)
         self._num_shown = window_lines
-        self._scratch: tempfile.TemporaryDirectory | None = None  # Holds the folders of the live episode.
+        self._scratch: swe_scratch.Folder | None = None  # Holds the folders of the live episode.
         self._task: Task | None = None
         self._problem: Problem | None = None
         self._work: Workspace | None = None
@@ -135,9 +134,9 @@ class SweEnv:
 
     def close(self) -> None:
         """Ends the episode and removes its copy of the repository."""
-        if self._scratch is not None:
-            self._scratch.cleanup()
-        self._scratch = self._work = None
+        scratch, self._scratch, self._work = self._scratch, None, None
+        if scratch is not None:
+            scratch.cleanup()
 
     def _laid_out(self, scratch: str) -> str:
         """A new copy of the repository as the episode begins, in a scratch folder."""

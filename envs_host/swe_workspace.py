@@ -23,6 +23,7 @@ _TEST_FOLDERS = ("test", "tests", "testing")
 _TEST_SETTINGS = (
     "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "tox.ini", "setup.cfg", "pyproject.toml",
 )  # fmt: skip
+_MAX_DEPTH = 50  # Folders in each other that files are looked for in: tests can make thousands.
 # What git tells the programs that it calls, and what would have it read another repository.
 _GIT_STATE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR")
 
@@ -152,10 +153,11 @@ class Workspace:
         self._before: dict[str, str | None] = {}  # What was in the files that were changed.
 
     def files(self) -> list[str]:
-        """All files, in order; none that running tests has left."""
+        """All files, in order; none that running tests has left, nor those in folders without end."""
         found = []
         for folder, names, files in os.walk(self.folder):
-            names[:] = [name for name in names if name != "__pycache__" and name != ".pytest_cache"]
+            depth = folder.count(os.sep) - self.folder.count(os.sep)
+            names[:] = [name for name in names if depth < _MAX_DEPTH and name not in ("__pycache__", ".pytest_cache")]
             found += (os.path.relpath(os.path.join(folder, file), self.folder) for file in files)
         return sorted(found)
 
@@ -163,12 +165,15 @@ class Workspace:
         """Names in a folder, folders with a `/` behind.
 
         Raises:
-            PathError: there is no such folder.
+            PathError: there is no such folder, or it may not be read.
         """
         folder = self._real(path)
         if not os.path.isdir(folder):
             raise PathError(f"There is no folder {path}.")
-        shown = (name for name in os.listdir(folder) if not _is_left_out(name))
+        try:
+            shown = [name for name in os.listdir(folder) if not _is_left_out(name)]
+        except OSError as error:
+            raise PathError(f"{path} cannot be read ({error.strerror}).") from None
         return sorted(name + "/" * os.path.isdir(os.path.join(folder, name)) for name in shown)
 
     def read(self, path: str) -> str:
@@ -219,13 +224,15 @@ class Workspace:
         """Deletes a file, and folders that it was the last in.
 
         Raises:
-            PathError: there is no such file, or it is no text.
+            PathError: there is no such file, it is no text, or it may not be deleted.
         """
         text, target = self.read(path), self._real(path)
-        os.remove(target)
+        try:
+            os.remove(target)
+        except OSError as error:
+            raise PathError(f"{path} cannot be deleted ({error.strerror}).") from None
         self._before.setdefault(self.name(path), text)
-        while (target := os.path.dirname(target)) != self.folder and not os.listdir(target):
-            os.rmdir(target)
+        _remove_empty(os.path.dirname(target), self.folder)
 
     def text(self, path: str) -> str | None:
         """The text of a file; None if there is no such file, or it is no text."""
@@ -252,6 +259,16 @@ class Workspace:
             if os.path.commonpath([real, self.folder]) == self.folder:
                 return real
         raise PathError(f"{path} is not a path in the repository.")
+
+
+def _remove_empty(folder: str, top: str) -> None:
+    """Removes a folder that is empty, and those around it that are empty then, below the top."""
+    while folder != top:
+        try:
+            os.rmdir(folder)
+        except OSError:
+            return  # There is something in it, or it may not be removed.
+        folder = os.path.dirname(folder)
 
 
 def _is_left_out(name: str) -> bool:

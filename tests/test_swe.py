@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 import envs_host
-from envs_host import games, swe, swe_maker, swe_problem, swe_tests, swe_text, swe_workspace
+from envs_host import games, swe, swe_maker, swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
 from envs_host.pool import EnvPool
 from envs_host.specs import SetAside, Spec
 from envs_host.types import EnvFailure, GameFileError, ResetResult, Task
@@ -535,6 +535,65 @@ def test_what_a_killed_process_leaves_is_cleared_up(tmp_path):
             third.stdin.close()
             third.wait()
     assert not any(folder.parent.exists() for folder in folders)
+
+
+# Folders in each other, more than a path or a recursion can go down; and one that may not be looked into.
+LABYRINTH = "import os\nos.mkdir('shut')\nos.chmod('shut', 0)\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')\ndef test_it(): pass"
+
+
+def test_folders_without_end_hurt_neither_the_episode_nor_the_next(env, tmp_path):
+    task = _task(tmp_path)
+    answers = _play(env, task, f"create tests/test_deep.py\n{LABYRINTH}", "test tests/test_deep.py", "find ordering", "search def clamp", "ls")
+    assert [answer.observation for answer in answers[3:]] == ["shelf/ordering.py", "shelf/ordering.py:4: def clamp(value, low, high):",
+        "README.md\nd/\nshelf/\nshut/\ntests/"]  # fmt: skip
+    folder = pathlib.Path(env._scratch.name)
+    assert _play(env, task, *REPAIR, "submit")[-1].info.won
+    assert not folder.exists()
+
+
+def test_what_a_killed_process_leaves_is_cleared_up_however_deep(tmp_path, monkeypatch):
+    root = tmp_path / "jaxagentrl-swe-dead"
+    (root / "repository").mkdir(parents=True)
+    subprocess.run([sys.executable, "-c", LABYRINTH], cwd=root / "repository", check=True)
+    (root / "lock").touch()
+    os.utime(root / "lock", (1, 1))
+    swe_scratch._clear_dead(str(tmp_path))
+    assert not root.exists()
+
+
+def test_folders_without_access():
+    """What tests have shut is refused to be read, and removed; for root nothing is shut."""
+    script = """
+import os, tempfile
+from envs_host import swe_scratch, swe_workspace
+if os.getuid() == 0:
+    os.setuid(65534)
+root = tempfile.mkdtemp()
+for path in ("shut/below/a", "kept/a"):
+    os.makedirs(os.path.dirname(os.path.join(root, path)))
+    open(os.path.join(root, path), "w").close()
+for path, mode in (("shut/below", 0o500), ("shut", 0), ("kept", 0o500), (".", 0o500)):
+    os.chmod(os.path.join(root, path), mode)
+work = swe_workspace.Workspace(root)
+print(work.files())
+calls = ((work.entries, "shut"), (work.delete, "kept/a"), (work.read, "shut/below/a"), (lambda path: work.write(path, ""), "kept/b"))
+for call, path in calls:
+    try:
+        call(path)
+    except swe_workspace.PathError as error:
+        print(error)
+swe_scratch.remove(root)
+print(os.path.exists(root))
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "['kept/a']",
+        "shut cannot be read (Permission denied).",
+        "kept/a cannot be deleted (Permission denied).",
+        "There is no file shut/below/a.",
+        "kept/b cannot be written (Permission denied).",
+        "False",
+    ], done.stderr
 
 
 def test_a_repository_that_has_changed_is_noticed(env, tmp_path):
