@@ -197,8 +197,9 @@ class SweEnv:
         problem = self._problem
         with swe_scratch.folder() as scratch:
             folder = self._laid_out(scratch)
-            swe_workspace.write(folder, made)
-            swe_workspace.write(folder, problem.hidden)
+            # Tests that the agent has deleted are there again, perhaps where it has put something else.
+            swe_workspace.write_what_fits(folder, made)
+            swe_workspace.write_over(folder, problem.hidden)
             run = self._run(problem.tests, folder, explained=False)
         repaired = sum(test in run.passed for test in problem.fail_to_pass)
         # SWE-bench lists in PASS_TO_PASS what is expected to fail, too.

@@ -307,10 +307,10 @@ def _size(solution: dict[str, str | None], files: dict[str, str | None]) -> str:
 
 def _walkthrough(solution: dict[str, str | None], files: dict[str, str | None]) -> tuple[str, ...]:
     """The reference repair in an agent's commands."""
-    commands = []
+    # Deleted first: in the place of a folder there may be a file then.
+    commands = [f"delete {path}" for path, text in solution.items() if text is None]
     for path, text in solution.items():
         if text is None:
-            commands.append(f"delete {path}")
             continue
         if files[path] is None:
             commands.append(f"create {path}\n{text}")

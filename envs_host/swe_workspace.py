@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 
+from envs_host import swe_scratch
 from envs_host.types import GameFileError
 
 # Never part of a repository that git does not keep.
@@ -112,16 +113,45 @@ def show(repository: str, commit: str, path: str) -> str:
 
 
 def write(folder: str, changes: Mapping[str, str | None]) -> None:
-    """Writes files (path -> text) into a laid out repository; those at None are deleted."""
-    for path, text in changes.items():
+    """Writes files (path -> text) into a laid out repository; those at None are deleted first, with folders that
+    they were the last in.
+
+    Raises:
+        FileExistsError, NotADirectoryError, IsADirectoryError: where a file is to be there is a folder, or the
+            other way round. What was written before stays.
+    """
+    for path in (path for path, text in changes.items() if text is None):
         target = os.path.join(folder, path)
-        if text is None:
-            if os.path.exists(target):
-                os.remove(target)
+        if os.path.exists(target):
+            os.remove(target)
+            _remove_empty(os.path.dirname(target), folder)
+    for path, text in changes.items():
+        if text is not None:
+            target = os.path.join(folder, path)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with open(target, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+
+
+def write_what_fits(folder: str, changes: Mapping[str, str | None]) -> None:
+    """As `write`, but for files whose place is a folder's, or in a file: those are left out."""
+    for path in sorted(changes, key=lambda path: changes[path] is not None):
+        try:
+            write(folder, {path: changes[path]})
+        except (FileExistsError, NotADirectoryError, IsADirectoryError):
             continue
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(target, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+
+
+def write_over(folder: str, changes: Mapping[str, str | None]) -> None:
+    """As `write`, with files and folders removed that are in the way."""
+    for path in changes:
+        parts = path.split("/")
+        for above in ("/".join(parts[:count]) for count in range(1, len(parts))):
+            if os.path.isfile(target := os.path.join(folder, above)):
+                os.remove(target)
+        if os.path.isdir(target := os.path.join(folder, path)):
+            swe_scratch.remove(target)
+    write(folder, changes)
 
 
 def split_lines(text: str) -> list[str]:

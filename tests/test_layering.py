@@ -14,10 +14,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = """
 envs_host.types
 envs_host.processes
+envs_host.swe_scratch
 envs_host.swe_workspace
 envs_host.swe_bugs
 envs_host.arrival
-envs_host.swe_scratch
 envs_host.swe_tests
 envs_host.swe_text
 envs_host.swe_problem

@@ -172,6 +172,43 @@ def test_hidden_tests_are_only_there_at_the_end(env, tmp_path):
     assert _play(env, task, *REPAIR, "submit")[-1].info.won
 
 
+TEST_IT = "from shelf import ordering\n\ndef test_it():\n    assert ordering.first_after([4], 4) is None\n"
+
+
+@pytest.mark.parametrize(
+    "commands, hidden, score",
+    [
+        # Deleted tests are there again, and their folder is no place for a file; what has a place counts.
+        (["delete tests/test_shelf.py", "create tests\nhello", *REPAIR], "tests/test_hidden.py", 1.0),
+        (["delete checks/check_shelf.py", "create checks/check_shelf.py/x.txt\nhello", *REPAIR], "tests/test_hidden.py", 1.0),
+        # A file of the agent's where hidden tests have a folder, and the other way round.
+        (["create new\nhello", *REPAIR], "new/below/test_hidden.py", 1.0),
+        (["create new/below\nhello"], "new/below/test_hidden.py", 0.0),
+        (["create new/test_hidden.py/" + "d/" * 600 + "x.txt\nhello", *REPAIR], "new/test_hidden.py", 1.0),
+        # A folder of the repository's that is a file now.
+        (["delete shelf/text.py", "delete shelf/__init__.py", "delete shelf/ordering.py", "create shelf\nhello"], "tests/test_hidden.py", 0.0),
+        (["create spare/a.txt", *REPAIR, "delete docs/a.txt", "create docs\nhello"], "tests/test_hidden.py", 1.0),
+    ],
+)
+def test_files_and_folders_of_the_same_name_are_judged(env, tmp_path, commands, hidden, score):
+    id_ = f"{hidden}::test_it"
+    there = {"checks/check_shelf.py": "def test_fine(): pass\n", "docs/a.txt": "a"}
+    repositories.make(tmp_path / "shelf", repositories.FILES | there)
+    checks = ("checks/check_shelf.py::test_fine",)
+    task = _task(tmp_path, hidden={hidden: TEST_IT}, tests=(hidden, "checks/check_shelf.py"), fail_to_pass=(id_,), pass_to_pass=checks)
+    *before, last = _play(env, task, *commands, "submit")
+    assert all(answer.info.valid_command for answer in before)
+    assert last.reward == score
+
+
+def test_what_a_submission_writes_over(tmp_path):
+    files = repositories.make(tmp_path / "r", {"a/b": "1", "c": "2", "d/e/f": "3"})
+    swe_workspace.write_what_fits(str(files), {"a": "x", "c/d": "x", "d": "x", "d/e/f": None, "g": "x"})
+    assert swe_workspace.Workspace(str(files)).files() == ["a/b", "c", "d", "g"]
+    swe_workspace.write_over(str(files), {"a": None, "c/d/e": "y", "d": "y", "g/h": None})
+    assert swe_workspace.Workspace(str(files)).files() == ["c/d/e", "d"]
+
+
 @pytest.mark.parametrize(
     "command, expected",
     [

@@ -143,6 +143,23 @@ def test_patches_of_all_kinds(tmp_path, instance):
     assert "create shelf/sub/__init__.py" in "\n".join(task.walkthrough) and "delete old name.txt" in task.walkthrough
 
 
+def test_a_patch_may_make_a_file_of_a_folder(tmp_path, instance):
+    """And the other way round, in the tests and in the repair."""
+    clone = tmp_path / "clones" / "corner__shelf"
+    repositories.git(clone, "checkout", "--quiet", instance["base_commit"])
+    repositories.make(clone, {"tests/data/x.txt": "1\n", "tests/one": "1\n", "conf/y.txt": "1\n", "two": "2\n"})
+    base = repositories.commit(clone)
+    repositories.git(clone, "rm", "--quiet", "-r", "conf", "two")
+    repositories.make(clone, {"shelf/ordering.py": REPAIRED, "conf": "now a file\n", "two/z.txt": "3\n"})
+    middle = repositories.commit(clone)
+    repositories.git(clone, "rm", "--quiet", "-r", "tests/data", "tests/one")
+    repositories.make(clone, {"tests/test_hidden.py": HIDDEN, "tests/data": "now a file\n", "tests/one/x.txt": "1\n"})
+    repositories.commit(clone)
+    patches = {"patch": repositories.git(clone, "diff", base, middle) + "\n", "test_patch": repositories.git(clone, "diff", middle, "HEAD")}
+    found = _read(tmp_path, instance | {"base_commit": base} | patches)
+    assert found.left_out == {} and len(found.tasks) == 1
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     [
