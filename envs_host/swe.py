@@ -12,7 +12,7 @@ import json
 import os
 from typing import NamedTuple
 
-from envs_host import swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
+from envs_host import swe_installed, swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
 from envs_host.memory import verify
 from envs_host.swe_problem import Problem
 from envs_host.swe_text import Command, Refused
@@ -87,6 +87,7 @@ class SweEnv:
         self._task: Task | None = None
         self._problem: Problem | None = None
         self._work: Workspace | None = None
+        self._copies: list[str] = []  # Of the repository's code, that are installed.
         self._open: str | None = None  # The file that is shown.
         self._first = 1  # Line that is shown first.
         self._undo: list[tuple[str, str | None]] = []  # Files as they were before each edit.
@@ -109,6 +110,9 @@ class SweEnv:
         self._task, self._problem = task, swe_problem.load(task.file)
         self._scratch = swe_scratch.folder()
         self._work = Workspace(self._laid_out(self._scratch.name))
+        # Of what the repository has now: what the agent deletes from it is to stay hidden.
+        is_hidden = self._sandbox == "bubblewrap"
+        self._copies = swe_installed.copies(self._work.folder, self._interpreter()) if is_hidden else []
         self._open, self._first, self._undo = None, 1, []
         self._away = self._distance()
         return ResetResult(self._ls(Command("ls", "", "")), self._info("", valid=True))
@@ -182,7 +186,7 @@ class SweEnv:
     def _verdict(self, made: dict[str, str | None]) -> _Verdict:
         """Judges what the agent has made, or remembers it."""
         content = hashlib.sha256(json.dumps(sorted(made.items())).encode()).digest()
-        key = (self._task.digest, content, self._sandbox, self._python, self._limits)
+        key = (self._task.digest, content, self._sandbox, self._interpreter(), self._limits)
         if self._remember and key in _JUDGED:
             return _JUDGED[key]
         verdict = self._judged(made)
@@ -221,13 +225,21 @@ class SweEnv:
             folder,
             arguments,
             sandbox=self._sandbox,
-            python=self._problem.python or self._python,
+            python=self._interpreter(),
             limits=self._limits,
             traceback=traceback,
             explained=explained,
             # Where the reference repair is to be read.
-            hidden=(os.path.expanduser(self._problem.repository), os.path.dirname(os.path.abspath(self._task.file))),
+            hidden=(
+                os.path.expanduser(self._problem.repository),
+                os.path.dirname(os.path.abspath(self._task.file)),
+                *self._copies,
+            ),
         )
+
+    def _interpreter(self) -> str | None:
+        """That of the tests; None for this one."""
+        return self._problem.python or self._python
 
     def _progress(self) -> float:
         before, self._away = self._away, self._distance()

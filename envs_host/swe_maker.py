@@ -13,7 +13,7 @@ import os
 import random
 import time
 
-from envs_host import swe, swe_bugs, swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
+from envs_host import swe, swe_bugs, swe_installed, swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
 from envs_host.specs import SetAside, Spec
 from envs_host.swe_problem import Problem
 from envs_host.swe_tests import Limits, TestRun
@@ -128,7 +128,10 @@ def _standing(repository: str, tests: tuple[str, ...], python: str | None) -> tu
 
 
 def _run(folder: str, tests: tuple[str, ...], python: str | None, limits: Limits) -> TestRun:
-    return swe_tests.run(folder, tests, sandbox=swe_tests.safest_sandbox(), python=python, limits=limits)
+    sandbox = swe_tests.safest_sandbox()
+    # Hidden here as in episodes: a test that needs an installed copy is none that passes.
+    hidden = swe_installed.copies(folder, python) if sandbox == "bubblewrap" else ()
+    return swe_tests.run(folder, tests, sandbox=sandbox, python=python, limits=limits, hidden=hidden)
 
 
 def _objective(name: str, noticed: list[str], run: TestRun) -> str:

@@ -161,7 +161,7 @@ def run(
         traceback: pytest's `--tb`.
         explained: failures say what was compared. For that pytest rewrites every assertion there is, which is
             most of what a run of many quick tests takes.
-        hidden: folders that bubblewrap does not show, unless the interpreter is in them.
+        hidden: files and folders that bubblewrap does not show, unless the interpreter is in them.
 
     Raises:
         OSError: the folder is gone.
@@ -259,18 +259,18 @@ def _cleaned(text: str, folders: Sequence[str]) -> str:
 
 
 def _not_shown(interpreter: str, is_ours: bool, hidden: Sequence[str]) -> list[str]:
-    """Folders to hide: not those that the interpreter is in, or what it is made of."""
+    """Files and folders to hide: not those that the interpreter is in, or what it is made of."""
     needed = [os.path.abspath(interpreter), os.path.realpath(interpreter)]
     needed += [sys.prefix, sys.base_prefix] if is_ours else []
-    folders = [folder for folder in (*_HIDDEN, *hidden) if os.path.isdir(folder) and not os.path.islink(folder)]
-    return [folder for folder in folders if not any((path + os.sep).startswith(folder + os.sep) for path in needed)]
+    there = [path for path in (*_HIDDEN, *hidden) if os.path.exists(path) and not os.path.islink(path)]
+    return [path for path in there if not any((one + os.sep).startswith(path + os.sep) for one in needed)]
 
 
 def _bubblewrap(folder: str, temporary: str, hidden: Sequence[str]) -> list[str]:
     command = ["bwrap", "--die-with-parent", "--unshare-all", "--cap-drop", "ALL", "--ro-bind", "/", "/"]
     command += ["--dev", "/dev", "--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys"]
     for path in hidden:
-        command += ["--tmpfs", path]
+        command += ["--tmpfs", path] if os.path.isdir(path) else ["--ro-bind", os.devnull, path]
     return [*command, "--bind", folder, folder, "--bind", temporary, temporary]
 
 

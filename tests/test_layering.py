@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ORDER = """
 envs_host.types
 envs_host.processes
+envs_host.swe_installed
 envs_host.swe_scratch
 envs_host.swe_workspace
 envs_host.swe_bugs

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 import envs_host
-from envs_host import games, swe, swe_maker, swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
+from envs_host import games, swe, swe_installed, swe_maker, swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
 from envs_host.pool import EnvPool
 from envs_host.specs import SetAside, Spec
 from envs_host.types import EnvFailure, GameFileError, ResetResult, Task
@@ -94,11 +94,13 @@ def test_the_same_submission_is_judged_once(env, tmp_path, monkeypatch):
     assert _play(env, task, "open README.md", *REPAIR, "submit")[-1] == first and len(runs) == 1
     assert not _play(env, task, "submit")[-1].info.won and len(runs) == 2  # other files
     assert _play(env, other, *REPAIR, "submit")[-1].info.won and len(runs) == 3  # another task
+    own = _task(tmp_path, python=sys.executable)  # the same but for the interpreter, which is no part of the digest
+    assert own.digest == task.digest and _play(env, own, *REPAIR, "submit")[-1].info.won and len(runs) == 4
     forgetful = swe.SweEnv(sandbox="none", remember=False, window_lines=8, intermediate_reward=True)
-    assert _play(forgetful, task, *REPAIR, "submit")[-1] == first and len(runs) == 4
+    assert _play(forgetful, task, *REPAIR, "submit")[-1] == first and len(runs) == 5
     # What could not be run to its end may be run another time.
     hasty = swe.SweEnv(sandbox="none", test_limit_s=0.01)
-    for number in (5, 6):
+    for number in (6, 7):
         assert "longer than" in _play(hasty, task, *REPAIR, "submit")[-1].observation and len(runs) == number
 
 
@@ -514,6 +516,53 @@ def test_a_sandbox_keeps_tests_in_their_folder(tmp_path):
     away = "insert 1\n    assert open('/proc/net/dev').read().count(':') == 1"
     assert "1 failed, 7 passed." in _play(env, task, "open shelf/text.py", away, "test")[-1].observation  # loopback alone
     assert _play(env, _task(tmp_path), *REPAIR, "submit")[-1].info.won
+
+
+@pytest.mark.skipif(swe_tests.safest_sandbox() == "none", reason="bubblewrap is not installed, or not allowed")
+def test_a_sandbox_hides_what_is_installed_of_the_repository(tmp_path):
+    """What chex brings along, and a module alone; they stay hidden when the agent deletes its own."""
+    look = """
+import os, pytest
+installed = os.path.dirname(os.path.dirname(pytest.__file__))
+def read(path):
+    with open(os.path.join(installed, path)) as file:
+        return file.read()
+def test_package():
+    assert os.listdir(os.path.join(installed, "toolz")) == []
+def test_module():
+    with pytest.raises(PermissionError):
+        read("typing_extensions.py")
+def test_others():
+    assert read("pytest/__init__.py") and read("chex/__init__.py")
+"""
+    package = {"toolz/__init__.py": "", "typing_extensions.py": ""}
+    task = _task(tmp_path, changed=package | {"tests/test_look.py": look})
+    env = swe.SweEnv(sandbox="bubblewrap")
+    answers = _play(env, task, "test tests/test_look.py", "delete toolz/__init__.py", "delete typing_extensions.py", "test tests/test_look.py")
+    assert answers[1].observation == answers[4].observation == "3 passed."
+    env.close()
+
+
+def test_installed_copies(tmp_path, monkeypatch):
+    """Of what the repository hides from imports, with what is compiled of it; nothing that is found or needed all the same."""
+    site = tmp_path / "site"
+    own = ("one/__init__.py", "src/two.py", "parts/mine/__init__.py", "docs/a.py", "needed.py", "setup.cfg", "notes/three/x.txt")
+    copied = ("one/__init__.py", "one/code.py", "two.py", "__pycache__/two.cpython-311.pyc", "two.cpython-311.so", "parts/mine/a.py")
+    left = ("one-1.0.dist-info/METADATA", "two.pth", "parts/other/a.py", "docs/__init__.py", "docs/a.py", "needed.py", "notes/three.py")
+    repositories.make(tmp_path / "r", dict.fromkeys(own, ""))
+    repositories.make(site, dict.fromkeys(copied + left, ""))
+    known = swe_installed._Installed(frozenset([str(site), "/nowhere"]), frozenset(["needed"]))
+    monkeypatch.setattr(swe_installed, "_installed", lambda interpreter: known)
+    found = swe_installed.copies(str(tmp_path / "r"), None)
+    assert [os.path.relpath(path, site) for path in found] == sorted(["one", *copied[2:5], "parts/mine"])
+    assert swe_installed.copies(str(tmp_path / "r"), "/other/python") == found
+
+
+def test_an_interpreter_is_asked_where_modules_are_installed():
+    folders, needed = swe_installed._installed(sys.executable)
+    assert os.path.dirname(os.path.dirname(pytest.__file__)) in folders and os.path.dirname(os.__file__) not in folders
+    assert {"pytest", "pluggy"} <= needed and "toolz" not in needed
+    assert swe_installed._installed("/nowhere/python") == (frozenset(), frozenset())
 
 
 def test_a_sandbox_that_is_not_there(monkeypatch):
