@@ -334,6 +334,8 @@ class SweEnv:
     def _tested(self, command: Command) -> str:
         if command.words.startswith("-"):
             raise Refused("test takes a file, a folder or the id of a test, and no options.")
+        if "\0" in command.words:
+            raise Refused("test takes no null byte.")
         # The worker's own folder must not matter, and paths lead nowhere else.
         path = command.words.partition("::")[0]
         if path and self._work.name(path) not in (".", *self._work.files()) and not self._work.is_folder(path):

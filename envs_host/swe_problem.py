@@ -68,9 +68,10 @@ def load(path: str) -> Problem:
 
 
 def test_files(ids: Iterable[str]) -> frozenset[str]:
-    """The files of tests; not those of code whose examples are tests, "code.py::code.function"."""
+    """The files of tests, examples in a text among them ("guide.rst::guide.rst"); not those of code whose examples
+    are tests, "code.py::code.function"."""
     parts = (test.partition("[")[0].split("::") for test in ids)
-    return frozenset(part[0] for part in parts if len(part) > 1 and "." not in part[1])
+    return frozenset(part[0] for part in parts if len(part) > 1 and not (part[0].endswith(".py") and "." in part[1]))
 
 
 def digest(path: str) -> str:

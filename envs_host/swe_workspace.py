@@ -21,6 +21,7 @@ from envs_host.types import GameFileError
 _LEFT_OUT = ("__pycache__", "*.pyc", ".*", "*.egg-info", "build", "dist", "node_modules", "venv")
 _TESTS = ("test_*.py", "*_test.py", "test.py", "tests.py", "conftest.py")
 _TEST_FOLDERS = ("test", "tests", "testing")
+_METADATA = (".egg-info", ".dist-info")  # Of what is installed: where pytest finds plugins.
 _TEST_SETTINGS = (
     "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "tox.ini", "setup.cfg", "pyproject.toml",
 )  # fmt: skip
@@ -171,7 +172,7 @@ def differences(old: list[str], new: list[str]) -> list[tuple[int, int, int, int
 def is_test(path: str) -> bool:
     """Whether a file has a say in what the tests find: a test, or what pytest is set up by."""
     *folders, name = path.split("/")
-    in_tests = any(folder in _TEST_FOLDERS for folder in folders)
+    in_tests = any(folder in _TEST_FOLDERS or folder.lower().endswith(_METADATA) for folder in folders)
     return in_tests or name in _TEST_SETTINGS or any(fnmatch.fnmatch(name, form) for form in _TESTS)
 
 

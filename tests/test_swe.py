@@ -155,6 +155,37 @@ def test_the_tests_decide_and_not_what_became_of_them(env, tmp_path, commands):
     assert last.reward == 0.0
 
 
+@pytest.mark.parametrize("folder", ["evil.egg-info", "src/evil-1.DIST-INFO"])
+def test_metadata_of_the_agents_brings_no_plugin(env, tmp_path, folder):
+    """An interpreter of the repository's own loads what is installed for pytest."""
+    task = _task(tmp_path, python=sys.executable)
+    commands = [
+        f"create {folder}/PKG-INFO\nMetadata-Version: 2.1\nName: evil\nVersion: 1.0",
+        f"create {folder}/METADATA\nMetadata-Version: 2.1\nName: evil\nVersion: 1.0",
+        f"create {folder}/entry_points.txt\n[pytest11]\nevil = evil",
+        "create evil.py\nimport pytest\n@pytest.hookimpl(hookwrapper=True, trylast=True)\ndef pytest_runtest_makereport(item, call):\n"
+        "    report = (yield).get_result()\n    report.outcome = 'passed'",
+    ]
+    *before, last = _play(env, task, *commands, "submit")
+    assert all(answer.info.valid_command for answer in before)
+    assert last.observation == "0 of 1 failing tests pass now, 0 others fail." and last.reward == 0.0
+
+
+def test_examples_in_a_text_are_tests(env, tmp_path):
+    guide, ids = ">>> from shelf import ordering\n>>> ordering.first_after([4], 4)\n", ("guide.rst::guide.rst",)
+    repositories.make(tmp_path / "shelf", repositories.FILES | {"guide.rst": guide, "pytest.ini": "[pytest]\naddopts = --doctest-glob=*.rst\n"})
+    task = _task(tmp_path, fail_to_pass=ids)
+    answers = _play(env, task, "test guide.rst", "open guide.rst", "edit 1:2\n>>> 1\n1", "test guide.rst", "submit")
+    assert [answers[index].observation.splitlines()[0] for index in (1, 4)] == ["1 failed, 0 passed.", "1 passed."]
+    assert answers[-1].reward == 0.0
+    assert _play(env, task, *REPAIR, "submit")[-1].info.won
+
+
+def test_files_of_tests():
+    ids = ("tests/a.py::test_b[x::y.z]", "guide.rst::guide.rst", "code.py::code.function", "t.yaml::one.two", "test_it (shelf.Case)")
+    assert swe_problem.test_files(ids) == {"tests/a.py", "guide.rst", "t.yaml"}
+
+
 def test_what_is_marked_to_fail_may_go_on_failing(env, tmp_path):
     """As in SWE-bench, whose PASS_TO_PASS has such tests; to repair nothing is not made up for by them."""
     marked = {"tests/test_marked.py": "import pytest\n\n@pytest.mark.xfail\ndef test_later():\n    assert 0\n"}
@@ -269,6 +300,7 @@ def test_what_commands_tell(env, tmp_path, command, expected):
         ("create null.py\nx = 1\0", "The edit was not made: "),
         ("test -p no:python", "test takes a file, a folder or the id of a test, and no options."),
         ("test nowhere.py::test_a", "There is no file nowhere.py."),
+        ("test tests/test_shelf.py::a\0b", "test takes no null byte."),
         ("test ../x", "../x is not a path in the repository."),
         ("open a\0b", "a\0b is not a path in the repository."),
     ],
