@@ -14,6 +14,7 @@ from envs_host.swe_workspace import split_lines
 
 KINDS = ("comparison", "boolean", "arithmetic", "constant", "negation", "condition", "arguments", "loop")
 
+_BOM = "\ufeff"  # Files may begin with it, and texts for `ast` may not.
 _COMPARISONS = {
     "<=": "<", "<": "<=", ">=": ">", ">": ">=", "==": "!=", "!=": "==",
     "is not": "is", "is": "is not", "not in": "in", "in": "not in",
@@ -49,6 +50,7 @@ def find(source: str) -> list[Bug]:
     Raises:
         SyntaxError: it is not Python.
     """
+    source = source.removeprefix(_BOM)
     finder = _Finder(source)
     finder.visit(ast.parse(source))
     return list(dict.fromkeys(finder.found))
@@ -56,16 +58,17 @@ def find(source: str) -> list[Bug]:
 
 def plant(source: str, bug: Bug) -> str:
     """The file with the mistake in it."""
-    lines = split_lines(source)
+    lines = split_lines(source.removeprefix(_BOM))
     whole = lines[bug.line - 1]
     lines[bug.line - 1] = bug.after + whole[len(whole.rstrip("\r\n")) :]
-    return "".join(lines)
+    return _BOM * source.startswith(_BOM) + "".join(lines)
 
 
 def is_program(source: str, bug: Bug) -> bool:
     """Whether the file with the mistake in it is still Python, and another program than without."""
     try:
-        return ast.dump(ast.parse(plant(source, bug))) != ast.dump(ast.parse(source))
+        one, other = (ast.parse(text.removeprefix(_BOM)) for text in (plant(source, bug), source))
+        return ast.dump(one) != ast.dump(other)
     except SyntaxError:
         return False
 

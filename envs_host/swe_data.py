@@ -152,6 +152,8 @@ def _instances(path: str) -> list[dict[str, Any]]:
                     found.append(_instance(line, f"{path}, line {number}"))
     except OSError as error:
         raise ValueError(f"the instances {path} cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the instances {path} must be UTF-8, and are not ({error}): convert the file.") from error
     twice = [name for name, count in collections.Counter(one["instance_id"] for one in found).items() if count > 1]
     if twice:
         raise ValueError(f"{path} holds instances twice: {', '.join(twice[:5])}.")

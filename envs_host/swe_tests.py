@@ -65,7 +65,7 @@ class Outcomes:
 
 descriptor, here, outcomes = int(sys.argv[1]), os.getcwd(), Outcomes()
 sys.path[:0] = [here, os.path.join(here, "src")]
-os.environ["PYTHONPATH"] = sys.path[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
 code = pytest.main(sys.argv[2:], plugins=[outcomes])
 os.write(descriptor, json.dumps([int(code), outcomes.told]).encode())
 sys.stdout.flush()

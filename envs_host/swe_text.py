@@ -40,6 +40,7 @@ _FORMS = {
     "submit": ("no", "no"),
 }  # fmt: skip
 _FENCED = re.compile(r"```[\w-]*\n(.*?)\n?```", re.DOTALL)
+_FENCE = re.compile(r" {0,3}```([\w-]*)\s*")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _RANGE = re.compile(r"([0-9]{1,9})\s*:\s*([0-9]{1,9})")
 
@@ -75,7 +76,7 @@ def parse(text: str) -> Command:
     head, _, body = text.partition("\n")
     name, _, words = head.strip().partition(" ")
     words = words.strip()
-    if whole := _FENCED.fullmatch(body.strip()):  # the lines alone, as models like to write code
+    if (whole := _FENCED.fullmatch(body.strip())) and _is_one_block(whole[1]):  # as models like to write code
         body = whole[1]
     if name not in _FORMS:
         known = f"There is no command {clipped(name)!r}. Commands: {', '.join(_FORMS)}."
@@ -86,6 +87,17 @@ def parse(text: str) -> Command:
         if form == "must" and not given:
             raise Refused(f"{name} needs {what}.")
     return Command(name, words, body + "\n" * bool(body and not body.endswith("\n")))
+
+
+def _is_one_block(inside: str) -> bool:
+    """Whether what is between two fences is in one block, and not in the first and the last of several."""
+    depth = 0
+    for line in inside.split("\n"):
+        if fence := _FENCE.fullmatch(line):
+            depth += 1 if fence[1] else -1  # one with a language opens, one without closes
+            if depth < 0:
+                return False
+    return depth == 0
 
 
 def line_number(words: str, num_lines: int) -> int:

@@ -257,6 +257,8 @@ def test_what_a_submission_writes_over(tmp_path):
         ("So:\n```bash\nls shelf\n```\nThat is it.", "__init__.py\nordering.py\ntext.py"),
         ("create shelf/new.py\n```python\nONE = 1\n```", "[shelf/new.py, lines 1 to 1 of 1]\n1:ONE = 1"),
         ('create a.md\nSay:\n```\nsubmit\n```\n', "[a.md, lines 1 to 4 of 4]\n1:Say:\n2:```\n3:submit\n4:```"),
+        ("create c.md\n```\na\n```\nand\n```\nb\n```", "[c.md, lines 1 to 7 of 7]\n1:```\n2:a\n3:```\n4:and\n5:```\n6:b\n7:```"),
+        ("create d.md\n```md\nSay:\n```sh\nls\n```\n```", "[d.md, lines 1 to 4 of 4]\n1:Say:\n2:```sh\n3:ls\n4:```"),
         ("create b.md\n\n\nx\n\n", "[b.md, lines 1 to 4 of 4]\n1:\n2:\n3:x\n4:"),
         ("create shelf/new.py\nONE = 1", "[shelf/new.py, lines 1 to 1 of 1]\n1:ONE = 1"),
         ("delete shelf/text.py", "shelf/text.py is deleted."),
@@ -416,6 +418,16 @@ def test_long_messages_do_not_hide_what_passed(env, tmp_path):
     env.reset(_task(tmp_path, changed={"tests/conftest.py": "import os\nprint('x' * 5_000_000)\nos._exit(1)\n"}))
     answer = env.step("submit")
     assert "could not be run" in answer.observation and len(answer.observation) < 5000
+
+
+def test_processes_that_tests_start_find_the_repository(env, tmp_path):
+    elsewhere = """
+import subprocess, sys
+def test_it(tmp_path):
+    subprocess.run([sys.executable, "-c", "import shelf, inner"], cwd=tmp_path, check=True)
+"""
+    answers = _play(env, _task(tmp_path, changed={"tests/test_it.py": elsewhere, "src/inner.py": ""}), "test tests/test_it.py")
+    assert answers[1].observation == "1 passed."
 
 
 def test_settings_of_others_are_not_the_repositorys(tmp_path):

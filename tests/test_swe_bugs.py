@@ -83,6 +83,13 @@ def test_lines_are_counted_as_python_counts_them():
     assert swe_bugs.plant(source, bug) == "def f(a):\n    '''\x0c page'''\n    return a <= 1\r\n"
 
 
+def test_a_file_may_begin_with_a_byte_order_mark():
+    source = "\ufeffdef f(a): return a < 1\n"
+    bug = swe_bugs.find(source)[0]
+    assert (bug.line, bug.before, bug.after) == (1, "def f(a): return a < 1", "def f(a): return a <= 1")
+    assert swe_bugs.plant(source, bug) == "\ufeffdef f(a): return a <= 1\n" and swe_bugs.is_program(source, bug)
+
+
 @pytest.mark.parametrize("name", ["games", "pool_server", "textworld_text", "alfworld_pddl"])
 def test_real_code_stays_code_but_for_one_line(name):
     source = (ROOT / "envs_host" / f"{name}.py").read_text()

@@ -203,6 +203,9 @@ def test_files_that_are_not_of_this_form(tmp_path, content, expected):
     path.write_text(content)
     with pytest.raises(ValueError, match=expected):
         swe_data.read(instances=str(path), repositories=str(tmp_path), cache_dir=str(tmp_path))
+    path.write_bytes('{"repo": "é"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="instances.jsonl must be UTF-8, and are not"):
+        swe_data.read(instances=str(path), repositories=str(tmp_path), cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match="cannot be read"):
         swe_data.read(instances=str(tmp_path / "none"), repositories=str(tmp_path), cache_dir=str(tmp_path))
 
