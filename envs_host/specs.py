@@ -18,6 +18,7 @@ from envs_host.types import GameFileError
 _CACHE_FORMAT = {"textworld": 1, "alfworld": 1, "swe": 1}
 _SUFFIX = {"textworld": ".z8", "alfworld": ".tw-pddl", "swe": ".swe.json"}
 _REQUIRED = object()
+_MOST_COIN_ROOMS = 100  # Of TextWorld 1.7's challenge.
 
 # ALFWorld's task types under its own names, in the order of its own numbers (1 to 6).
 TASK_TYPES = (
@@ -152,11 +153,7 @@ class Spec:
             _check(family, name, value)
             if known[name].allowed is pathlib.Path and value is not None:
                 params[name] = os.path.abspath(os.path.expanduser(value))
-        if family == "tw-cooking" and params["take"] > params["recipe"]:
-            raise ValueError(
-                f"tw-cooking: take is {params['take']}, but of recipe = {params['recipe']} ingredients no more can "
-                "lie elsewhere: lower the first or raise the second."
-            )
+        _check_makeable(family, params)
         return cls(family, tuple(params.items()), seed)
 
     @property
@@ -235,3 +232,25 @@ def _check(family: str, name: str, value: Any) -> None:
             expected = f"an integer from {bounds.start} to {bounds.stop - 1}"
     if not good and not (value is None and default is None):
         raise ValueError(f"{family}: {name} must be {expected}, got {value!r}.")
+
+
+def _check_makeable(family: str, params: dict[str, Any]) -> None:
+    """Raises ValueError if TextWorld makes no games of these parameters, whatever the seed."""
+    if family == "tw-cooking" and params["take"] > params["recipe"]:
+        raise ValueError(
+            f"tw-cooking: take is {params['take']}, but of recipe = {params['recipe']} ingredients no more can "
+            "lie elsewhere: lower the first or raise the second."
+        )
+    if family == "custom" and params["ambiguous_instructions"]:
+        raise ValueError(
+            "custom: ambiguous_instructions is True, but TextWorld makes no such games: its code for them is an "
+            "assertion that fails, \"not tested\". Leave it False."
+        )
+    if family == "coin_collector":
+        # Hundreds of levels, each of which begins with quests of one step and ends with those of a hundred.
+        kind, step = divmod(params["level"] - 1, 100)
+        if (num_rooms := (kind + 1) * (step + 1)) > _MOST_COIN_ROOMS:
+            raise ValueError(
+                f"coin_collector: level {params['level']} has {num_rooms} rooms, but TextWorld makes no games of more "
+                f"than {_MOST_COIN_ROOMS}: take a level from 1 to 150, or from 201 to 233."
+            )

@@ -520,12 +520,29 @@ def test_wrong_specs(change, message, tmp_path):
         ({"family": "tw-cooking", "recipe": 9}, "recipe must be an integer from 1 to 5, got 9"),
         ({"family": "tw-cooking", "recipe": 1, "take": 2}, "take is 2, but of recipe = 1 ingredients"),
         ({"family": "coin_collector", "level": 301}, "level must be an integer from 1 to 300, got 301"),
+        ({"family": "coin_collector", "level": 151}, "level 151 has 102 rooms, .* from 1 to 150, or from 201 to 233"),
+        ({"family": "coin_collector", "level": 200}, "level 200 has 200 rooms"),
+        ({"family": "coin_collector", "level": 234}, "level 234 has 102 rooms"),
+        (BASIC | {"ambiguous_instructions": True}, "ambiguous_instructions is True, but TextWorld makes no such games"),
         ({"family": "treasure_hunter", "level": 0}, "level must be an integer from 1 to 30, got 0"),
     ],
 )
 def test_sizes_beyond_a_familys_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         Spec.parse(spec | {"seed": 1})
+
+
+@pytest.mark.parametrize("level", [1, 100, 101, 150, 201, 233])
+def test_levels_that_there_are(level):
+    """As the challenge itself says, which is asked for no whole game."""
+    from textworld import GameOptions
+    from textworld.challenges import CHALLENGES
+
+    assert Spec.parse({"family": "coin_collector", "level": level, "seed": 1}).name == f"coin_collector-l{level}-s1"
+    _, make, _ = CHALLENGES["tw-coin_collector"]
+    if level in (150, 233):  # the largest; a level more is too much for it
+        with pytest.raises(ValueError, match="more than 100 rooms"):
+            make({"level": level + 1}, GameOptions())
 
 
 def test_more_wrong_specs(tmp_path, monkeypatch):
