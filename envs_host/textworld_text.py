@@ -5,12 +5,14 @@ Commands come from a language model that may be half trained, so they can be any
 1. Only printable ASCII is sent: accents are dropped, every other character becomes a space (control
    characters crash the Z-machine interpreter or hang it for ever), and so does the backslash, which
    the interpreter takes as an escape.
-2. Only the first of several commands is sent: the text is cut at the first `.`, `;`, `!`, `?`, line
-   end or word `then`. TextWorld's state tracking breaks on joined commands (TextWorld issue 366).
+2. Only the first of several commands is sent: the text is cut at the first `.`, `;`, `!`, `?`, comma,
+   line end or word `then`. TextWorld's state tracking breaks on joined commands (TextWorld issue 366).
+   A comma may stand between things, too, and is cut at all the same: `and` does that, and parts no
+   commands. No name in a game has one.
 3. Runs of spaces become one space, and the text is cut at the last word that ends within
    `MAX_COMMAND_LENGTH` characters (the games' line buffer is that long).
-4. What is left is not sent, and the command counts as not valid, if it is empty or if it (or what
-   follows a comma) starts with one of `REFUSED`: verbs that address the interpreter instead of the
+4. What is left is not sent, and the command counts as not valid, if it is empty or if it starts with
+   one of `REFUSED`: verbs that address the interpreter instead of the
    world (`quit` and `restart` open a yes/no prompt that swallows the next command, `verbose`
    changes every later text), `oops`, which can smuggle them in, or TextWorld's debugging commands.
 """
@@ -39,8 +41,8 @@ REFUSAL = "That command is not part of the game."
 EMPTY = "No command was given."
 
 _NOT_PRINTABLE = re.compile(r"[^\x20-\x7e\r\n]|\\")
-_END_OF_COMMAND = re.compile(r"[.;!?\r\n]|\bthen\b", re.IGNORECASE)
-_CLAUSE_START = re.compile(r'(?:^|,)[\s,"]*([^\s,"]+)')
+_END_OF_COMMAND = re.compile(r"[.;!?,\r\n]|\bthen\b", re.IGNORECASE)
+_FIRST_WORD = re.compile(r'[\s"]*([^\s"]*)')
 
 _PROMPT = re.compile(r"\n>[^\n]*\Z")
 _STATUS = re.compile(r"\n> *-= (?P<room>.+?) =-")
@@ -70,17 +72,15 @@ def clean_command(text: str) -> tuple[str, str | None]:
     # word is "then" after what clung to it has gone.
     letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     printable = _NOT_PRINTABLE.sub(" ", "".join(letters))
-    first = _END_OF_COMMAND.split(printable.lstrip(" .;!?\r\n"), maxsplit=1)[0]
+    first = _END_OF_COMMAND.split(printable.lstrip(" .;!?,\r\n"), maxsplit=1)[0]
     command = " ".join(first.split())
     if len(command) > MAX_COMMAND_LENGTH:
         command = command[: MAX_COMMAND_LENGTH + 1].rpartition(" ")[0]
     if not command:
         return "", EMPTY
-    for word in _CLAUSE_START.findall(command):
-        word = word.lower()
-        if word[:_WORD_LENGTH] in REFUSED or word.startswith(_REFUSED_PREFIX):
-            return command, REFUSAL
-    return command, None
+    word = _FIRST_WORD.match(command)[1].lower()
+    refused = word[:_WORD_LENGTH] in REFUSED or word.startswith(_REFUSED_PREFIX)
+    return command, REFUSAL if refused else None
 
 
 def room_name(feedback: str, room_names: dict[str, str], default: str) -> str:

@@ -79,6 +79,10 @@ def task(request, name):
         ("open box\nclose box", "open box"),
         ("take coin then go north", "take coin"),
         ("take coin. go north", "take coin"),
+        ("take coin, go north", "take coin"),
+        (" , take coin,go north", "take coin"),
+        ("bob, quit", "bob"),
+        ("take coin and key", "take coin and key"),
         ("...take coin", "take coin"),
         ("strengthen door", "strengthen door"),  # Has "then" inside a word.
         ("open \x00\x1b[2Jbox\x7f", "open [2Jbox"),
@@ -99,7 +103,7 @@ def test_clean_command(text, sent):
     "text",
     ["quit", "QUIT", "q", " quit now", "\x07restart", "restore", "save", "script on", "transcripts",
      "undo", "oops quit", "o quit", "verbose", "notify off", "tw-trace-actions", "Tw-print version",
-     "print_state", "enable print state option", "restrict commands", "bob, quit", '"quit', ", q",
+     "print_state", "enable print state option", "restrict commands", '"quit', '" "quit', ", q",
      "", "   ", "\x00\x01", "...", "z" * 300],
 )
 def test_refused_commands(text):
@@ -116,7 +120,7 @@ def test_what_is_sent_is_harmless_and_cleaning_twice_changes_nothing(text):
     assert "  " not in command and command == command.strip()
     if refusal is None:
         assert textworld_text.clean_command(command) == (command, None)
-        assert not {".", ";", "!", "?"} & set(command) and "then" not in command.lower().split()
+        assert not {".", ";", "!", "?", ","} & set(command) and "then" not in command.lower().split()
 
 
 # Observations.
@@ -204,6 +208,18 @@ def test_the_parsers_refusals_are_invalid_commands(tasks):
         assert info.valid_command == (text == "take K-key then quit; quit"), text
     for text in ("look", "inventory", "examine K-key", "go south", "open K-box"):  # It is open.
         assert env.step(text).info.valid_command, text
+
+
+def test_one_command_a_turn(tasks):
+    """However they are joined; TextWorld would carry out all."""
+    task = tasks["basic"]
+    alone = textworld.TextWorldEnv(intermediate_reward=True, admissible_commands=True)
+    alone.reset(task)
+    first = alone.step(task.walkthrough[0])
+    for joint in (", ", ",", " , ", ". ", " then ", "\n", ", then "):
+        env = textworld.TextWorldEnv(intermediate_reward=True, admissible_commands=True)
+        env.reset(task)
+        assert env.step(joint.join(task.walkthrough)) == first
 
 
 def test_refused_commands_do_not_touch_the_game(tasks):
