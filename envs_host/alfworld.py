@@ -33,7 +33,7 @@ class Moment(NamedTuple):
     valid_command: bool
     intermediate_reward: float
     admissible_commands: tuple[str, ...]
-    distance: int | None  # Commands to the goal, if it is asked for.
+    distance: int | None  # Commands to the goal when it was last in reach, if that is asked for.
 
 
 class AlfworldEnv:
@@ -53,8 +53,8 @@ class AlfworldEnv:
         """Makes an environment without an episode.
 
         Args:
-            intermediate_reward: report +1 or -1 for each step that shortens or lengthens the
-                shortest way to the goal.
+            intermediate_reward: report by how many commands each step shortens the shortest way to
+                the goal; below 0 if it lengthens it.
             admissible_commands: report the commands that can be given.
             remember: answer from the memory of the process where the same commands were given to
                 the same game before. The answers are the same (games are deterministic).
@@ -187,12 +187,12 @@ class AlfworldEnv:
             moment = before._replace(
                 observation=REFUSED, valid_command=False, intermediate_reward=0.0)
             return self._memory.add(self._key(), here, command, moment)
-        distance = self._distance(outcome)
-        progress = 0.0
-        if distance is not None or before.distance is not None:
-            # A goal out of reach counts as infinitely far.
-            one, two = (float("inf") if d is None else d for d in (before.distance, distance))
-            progress = float((two < one) - (two > one))
+        distance, progress = self._distance(outcome), 0.0
+        if distance is None:
+            distance = before.distance  # What is out of reach counts as being where it was.
+        elif before.distance is not None:
+            # What an episode gains on the way depends on its end alone.
+            progress = float(before.distance - distance)
         moment = Moment(outcome.feedback, outcome.facts, outcome.won, True, progress, (), distance)
         node = self._memory.add(self._key(), here, command, moment)
         node.outcome = moment._replace(admissible_commands=self._admissible(node))

@@ -29,6 +29,7 @@ class _Verdict(NamedTuple):
 
 
 _MAX_JUDGED = 10_000
+_FAR = 5  # A file deleted is not a thousand times as wrong as a line.
 _JUDGED: dict[tuple, _Verdict] = {}  # By this process: of a group many submit the same.
 
 
@@ -54,8 +55,8 @@ class SweEnv:
         """Makes an environment without an episode.
 
         Args:
-            intermediate_reward: report +1 or -1 for each edit that brings the files closer to the
-                reference repair, in lines that differ, or away from it.
+            intermediate_reward: report by how many lines each edit brings the files closer to the reference
+                repair (below 0: away from it), up to `_FAR` lines farther than they were at first.
             admissible_commands: report commands that can be given; edits and searches are not among
                 them, as there is no end to them.
             remember: submissions of the same files for the same task are judged once in a process. The
@@ -92,6 +93,7 @@ class SweEnv:
         self._first = 1  # Line that is shown first.
         self._undo: list[tuple[str, str | None]] = []  # Files as they were before each edit.
         self._away = 0  # Lines in which the files differ from the reference repair, if that is asked for.
+        self._farthest = 0  # What more lines count as.
 
     @staticmethod
     def check_here(*, sandbox: str = "bubblewrap", **others) -> None:
@@ -115,6 +117,7 @@ class SweEnv:
         self._copies = swe_installed.copies(self._work.folder, self._interpreter()) if is_hidden else []
         self._open, self._first, self._undo = None, 1, []
         self._away = self._distance()
+        self._farthest = self._away + _FAR
         return ResetResult(self._ls(Command("ls", "", "")), self._info("", valid=True))
 
     def step(self, text: str) -> StepResult:
@@ -242,8 +245,9 @@ class SweEnv:
         return self._problem.python or self._python
 
     def _progress(self) -> float:
-        before, self._away = self._away, self._distance()
-        return float((self._away < before) - (self._away > before))
+        """By how much the files have come closer: what an episode gains on the way depends on its end alone."""
+        before, self._away = self._away, min(self._distance(), self._farthest)
+        return float(before - self._away)
 
     def _distance(self) -> int:
         """Lines in which the files differ from the reference repair."""

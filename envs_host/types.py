@@ -82,8 +82,8 @@ class Info:
         lost: the task ended in failure.
         valid_command: False when the game's parser refused the command, or it was not sent.
         command: what was sent after cleaning; what would have been sent, if it was refused.
-        intermediate_reward: +1 or -1 for a step along or away from the winning policy; 0 unless
-            requested.
+        intermediate_reward: by how much the step has come closer to the goal, below 0 if away from
+            it, in units of the environment's own; 0 unless requested.
         admissible_commands: commands that change the state; () unless requested.
         objective: what the player is asked to do; never part of the observation.
     """

@@ -30,9 +30,12 @@ def turn_rewards(
             "single": score / max_score on the last turn, 0 before.
             "dense": increase of the score / max_score on the turn that brought it.
             "intermediate": `intermediate_scale` times the environment's own progress signal
-            (TextWorld: +1 for a step along the winning policy, −1 for one away from it) on each
-            turn, plus the "single" reward. Steps away and back cancel, so wandering earns nothing;
-            keep scale × quest length below 1, or progress outweighs winning.
+            on each turn, plus the "single" reward. ALFWorld and repositories: by how much the way to
+            the goal, or what differs from the reference repair, has become shorter. That is the
+            difference of a potential (Ng et al. 1999): steps away and back cancel, so wandering earns
+            nothing. TextWorld: its own signal, +1 for a step along the winning policy, −1 for one away
+            from it. Keep scale × first distance (length of the quest, lines of the repair) below 1, or
+            progress outweighs winning.
         invalid_penalty: subtracted on each turn whose command the environment refused (0.1 in
             GiGPO and RAGEN, 0 in the guide).
         no_end_of_turn_penalty: subtracted on the last turn of an episode that stopped because an

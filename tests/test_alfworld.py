@@ -207,6 +207,32 @@ def test_an_episode(tasks):
             env.step("look")
 
 
+def test_ways_that_end_where_they_began_earn_nothing(tasks):
+    """What the progress signal sums to depends on the end alone: wherever an episode wanders, and on a loop that
+    goes away in one step (what was heated is cooled) and comes back in two."""
+    env = alfworld.AlfworldEnv(intermediate_reward=True, admissible_commands=True)
+    for task in tasks:
+        engine, rng = engine_of(task), random.Random(0)
+        goal = alfworld_experts.goal(engine.goal)
+        result, facts, gained = env.reset(task), engine.opening.facts, 0.0
+        for _ in range(15):
+            command = rng.choice(result.info.admissible_commands)
+            result, facts = env.step(command), engine.step(facts, command).facts
+            gained += result.info.intermediate_reward
+            left = alfworld_experts.distance(engine, facts, goal)
+            assert gained == len(task.walkthrough) - left
+            if result.terminated:
+                break
+    task = tasks[TASK_TYPES.index("pick_heat_then_place_in_recep")]
+    heat = next(number for number, command in enumerate(task.walkthrough) if command.startswith("heat"))
+    play(env, task, task.walkthrough[: heat + 1])
+    thing, oven = re.fullmatch("heat (.*) with (.*)", task.walkthrough[heat]).groups()
+    loop = ["go to fridge 1", f"cool {thing} with fridge 1", f"go to {oven}", task.walkthrough[heat]]
+    steps = [env.step(command) for command in loop]
+    assert all(step.info.valid_command for step in steps)
+    assert [step.info.intermediate_reward for step in steps] == [0, -2, 1, 1]
+
+
 def test_a_refused_command_changes_nothing(tasks):
     env = alfworld.AlfworldEnv()
     before = env.reset(tasks[0])

@@ -501,10 +501,20 @@ def test_progress_is_towards_the_repair(env, tmp_path):
     wrong = "edit 16:16\n        if item == bound:\n            pass"
     answers = _play(env, _task(tmp_path), REPAIR[0], REPAIR[1], wrong, "undo", "open tests/test_shelf.py", "edit 1:1", "edit 7:7\nx", "edit 9:9\n    value + 1")
     # BROKEN has two wrong lines; what becomes of tests is neither here nor there.
-    assert [answer.info.intermediate_reward for answer in answers] == [0, 0, 1, -1, 1, 0, 0, 0, 0]
+    assert [answer.info.intermediate_reward for answer in answers] == [0, 0, 1, -2, 2, 0, 0, 0, 0]
     quiet = swe.SweEnv(sandbox="none")
     assert _play(quiet, _task(tmp_path), *REPAIR)[-1].info.intermediate_reward == 0.0
     quiet.close()
+
+
+def test_ways_back_to_the_same_files_earn_nothing(env, tmp_path):
+    """A large step away and small steps back neither; and what is far away is not told from what is farther."""
+    junk = ["create junk.txt\n" + "a\n" * 4, *["edit 1:1"] * 4]
+    gained = [answer.info.intermediate_reward for answer in _play(env, _task(tmp_path), *junk)[1:]]
+    assert gained == [-4, 1, 1, 1, 1]
+    far = ["create junk.txt\n" + "a\n" * 900, "edit 1:899", "delete shelf/text.py", "undo", "delete junk.txt", *REPAIR]
+    gained = [answer.info.intermediate_reward for answer in _play(env, _task(tmp_path), *far)[1:]]
+    assert gained == [-5, 4, -4, 4, 1, 0, 1]
 
 
 def test_admissible_commands_can_be_given(tmp_path):

@@ -76,7 +76,7 @@ def test_the_reference_repair_wins(tmp_path, instance):
     assert all(answer.info.valid_command for answer in answers)
     assert answers[-1].info.won
     edits = [a.info.intermediate_reward for c, a in zip(task.walkthrough, answers[1:]) if c.startswith(("edit", "insert", "create", "delete"))]
-    assert len(edits) == 5 and set(edits) == {1.0}
+    assert sorted(edits) == [1.0, 1.0, 1.0, 1.0, 4.0]  # four lines are put in by one
     # The commit lies in the clone; what came after it, the hidden test with it, does not show.
     env.reset(task)
     assert env.step("find hidden").observation.startswith("There is no file")
