@@ -15,7 +15,7 @@ from envs_host import swe_workspace
 from envs_host.types import GameFileError
 
 # Raise it when the same spec would give another entry in the cache.
-_CACHE_FORMAT = {"textworld": 1, "alfworld": 1, "swe": 1}
+_CACHE_FORMAT = {"textworld": 1, "alfworld": 1, "swe": 2}
 _SUFFIX = {"textworld": ".z8", "alfworld": ".tw-pddl", "swe": ".swe.json"}
 _REQUIRED = object()
 _MOST_COIN_ROOMS = 100  # Of TextWorld 1.7's challenge.
