@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxagentrl import compiles
-from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
+from jaxagentrl.models import decoder, decoding_layout, kv_cache, kv_rows, sharding
 
 # Compiler options by backend. Of decode: products of a few hundred rows are faster by cuBLAS than by the
 # kernels that XLA writes itself, by up to a tenth of a step.
@@ -245,6 +245,10 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
             caches = tuple(mirror(cache, slots, lengths, filled, dtype) for cache in caches)
             filled = kv_cache.in_blocks(filled)
             params = decoding_layout.for_rows(params, num_rows)
+        has_tails = not is_mirrored and kv_rows.are_better()
+        if has_tails:
+            begun = functools.partial(kv_cache.with_tail, most=max_turn_tokens)
+            caches = tuple(begun(cache, lengths, filled, dtype) for cache in caches)
         shape = (num_rows, max_turn_tokens)
         draw = functools.partial(_draw, config, params, controls, restricted=restricted)
 
@@ -285,7 +289,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
             turns,
         )
         caches, turns = jax.lax.while_loop(is_running, step, (caches, turns))
-        if is_mirrored:
+        if is_mirrored or has_tails:
             settle = functools.partial(kv_cache.settled, most=max_turn_tokens)
             caches = tuple(settle(cache, slots, lengths, turns["lengths"]) for cache in caches)
         sampled = Sampled(*turns["out"], turns["counts"], turns["active"], turns["steps"])

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxagentrl import engine, logprobs, tiling
-from jaxagentrl.models import decoder, kv_cache
+from jaxagentrl import engine, logprobs, sampling, tiling
+from jaxagentrl.models import decoder, kv_cache, kv_rows
 
 CONFIG = decoder.DecoderConfig(
     vocab_size=37,
@@ -207,6 +207,24 @@ def test_layers_with_a_window_read_what_they_see(config, short_rings):
         assert largest_error(play(eng, schedule, config), config) <= 1e-4
 
     check()
+
+
+@pytest.mark.parametrize("config", [CONFIG, WINDOWS[1]], ids=["all alike", "a pattern"])
+def test_what_tpus_take_gives_the_same(config, short_rings, monkeypatch):
+    """Caches by rows, decode steps with a tail; vectors of 16 numbers, so that rings are no longer than elsewhere."""
+    monkeypatch.setattr(kv_rows, "are_better", lambda: True)
+    monkeypatch.setattr(kv_rows, "LANES", 16)
+    monkeypatch.setattr(sampling, "decodes_some_rows", lambda: False)
+    eng = make_engine(config=config)
+    forked = eng.counters.tokens_forked
+
+    @hypothesis.settings(deadline=None, max_examples=8, derandomize=True)
+    @hypothesis.given(schedules)
+    def check(schedule):
+        assert largest_error(play(eng, schedule, config), config) <= 1e-4
+
+    check()
+    assert eng.counters.tokens_forked > forked
 
 
 def test_what_a_ring_has_lost_is_computed_again(short_rings):

@@ -70,6 +70,9 @@ jaxagentrl.models
 jaxagentrl.models.rope
 jaxagentrl.models.decoder_config
 jaxagentrl.models.sharding
+jaxagentrl.models.kv_numbers
+jaxagentrl.models.kv_rows
+jaxagentrl.models.kv_tail
 jaxagentrl.models.kv_cache
 jaxagentrl.models.splash
 jaxagentrl.models.trial

@@ -144,7 +144,7 @@ def main() -> None:
                 cache = kv_cache.write(cache, index, None, places, new, new)
                 q = q.reshape(s, 1, k * g, e)
                 keys, values = kv_cache.read(cache, index, None, held, q.dtype)
-                q = attention.attend_cached(q, keys, values, mask, scale=e**-0.5)
+                q = attention.attend_cached(q, [(keys, values, mask)], scale=e**-0.5)
                 q = q.reshape(s, k, g, e)
             return cache, q
 

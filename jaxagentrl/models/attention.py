@@ -3,6 +3,9 @@
 Shapes: B rows, L queries, S keys, H query heads, K key/value heads with K dividing H, E head size.
 """
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -101,18 +104,17 @@ def attend(
     seen = seen if mask is None else seen & mask
     keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     size = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
-    blocks = [
+    blocks = [(start, min(start + size, length)) for start in range(0, length, size)]
+    attended = [
         attend_cached(
-            q[:, start : start + size],
-            keys[..., : start + size],
-            values[:, :, : start + size],
-            seen[:, start : start + size, : start + size],
+            q[:, start:end],
+            [(keys[..., :end], values[:, :, :end], seen[:, start:end, :end])],
             scale=scale,
             softcap=softcap,
         )
-        for start in range(0, length, size)
+        for start, end in blocks
     ]
-    return jnp.concatenate(blocks, axis=1)
+    return jnp.concatenate(attended, axis=1)
 
 
 def _attend_fused(
@@ -138,9 +140,7 @@ def _attend_fused(
 
 def attend_cached(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
+    parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
     *,
     scale: float,
     softcap: float | None = None,
@@ -151,22 +151,26 @@ def attend_cached(
     scores of any other in the backward pass.
 
     Args:
-        q: [R, W, H, E]. k: [R, K, E, S], or in C blocks [R, C, K, E, S / C]. v: [R, K, S, E].
-            mask: [R or 1, W, S] bool.
+        q: [R, W, H, E].
+        parts: keys [R, K, E, S], or in C blocks [R, C, K, E, S / C], values [R, K, S, E] and a mask [R or 1, W, S]
+            bool, of each place that keys and values lie at.
         scale, softcap: as in `attend`.
 
     Returns:
         [R, W, H, E].
     """
     rows, width, heads, size = q.shape
-    num_kv_heads = k.shape[-3]
+    num_kv_heads = parts[0][0].shape[-3]
     # Queries of one key/value head side by side: one matrix product per row and head.
     q = q.reshape(rows, width, num_kv_heads, heads // num_kv_heads, size)
     q = q.transpose(0, 2, 3, 1, 4).reshape(rows, num_kv_heads, -1, size)
-    scores = _products(q, k)
-    mask = jnp.tile(mask, (1, heads // num_kv_heads, 1))[:, None]
-    scores = jnp.where(mask, cap(scores * scale, softcap), _MASKED)
-    out = _weighted_sum(scores, v)
+
+    def scores_of(k: jax.Array, mask: jax.Array) -> jax.Array:
+        mask = jnp.tile(mask, (1, heads // num_kv_heads, 1))[:, None]
+        return jnp.where(mask, cap(_products(q, k) * scale, softcap), _MASKED)
+
+    scores, values = [scores_of(k, mask) for k, _, mask in parts], [v for _, v, _ in parts]
+    out = _weighted_sum(scores[0], values[0]) if len(parts) == 1 else _sum_of_parts(scores, values)
     out = out.reshape(rows, num_kv_heads, heads // num_kv_heads, width, size)
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, width, heads, size)
 
@@ -217,3 +221,15 @@ def _weighted_sum_bwd(
 
 
 _weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
+
+
+def _sum_of_parts(scores: Sequence[jax.Array], values: Sequence[jax.Array]) -> jax.Array:
+    """`_weighted_sum` of what lies at several places."""
+    highest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
+    masses = [jnp.exp(x - highest) for x in scores]
+    total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in masses)
+    sums = [
+        jnp.matmul(x.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        for x, v in zip(masses, values, strict=True)
+    ]
+    return (sum(sums) / total).astype(values[0].dtype)

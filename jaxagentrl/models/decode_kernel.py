@@ -233,7 +233,7 @@ def products(q, k, v, cache, layer, lengths, is_real):
     cache = kv_cache.write(cache, layer, None, places, k[:, None], v[:, None])
     keys, values = kv_cache.read(cache, layer, None, kv_cache.Stretch(None, filled), q.dtype)
     seen = (jnp.arange(filled)[None] <= lengths[:, None])[:, None]
-    attended = attention.attend_cached(q[:, None], keys, values, seen, scale=_TRIAL_SCALE)[:, 0]
+    attended = attention.attend_cached(q[:, None], [(keys, values, seen)], scale=_TRIAL_SCALE)[:, 0]
     return _compared(attended, attended, lengths, is_real), cache
 
 

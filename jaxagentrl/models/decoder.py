@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 
 from jaxagentrl.logprobs import cap
-from jaxagentrl.models import attention, decode_kernel, kv_cache, rope, sharding
+from jaxagentrl.models import attention, decode_kernel, kv_cache, kv_tail, rope, sharding
 from jaxagentrl.models.decoder_config import DecoderConfig
 from jaxagentrl.models.layers import (
     Layer,
@@ -295,8 +295,10 @@ def hidden_cached(
             if only_last:
                 x, seen = at_last(x), at_last(seen)
                 q, _, _ = layer.attention.qkv(layer.attention_norm(x), tuple(map(at_last, table)))
-            keys, values = kv_cache.read(cache, at, slots, parts[kind].stretch, q.dtype)
-            attended = attention.attend_cached(q, keys, values, seen, **scores)
+            read = [(*kv_cache.read(cache, at, slots, parts[kind].stretch, q.dtype), seen)]
+            if cache.tail is not None:
+                read.append((cache.tail.keys[at], cache.tail.values[at], parts[kind].seen_of_tail))
+            attended = attention.attend_cached(q, read, **scores)
         caches = (*caches[:kind], cache, *caches[kind + 1 :])
         return layer.add_mlp(layer.add_attention(x, attended)), caches
 
@@ -410,19 +412,24 @@ class _CachePart(NamedTuple):
 
     stretch: kv_cache.Stretch
     seen: jax.Array  # [R, W, size] bool
+    seen_of_tail: jax.Array | None = None  # [R, 1, T] bool
 
 
 def _cache_part(cache: kv_cache.KVCache, positions: jax.Array, filled: int) -> _CachePart:
     """What is read for new tokens at `positions` [R, W]."""
-    if cache.mirrors is None:
-        stretch = kv_cache.near(cache, positions[:, 0], width=positions.shape[1], filled=filled)
-    else:
+    tail = cache.tail
+    if cache.mirrors is not None:
         stretch = kv_cache.Stretch(cache.mirrors[0].starts, cache.mirrors[0].values.shape[2])
+    elif tail is not None and tail.before is not None:
+        stretch = kv_cache.Stretch(tail.before.starts, tail.before.values.shape[3])
+    else:
+        stretch = kv_cache.near(cache, positions[:, 0], width=positions.shape[1], filled=filled)
     index = jnp.arange(stretch.size)[None, None]
     index = index if stretch.starts is None else index + stretch.starts[:, None, None]
     distance = positions[:, :, None] - index
-    seen = distance >= 0
-    return _CachePart(stretch, seen if cache.window is None else seen & (distance < cache.window))
+    seen = (distance >= 0) if tail is None else index < tail.begins[:, None, None]
+    seen = seen if cache.window is None else seen & (distance < cache.window)
+    return _CachePart(stretch, seen, None if tail is None else kv_tail.seen(tail, positions[:, 0], cache.window))
 
 
 def windows(config: DecoderConfig) -> tuple[int | None, ...]:

@@ -20,11 +20,7 @@ mirrors alone; when the call ends, the cache is `settled`.
 
 Of a ring only the positions that new tokens see are read, in whole blocks (`near`), and mirrored.
 
-On CPU a bfloat16 cache holds its numbers as integers of their bits: to write some bfloat16 numbers into an array,
-XLA makes float32 of the whole array and bfloat16 again, which takes 500 times as long.
-
-An int8 cache keeps one float32 scale per layer, slot, position and head: a vector x is stored as
-round(x / s) with s = max |x| / 127, so each entry is off by at most s / 2.
+On TPUs rows are written and read one after the other (`kv_rows`), and decode steps write to a tail (`kv_tail`).
 """
 
 import dataclasses
@@ -36,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxagentrl.models import sharding
+from jaxagentrl.models import kv_numbers, kv_rows, kv_tail, sharding
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -83,6 +79,7 @@ class KVCache:
     key_scales: jax.Array | None = None  # [N, S, K, M] float32, of an int8 cache
     value_scales: jax.Array | None = None  # [N, S, K, M] float32, of an int8 cache
     mirrors: tuple[Mirror, ...] | None = None  # [N], within a call that has them
+    tail: kv_tail.Tail | None = None  # within a call that has one
     # How many tokens a token sees, itself included; None is all. With a window rows are rings.
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -121,7 +118,15 @@ def ring(window: int | None, *, most: int, max_length: int) -> Ring | None:
         most: new tokens of one call.
         max_length: of a slot.
     """
-    return None if window is None else Ring(in_blocks(min(max_length, window + most + _BLOCK - 1)), window)
+    if window is None:
+        return None
+    return Ring(_whole(in_blocks(min(max_length, window + most + _BLOCK - 1))), window)
+
+
+def _whole(size: int) -> int:
+    """So many positions as this backend has them: on TPUs in whole vectors, or keys would lie otherwise than they
+    are read."""
+    return -(-size // kv_rows.LANES) * kv_rows.LANES if kv_rows.are_better() else size
 
 
 def init(
@@ -136,7 +141,7 @@ def init(
     most: int = 1,
 ) -> KVCache:
     """An empty cache of layers with this window. `dtype` is one of `DTYPES`; `most` as of `ring`."""
-    size = max_length if window is None else ring(window, most=most, max_length=max_length).size
+    size = _whole(max_length) if window is None else ring(window, most=most, max_length=max_length).size
     rows = (num_layers, num_slots, num_kv_heads)
     scales = [jnp.zeros((*rows, size)) for _ in range(2)] if dtype == "int8" else [None, None]
     if dtype == "bfloat16" and jax.default_backend() == "cpu":
@@ -214,15 +219,33 @@ def mirrored(
     return dataclasses.replace(cache, mirrors=tuple(map(mirror, range(cache.keys.shape[0]))))
 
 
+def with_tail(cache: KVCache, lengths: jax.Array, filled: int, dtype: jnp.dtype, *, most: int) -> KVCache:
+    """The cache with an empty tail, in `dtype`, for up to `most` tokens behind the `lengths` [R] of all slots;
+    `filled` as of `near`."""
+    num_layers, heads, before = cache.keys.shape[0], cache.keys.shape[2:4], None
+    stretch = near(cache, lengths, width=most, filled=filled)
+    if stretch.starts is not None:
+        held = jax.lax.map(lambda layer: read(cache, layer, None, stretch, dtype), jnp.arange(num_layers))
+        before = kv_tail.Before(*held, stretch.starts)
+    return dataclasses.replace(cache, tail=kv_tail.empty(num_layers, lengths, heads, most, dtype, before))
+
+
 def settled(
-    cache: KVCache, slots: jax.Array, lengths: jax.Array, ends: jax.Array, *, most: int
+    cache: KVCache, slots: jax.Array | None, lengths: jax.Array, ends: jax.Array, *, most: int
 ) -> KVCache:
-    """The cache without its mirrors, with the positions from `lengths` [R] to `ends` [R] as they hold them, which
-    are `most` at the most."""
+    """The cache without its mirrors or its tail, with the positions from `lengths` [R] to `ends` [R] as they hold
+    them, which are `most` at the most."""
     positions = lengths[:, None] + jnp.arange(most)[None]
     rows = jnp.arange(positions.shape[0])[:, None]
     targets = jnp.where(positions < ends[:, None], positions, NOWHERE)
-    mirrors, cache = cache.mirrors, dataclasses.replace(cache, mirrors=None)
+    mirrors, tail, cache = cache.mirrors, cache.tail, dataclasses.replace(cache, mirrors=None, tail=None)
+    if tail is not None:
+
+        def settle(layer: jax.Array, cache: KVCache) -> KVCache:
+            keys = tail.keys[layer].transpose(0, 3, 1, 2)
+            return write(cache, layer, slots, targets, keys, tail.values[layer].transpose(0, 2, 1, 3))
+
+        return jax.lax.fori_loop(0, cache.keys.shape[0], settle, cache)
     for layer, mirror in enumerate(mirrors):
         places = mirror.place(positions)
         block, inside = jnp.divmod(places, _BLOCK)
@@ -241,17 +264,23 @@ def write(
 ) -> KVCache:
     """Writes [R, W, K, E] keys and values of one layer at (slots [R], positions [R, W]).
 
-    `slots` None means all slots in order. Nothing is written at a slot out of range, or at `NOWHERE`. Of a
-    cache with mirrors only these are written, until it is `settled`; it takes its layer as an int.
+    Positions of a row follow each other, up to those that are `NOWHERE`. `slots` None means all slots in order.
+    Nothing is written at a slot out of range, or at `NOWHERE`. Of a cache with mirrors only these are written,
+    until it is `settled`; it takes its layer as an int.
     """
     if slots is None:
         slots = jnp.arange(positions.shape[0])
     if cache.mirrors is not None:
         return _write_to_mirror(cache, layer, positions, keys, values)
+    if cache.tail is not None:
+        new = (kv_numbers.as_kept(x[:, 0], cache.keys.dtype) for x in (keys, values))
+        tail = kv_tail.write(cache.tail, layer, positions[:, 0] != NOWHERE, positions[:, 0], *new)
+        return dataclasses.replace(cache, tail=tail)
     if cache.window is not None:
         positions = jnp.where(positions == NOWHERE, NOWHERE, positions % cache.size)
     # The compiler does not see that heads, which index the cache here, have nothing to do with each other.
-    put = sharding.over_heads(_put, keys.shape[2], (2, None, None, None, 2, 2), 2)
+    put = _put_rows if kv_rows.are_better() and positions.shape[1] > 1 else _put
+    put = sharding.over_heads(put, keys.shape[2], (2, None, None, None, 2, 2), 2)
     return _placed(put(cache, layer, slots, positions, keys, values))
 
 
@@ -262,13 +291,36 @@ def _write_to_mirror(
     rows, heads = jnp.arange(keys.shape[0])[:, None, None], jnp.arange(keys.shape[2])[None, None]
     inside_of = mirror.place(positions)[:, :, None]
     block, inside = jnp.divmod(inside_of, _BLOCK)
-    keys, values = _as_kept(cache, keys), _as_kept(cache, values)
+    keys, values = (kv_numbers.as_kept(x, cache.keys.dtype) for x in (keys, values))
     mirror = mirror._replace(
         keys=mirror.keys.at[rows, block, heads, :, inside].set(keys, mode="drop"),
         values=mirror.values.at[rows, heads, inside_of].set(values, mode="drop"),
     )
     mirrors = (*cache.mirrors[:layer], mirror, *cache.mirrors[layer + 1 :])
     return dataclasses.replace(cache, mirrors=mirrors)
+
+
+def _put_rows(
+    cache: KVCache,
+    layer: jax.Array | int,
+    slots: jax.Array,
+    positions: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+) -> KVCache:
+    """`write` without mirrors, row by row; see `kv_rows`."""
+    counts = jnp.where(slots < cache.keys.shape[1], jnp.sum(positions != NOWHERE, axis=1), 0)
+    starts = jnp.where(counts > 0, positions[:, 0], 0)
+    new = _stored(cache, keys, values)
+    axes = {"keys": 4, "values": 3, "key_scales": 3, "value_scales": 3}
+    put = functools.partial(kv_rows.put, is_ring=cache.window is not None)
+
+    def put_row(row: jax.Array, cache: KVCache) -> KVCache:
+        where = (layer, slots[row], starts[row], counts[row])
+        arrays = {name: put(getattr(cache, name), *where, x[row], axes[name]) for name, x in new.items()}
+        return dataclasses.replace(cache, **arrays)
+
+    return jax.lax.fori_loop(0, len(slots), put_row, cache)
 
 
 def _put(
@@ -282,24 +334,19 @@ def _put(
     """`write` without mirrors."""
     rows, heads = slots[:, None, None], jnp.arange(keys.shape[2])[None, None]
     places = positions[:, :, None]  # [R, W, 1], against heads [1, 1, K]
+    where = dict.fromkeys(("values", "key_scales", "value_scales"), (layer, rows, heads, places))
+    where["keys"] = (layer, rows, heads, slice(None), places)
+    new = _stored(cache, keys, values)
+    arrays = {name: getattr(cache, name).at[where[name]].set(x, mode="drop") for name, x in new.items()}
+    return dataclasses.replace(cache, **arrays)
 
-    def put(array: jax.Array, new: jax.Array) -> jax.Array:
-        return array.at[layer, rows, heads, places].set(_stored(new, array.dtype), mode="drop")
 
-    def put_keys(array: jax.Array, new: jax.Array) -> jax.Array:
-        where = (layer, rows, heads, slice(None), places)
-        return array.at[where].set(_stored(new, array.dtype), mode="drop")
-
-    scales = {}
-    if cache.key_scales is not None:
-        (keys, key_scales), (values, value_scales) = quantize(keys), quantize(values)
-        scales = {
-            "key_scales": put(cache.key_scales, key_scales),
-            "value_scales": put(cache.value_scales, value_scales),
-        }
-    return dataclasses.replace(
-        cache, keys=put_keys(cache.keys, keys), values=put(cache.values, values), **scales
-    )
+def _stored(cache: KVCache, keys: jax.Array, values: jax.Array) -> dict[str, jax.Array]:
+    """Keys and values [R, W, K, E] as the cache's arrays hold them, by the names of these."""
+    kept_keys, key_scales = kv_numbers.stored(keys, cache.keys.dtype)
+    kept_values, value_scales = kv_numbers.stored(values, cache.values.dtype)
+    new = {"keys": kept_keys, "values": kept_values, "key_scales": key_scales, "value_scales": value_scales}
+    return {name: x for name, x in new.items() if x is not None}
 
 
 def read(
@@ -312,28 +359,45 @@ def read(
     """Keys and values of one layer in `dtype`, as `attention.attend_cached` takes them: [R, K, E, size], where
     they do not begin at 0 in blocks [R, C, K, E, 64], and [R, K, size, E].
 
-    `slots` None means all slots in order. Of a cache with mirrors, the layer's mirror.
+    `slots` None means all slots in order. Of a cache with mirrors, the layer's mirror. Of one with a tail, what
+    was there before it.
     """
     if cache.mirrors is not None:
         return cache.mirrors[layer][:2]
+    if cache.tail is not None and cache.tail.before is not None:
+        keys, values, _ = cache.tail.before
+        return keys[layer], values[layer]
 
-    def from_0(axis: int) -> Callable[[jax.Array], jax.Array]:
-        def taken(array: jax.Array) -> jax.Array:
-            array = jax.lax.slice_in_dim(array, 0, stretch.size, axis=axis % array.ndim)
-            return array if slots is None else jnp.take(array, slots, axis=0, mode="clip")
-
-        return taken
-
-    parts = from_0(-1), from_0(2)
-    if stretch.starts is not None:
-        rows = jnp.arange(len(stretch.starts)) if slots is None else slots
-        parts = tuple(
-            functools.partial(part, slots=rows, stretch=stretch) for part in (_blocks, _joined_blocks)
+    if stretch.starts is None:
+        from_0 = functools.partial(_from_0, layer, slots, stretch.size)
+        return _read(cache, functools.partial(from_0, -1), functools.partial(from_0, 3), dtype)
+    rows = jnp.arange(len(stretch.starts)) if slots is None else slots
+    if kv_rows.are_better():
+        keys, values = (
+            functools.partial(
+                kv_rows.stretch, layer=layer, slots=rows, starts=stretch.starts, size=stretch.size, axis=axis
+            )
+            for axis in (-1, 3)
         )
+        return _read(cache, keys, values, dtype)
+    parts = (functools.partial(part, slots=rows, stretch=stretch) for part in (_blocks, _joined_blocks))
     at_layer = jax.tree.map(
         lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), cache
     )
     return _read(at_layer, *parts, dtype)
+
+
+def _from_0(
+    layer: jax.Array | int, slots: jax.Array | None, size: int, axis: int, array: jax.Array
+) -> jax.Array:
+    """[R, ...] of [N, S, ...]: the first `size` positions, which are dimension `axis`, of these slots."""
+    sizes = [1, array.shape[1] if slots is None else 1, *array.shape[2:]]
+    sizes[axis] = size
+
+    def held(slot: jax.Array | int) -> jax.Array:
+        return jax.lax.dynamic_slice(array, (layer, slot, *[0] * (array.ndim - 2)), sizes)[0]
+
+    return held(0) if slots is None else jax.vmap(held)(slots)[:, 0]
 
 
 def _read(
@@ -346,11 +410,11 @@ def _read(
     positions last, `of_values` of those that have them third."""
     keys, values = of_keys(at_layer.keys), of_values(at_layer.values)
     if at_layer.key_scales is None:
-        return _numbers(keys, dtype), _numbers(values, dtype)
+        return kv_numbers.numbers(keys, dtype), kv_numbers.numbers(values, dtype)
     key_scales, value_scales = of_keys(at_layer.key_scales), of_values(at_layer.value_scales)
     return (
-        _numbers(keys, dtype, key_scales[..., None, :]),
-        _numbers(values, dtype, value_scales[..., None]),
+        kv_numbers.numbers(keys, dtype, key_scales[..., None, :]),
+        kv_numbers.numbers(values, dtype, value_scales[..., None]),
     )
 
 
@@ -392,6 +456,8 @@ def copy_rows(cache: KVCache, sources: jax.Array, targets: jax.Array, filled: in
     size = min(filled, cache.size)
 
     def copy(array: jax.Array, layer: jax.Array, axis: int) -> jax.Array:
+        if kv_rows.are_better():
+            return kv_rows.copy(array, layer, sources, targets, size, axis)
         block = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
         block = jax.lax.slice_in_dim(block, 0, size, axis=axis - 1)
         block = jnp.take(block, sources, axis=0, mode="clip")
@@ -408,36 +474,6 @@ def copy_rows(cache: KVCache, sources: jax.Array, targets: jax.Array, filled: in
         return dataclasses.replace(cache, keys=keys, values=values, **scales)
 
     return _placed(jax.lax.fori_loop(0, cache.keys.shape[0], copy_layer, cache))
-
-
-def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8 vectors and their float32 scales: x [..., E] ≈ int8 [..., E] · scale [...]."""
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / 127.0
-    safe = jnp.where(scale > 0, scale, 1.0)[..., None]
-    return jnp.round(x / safe).astype(jnp.int8), scale
-
-
-def _stored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Numbers as a cache whose arrays have this dtype holds them."""
-    if dtype == jnp.uint16:
-        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return x.astype(dtype)
-
-
-def _numbers(x: jax.Array, dtype: jnp.dtype, scales: jax.Array | None = None) -> jax.Array:
-    """What a cache holds, as numbers of this dtype."""
-    if x.dtype == jnp.uint16:
-        x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
-    return x.astype(dtype) if scales is None else x.astype(dtype) * scales.astype(dtype)
-
-
-def _as_kept(cache: KVCache, x: jax.Array) -> jax.Array:
-    """Vectors [..., E] as a later call will read them."""
-    if cache.key_scales is None:
-        return _numbers(_stored(x, cache.keys.dtype), x.dtype)
-    kept, scales = quantize(x)
-    return _numbers(kept, x.dtype, scales[..., None])
 
 
 def _placed(cache: KVCache) -> KVCache:

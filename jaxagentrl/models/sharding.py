@@ -84,6 +84,11 @@ def make_mesh(
     return _mesh(np.array(devices[:used]).reshape(shape))
 
 
+def mesh_of_one(device: jax.Device) -> Mesh:
+    """For what is to say which device it is of: a run on one has no mesh."""
+    return _mesh(np.array([[[device]]]))
+
+
 def resolve_shape(shape: Sequence[int], num_devices: int) -> tuple[int, ...]:
     """Sizes of the axes with a −1 replaced by what is left of `num_devices`."""
     sizes = dict(zip(AXES, shape, strict=True))
