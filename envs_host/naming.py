@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"(?<=[A-Za-z])[0-9]{1,2}\b")
 _DIGITS = string.digits
 _TWINS = [2 * digit for digit in _DIGITS]
 _PAIRS = [a + b for a in _DIGITS for b in _DIGITS if a != b]
-_LETTER = re.compile(r"\b[A-Za-z](?=-(?:box|key)\b)", re.IGNORECASE)
+_LETTER = re.compile(r"\b[A-Za-z](?=-(?:box|key)\b)", re.IGNORECASE | re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`python -m jaxagentrl.main --config=configs/<x>.py --workdir=<folder>`: flags, and nothing else."""
 
 import difflib
+import os
 import re
 import signal
 import sys
@@ -83,10 +84,17 @@ def main(argv: list[str]) -> None:
             "processes, continue from the last checkpoint"
         )
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues from the last checkpoint")
+        said = "stopped; the same command continues from the last checkpoint"
+        if jax.distributed.is_initialized():
+            sys.exit(said)
+        # Files and workers are closed. The rest would crash: of an interrupted compilation, jax as the interpreter
+        # is taken down.
+        print(said, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
     try:
         rest = app.parse_flags_with_usage(argv)
         _CONFIG.value.to_dict()  # a file that could not be read says so when it is asked
@@ -125,7 +133,7 @@ def _without(path: str) -> str:
 
 def run() -> None:
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)
 
 
 if __name__ == "__main__":
