@@ -36,7 +36,7 @@ ADVICE = {
     "parameters": "a larger mesh.fsdp or mesh.tensor, or adapters (lora.rank) over a model in "
     "learner.compute_dtype='bfloat16'",
     "reference": "a larger mesh.fsdp, adapters (lora.rank), or rl.kl.placement='none'",
-    "optimizer": "a larger mesh.fsdp, optimizer.moment_dtype='bfloat16', or adapters (lora.rank)",
+    "optimizer": "a larger mesh.fsdp, {section}.optimizer.moment_dtype='bfloat16', or adapters (lora.rank)",
     "update": "a smaller learner.tokens_per_part, learner.remat='full', "
     "learner.compute_dtype='bfloat16', or, of the gradients, a larger mesh.fsdp or adapters (lora.rank)",
     "cache": "fewer sampling.num_slots, a smaller sampling.max_length, or "
@@ -105,7 +105,8 @@ class Plan:
             for name, size in part.items():
                 sizes[name] = sizes.get(name, 0) + size
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-        advice = "; ".join(f"{name}: {ADVICE[name]}" for name in largest)
+        section = "sft" if self.stage.startswith("imitation") else "rl"
+        advice = "; ".join(f"{name}: {ADVICE[name].format(section=section)}" for name in largest)
         raise PlanError(
             f"the run does not fit the memory of a device.\n{self.text()}\nWhat would help: {advice}."
         )
@@ -245,6 +246,7 @@ def make(
     at_sampling: Sampling,
     limit: int,
     needs_reference: bool = False,
+    is_executed: bool = True,
 ) -> Plan:
     """Compiles a stage's updates that may be the largest and adds everything up; of a plan within the
     limit the largest is then executed.
@@ -258,6 +260,7 @@ def make(
         at_sampling: what `plan_sampling.measured` found.
         limit: bytes that a device has, see `device_limit`.
         needs_reference: whether a copy of the policy (of its adapters) is kept for a KL term.
+        is_executed: False for devices that are not there (`tools/plan_tpu.py`).
 
     Raises:
         PlanError: the plan is beyond the limit. Nothing was executed.
@@ -265,16 +268,14 @@ def make(
     state = _state(trainable, optimizer, mesh)
     rows = _nothing(num_rows, width)
     arguments = _abstract_rows(rows, mesh)
-    sizes = [
-        program_bytes(update.lower(state, *arguments, work, frozen).compile()) for work in works
-    ]
+    sizes = [program_bytes(update.lower(state, *arguments, work, frozen), "update") for work in works]
     always = _always(state, frozen, at_sampling.cache, needs_reference=needs_reference)
     always["batch"] = per_device(arguments) + max(map(per_device, works))
     made = Plan(stage, always, {"update": max(sizes)}, at_sampling.needed, limit)
     made.check()
     # A step changes the state it is given: it is executed on one of zeros, beside the parameters. There
     # is no reference yet.
-    if made.while_updating - always["reference"] + at_hand <= limit:
+    if is_executed and made.while_updating - always["reference"] + at_hand <= limit:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), state)
         work = works[int(np.argmax(sizes))]
         jax.block_until_ready(update(zeros, *sharding.place_rows(rows, mesh), work, frozen))
@@ -379,9 +380,25 @@ def _device_limit() -> int:
     return free // jax.local_device_count()
 
 
-def program_bytes(compiled: Any) -> int:
-    """What a compiled program needs on a device beside its arguments."""
-    sizes = compiled.memory_analysis()
+def program_bytes(program: jax.stages.Lowered, name: str) -> int:
+    """What a program needs on a device beside its arguments. It is compiled.
+
+    Args:
+        name: of what it is for, in `ADVICE`.
+
+    Raises:
+        PlanError: the compiler found that it has no room, as that of TPUs does.
+    """
+    try:
+        sizes = program.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = str(error).splitlines()[0]
+        raise PlanError(
+            f"the run does not fit the memory of a device, by the compiler of its programs ({name}): {said}\nWhat would "
+            f"help: {ADVICE[name]}."
+        ) from error
     return (
         sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     )

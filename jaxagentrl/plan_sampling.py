@@ -77,7 +77,7 @@ def measured(
             return found
         largest = _largest_calls(model, arrays, possible, options, stop_ids, restricted=restricted)
         sizes = [
-            plan.program_bytes(call.program.lower(held=arrays.held, **call.arguments).compile())
+            plan.program_bytes(call.program.lower(held=arrays.held, **call.arguments), "sampling")
             for call in largest
         ]
         at_once = dispatch.side_by_side(options["num_waves"])

@@ -204,11 +204,11 @@ def _check_model(config: Mapping[str, Any]) -> None:
     if directory is not None:
         pretrained_config.read_config(directory)
     else:  # the vocabulary is not there yet, and makes no difference
-        model = _drawn(config["model"], config["tokenizer"]["vocab_size"])
+        model = drawn(config["model"], config["tokenizer"]["vocab_size"])
         pretrained_config.to_json(model, config["export_dtype"])
 
 
-def _drawn(options: Mapping[str, Any], vocab_size: int) -> decoder.DecoderConfig:
+def drawn(options: Mapping[str, Any], vocab_size: int) -> decoder.DecoderConfig:
     """The shape of a model that is made here, of the config's `model`."""
     shape = {key: value for key, value in options.items() if key != "directory"}
     if shape.get("rope_scaling") is not None:
@@ -274,7 +274,7 @@ def _model(options: Mapping[str, Any], chat_format: chat.ChatFormat) -> decoder.
     """The model's shape, of its folder's config.json or of the config."""
     directory = options["directory"]
     if directory is None:
-        return _drawn(options, len(chat_format.tokenizer))
+        return drawn(options, len(chat_format.tokenizer))
     model = pretrained_config.read_config(directory)
     chat.check_vocabulary(chat_format, model.vocab_size)
     return model
@@ -292,12 +292,7 @@ def _check_memory(
         plan.PlanError: with what it would hold, and advice.
     """
 
-    def shapes(key: jax.Array) -> tuple[decoder.Params, decoder.Params | None]:
-        policy = jax.tree.map(lambda x: x.astype(_dtype_in_memory(config)), decoder.init(model, key))
-        return _with_lora(policy, config)
-
-    drawn = jax.eval_shape(shapes, jax.random.key(0))
-    trainable, frozen = sharding.abstract(drawn, mesh)
+    trainable, frozen = shapes(config, model, mesh)
     at_sampling = plan_sampling.counted(
         model,
         trainable,
@@ -317,6 +312,18 @@ def _check_memory(
         limit=plan.device_limit(config["memory_limit_gb"]),
     ):
         stage.check()
+
+
+def shapes(
+    config: Mapping[str, Any], model: decoder.DecoderConfig, mesh: jax.sharding.Mesh | None
+) -> tuple[decoder.Params, decoder.Params | None]:
+    """Shapes, types and places of what is trained and of what is frozen; nothing is made."""
+
+    def made() -> tuple[decoder.Params, decoder.Params | None]:
+        policy = decoder.init(model, jax.random.key(0))
+        return _with_lora(jax.tree.map(lambda x: x.astype(_dtype_in_memory(config)), policy), config)
+
+    return sharding.abstract(jax.eval_shape(made), mesh)
 
 
 def _policy(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 import runpy
 
 import jax
@@ -21,6 +22,7 @@ from jaxagentrl import (
     plan_sampling,
     reinforce,
     sampling,
+    settings,
     states,
     trees,
 )
@@ -181,9 +183,7 @@ def sizes_of_programs(trainable, mesh, *, restricted, **options):
         made = engine.Engine(UNTIED, stop_ids=(3, 5), **SAMPLING | options)
         policy = sharding.for_decoding(trainable["policy"], mesh)
         return {
-            call.name: plan.program_bytes(
-                call.program.lower(held=made._held[0], **call.arguments).compile()
-            )
+            call.name: plan.program_bytes(call.program.lower(held=made._held[0], **call.arguments), "sampling")
             for call in made._every_call(policy, restricted)
         }
 
@@ -362,6 +362,32 @@ def test_a_run_that_does_not_fit_is_refused_with_advice():
         small.check()
     assert "memory per device in RL" in str(refusal.value)
     assert "learner.tokens_per_part" in str(refusal.value)
+
+
+def test_a_compiler_that_finds_no_room_is_a_refusal_with_advice():
+    class Program:
+        def __init__(self, said):
+            self.said = said
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(self.said)
+
+    no_room = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, 16.93G exceeds available HBM (15.75G).\nfurther lines"
+    with pytest.raises(plan.PlanError, match=r"\(15.75G\).\nWhat would help: fewer sampling.num_slots"):
+        plan.program_bytes(Program(no_room), "sampling")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
+        plan.program_bytes(Program("INTERNAL: another"), "update")
+
+
+@pytest.mark.parametrize("stage, section", [("imitation", "sft"), ("imitation, batch and programs aside", "sft"), ("RL", "rl")])
+def test_advice_names_keys_that_there_are(stage, section):
+    for name, advice in plan.ADVICE.items():
+        with pytest.raises(plan.PlanError) as error:
+            plan.Plan(stage, {name: 2}, {}, {}, 1).check()
+        said = str(error.value).partition("What would help")[2]
+        assert advice.format(section=section) in said
+        keys = re.findall(r"\b(?:\w+\.)+\w+", said)
+        assert keys and not set(keys) - set(settings.KEYS)
 
 
 def test_this_machine_says_what_it_has_and_the_config_what_it_may():
