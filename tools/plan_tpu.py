@@ -1,6 +1,6 @@
 """What a run would take of TPUs' memory, and whether their compiler takes its programs: without a TPU.
 
-    pip install "libtpu==$(python -c 'import importlib.metadata as m; print(m.version("libtpu"))')"
+    pip install -e ".[tpu]"    # libtpu has the compiler; in an environment of its own: it looks for TPUs in every run
     python tools/plan_tpu.py --topology=v5e:2x4 --config=configs/textworld_qwen2_5_1_5b.py \\
         --config.model.directory=DIRECTORY --config.tokenizer.directory=DIRECTORY --config.mesh.fsdp=8
 
@@ -46,7 +46,7 @@ def devices(name: str) -> list[jax.Device]:
     except (RuntimeError, ValueError) as error:
         raise SystemExit(
             f"error: --topology={name}: {str(error).splitlines()[0]}. Expected a name such as v5e:2x4, v5p:2x2x1 or v6e:2x4, and "
-            "a libtpu of the version that jax asks for (pip install 'jax[tpu]' beside this environment says which)."
+            "libtpu (pip install -e '.[tpu]')."
         ) from error
 
 
