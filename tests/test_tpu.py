@@ -96,10 +96,9 @@ def test_a_run_that_does_not_fit_is_refused_with_advice():
     assert done.returncode == 1 and "What would help" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("topology", ["v5x:2x2", "nonsense"])
-def test_a_topology_that_there_is_not(topology):
-    done = run(f"--topology={topology}")
-    assert done.returncode == 1 and f"error: --topology={topology}" in done.stderr and "v5e:2x4" in done.stderr
+def test_a_topology_that_there_is_not():
+    done = run("--topology=v5x:2x2")
+    assert done.returncode == 1 and "error: --topology=v5x:2x2" in done.stderr and "v5e:2x4" in done.stderr
     assert "Traceback" not in done.stderr
 
 
