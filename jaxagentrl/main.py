@@ -1,5 +1,6 @@
 """`python -m jaxagentrl.main --config=configs/<x>.py --workdir=<folder>`: flags, and nothing else."""
 
+import atexit
 import difflib
 import os
 import re
@@ -87,10 +88,11 @@ def main(argv: list[str]) -> None:
         said = "stopped; the same command continues from the last checkpoint"
         if jax.distributed.is_initialized():
             sys.exit(said)
-        # Files and workers are closed. The rest would crash: of an interrupted compilation, jax as the interpreter
-        # is taken down.
-        print(said, file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        # All that an exit does but taking the interpreter down, in which jax crashes after an interrupted compilation.
+        print(said, file=sys.stderr)
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         os._exit(1)
 
 

@@ -137,3 +137,23 @@ os.kill(os.getpid(), signal.SIGINT)
 print("ignored as before")
 """
     assert run("-c", code).stdout.splitlines() == ["heard", "heard", "heard", "ignored as before"]
+
+
+def test_an_interrupt_ends_the_process_without_taking_the_interpreter_down():
+    code = """
+import atexit, sys
+from jaxagentrl import main
+class Left:
+    def __del__(self):
+        print("taken down")
+left = Left()
+def run(config, directory):
+    raise KeyboardInterrupt
+main.train.run = run
+atexit.register(print, "ended")
+sys.argv = ["main", "--config=configs/textworld_smoke.py", "--workdir=nowhere"]
+main.run()
+"""
+    stopped = run("-c", code)
+    assert stopped.returncode == 1 and stopped.stdout.splitlines() == ["ended"]
+    assert stopped.stderr.splitlines()[-1] == "stopped; the same command continues from the last checkpoint"
