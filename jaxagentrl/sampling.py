@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxagentrl import compiles
-from jaxagentrl.models import decoder, decoding_layout, kv_cache, kv_rows, sharding
+from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
 
 # Compiler options by backend. Of decode: products of a few hundred rows are faster by cuBLAS than by the
 # kernels that XLA writes itself, by up to a tenth of a step.
@@ -239,16 +239,11 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
     ):
         caches, num_rows = held.caches, pending.shape[0]
         dtype = params["embed"]["embedding"].dtype
-        is_mirrored = slots is not None and dtype == jnp.float32
-        if is_mirrored:
-            mirror = functools.partial(kv_cache.mirrored, most=max_turn_tokens)
-            caches = tuple(mirror(cache, slots, lengths, filled, dtype) for cache in caches)
+        begun = functools.partial(kv_cache.begun, most=max_turn_tokens)
+        caches = tuple(begun(cache, slots, lengths, filled, dtype) for cache in caches)
+        if caches[0].mirrors is not None:
             filled = kv_cache.in_blocks(filled)
             params = decoding_layout.for_rows(params, num_rows)
-        has_tails = not is_mirrored and kv_rows.are_better()
-        if has_tails:
-            begun = functools.partial(kv_cache.with_tail, most=max_turn_tokens)
-            caches = tuple(begun(cache, lengths, filled, dtype) for cache in caches)
         shape = (num_rows, max_turn_tokens)
         draw = functools.partial(_draw, config, params, controls, restricted=restricted)
 
@@ -289,9 +284,8 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
             turns,
         )
         caches, turns = jax.lax.while_loop(is_running, step, (caches, turns))
-        if is_mirrored or has_tails:
-            settle = functools.partial(kv_cache.settled, most=max_turn_tokens)
-            caches = tuple(settle(cache, slots, lengths, turns["lengths"]) for cache in caches)
+        settled = functools.partial(kv_cache.settled, most=max_turn_tokens)
+        caches = tuple(settled(cache, slots, lengths, turns["lengths"]) for cache in caches)
         sampled = Sampled(*turns["out"], turns["counts"], turns["active"], turns["steps"])
         return held._replace(caches=caches), sampled
 

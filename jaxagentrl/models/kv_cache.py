@@ -180,6 +180,22 @@ def near(cache: KVCache, lengths: jax.Array, *, width: int, filled: int) -> Stre
     return Stretch(jnp.maximum(lengths + 1 - cache.window, 0) // _BLOCK * _BLOCK, reach)
 
 
+def begun(
+    cache: KVCache,
+    slots: jax.Array | None,
+    lengths: jax.Array,
+    filled: int,
+    dtype: jnp.dtype,
+    *,
+    most: int,
+) -> KVCache:
+    """The cache as the steps of a call take it, until it is `settled`: with mirrors where these are for some of the
+    slots and in float32, on TPUs with a tail. Arguments as of `mirrored`."""
+    if slots is not None and dtype == jnp.float32:
+        return mirrored(cache, slots, lengths, filled, dtype, most=most)
+    return with_tail(cache, lengths, filled, dtype, most=most) if kv_rows.are_better() else cache
+
+
 def mirrored(
     cache: KVCache,
     slots: jax.Array,
@@ -246,7 +262,7 @@ def settled(
             return write(cache, layer, slots, targets, keys, tail.values[layer].transpose(0, 2, 1, 3))
 
         return jax.lax.fori_loop(0, cache.keys.shape[0], settle, cache)
-    for layer, mirror in enumerate(mirrors):
+    for layer, mirror in enumerate(mirrors or ()):
         places = mirror.place(positions)
         block, inside = jnp.divmod(places, _BLOCK)
         keys, values = mirror.keys[rows, block, :, :, inside], mirror.values[rows, :, places]
