@@ -39,6 +39,9 @@ _MAX_STRANGERS = 8
 # Rows of a vocabulary that are compared at a time.
 _COMPARED_ROWS = 1024
 
+# Of a tensor that is written, what is fetched from the devices at a time.
+_STRETCH_BYTES = 1 << 20
+
 # Files that `save` may find in its target and replace; anything else is someone else's.
 _OUR_FILES = {
     pretrained_config.FILE, _GENERATION, _SINGLE, _INDEX, "tokenizer.json", "tokenizer_config.json",
@@ -101,9 +104,14 @@ def load(
     config = pretrained_config.read_config(directory)
     stored = _locate_tensors(directory)
     _check_tensors(directory, config, stored)
+    table = _table(config)
+    # All tensors are read into the same memory: jax lets go of what it was given some moments after
+    # its last use, so that of arrays of their own two would be in memory, on a busy machine always.
+    names = [name for entry in table for name in entry.tensors(config)]
+    buffer = np.empty(max(stored[name].num_bytes for name in names), np.uint8)
     params: Params = {}
-    for entry in _table(config):
-        leaf = _read_leaf(entry, config, stored, jnp.dtype(dtype), mesh)
+    for entry in table:
+        leaf = _read_leaf(entry, config, stored, buffer, jnp.dtype(dtype), mesh)
         _set(params, entry.path, leaf)
     return config, params
 
@@ -323,23 +331,23 @@ def _read_leaf(
     entry: _Entry,
     config: decoder.DecoderConfig,
     stored: Mapping[str, tensor_files.StoredTensor],
+    buffer: np.ndarray,
     dtype: np.dtype,
     mesh: jax.sharding.Mesh | None,
 ) -> jax.Array:
-    """One leaf in its place on the devices; the host holds one tensor of it at a time."""
+    """One leaf in its place on the devices; the host holds one tensor of it at a time, in `buffer`."""
     shape = entry.leaf_shape(config)
     where = None if mesh is None else _sharding(entry, shape, mesh)
     leaf = None
     if entry.per_layer:
         leaf = jnp.zeros(shape, dtype, device=where)
     for layer, name in enumerate(entry.tensors(config)):
-        tensor = _put(stored[name].read(), entry, where)
+        tensor = _put(stored[name].read(into=buffer), entry, where)
         if entry.per_layer:
             leaf = _insert(leaf, tensor, layer, transposed=entry.transposed, where=where)
         else:
             leaf = _convert(tensor, dtype=dtype, transposed=entry.transposed, where=where)
-        del tensor
-        leaf.block_until_ready()   # else the next tensor is read while this one is still in use
+        leaf.block_until_ready()   # else the next tensor is read over this one while it is in use
     return leaf
 
 
@@ -372,7 +380,8 @@ def _insert(leaf: jax.Array, tensor: jax.Array, layer: int, *, transposed: bool,
 
 @functools.partial(jax.jit, static_argnames=("dtype", "transposed", "where"))
 def _convert(tensor: jax.Array, *, dtype: np.dtype, transposed: bool, where: Any):
-    leaf = (tensor.T if transposed else tensor).astype(dtype)
+    # A copy even where nothing changes: the tensor may be the memory that the next one is read into.
+    leaf = jnp.copy(tensor.T if transposed else tensor).astype(dtype)
     return leaf if where is None else jax.lax.with_sharding_constraint(leaf, where)
 
 
@@ -443,7 +452,7 @@ def _write_weights(
         tensor_files.write(
             folder / file,
             [spec for spec, _, _ in shard],
-            (_tensor(entry, layer, params).astype(dtype, copy=False) for _, entry, layer in shard),
+            (_tensor(entry, layer, params, dtype) for _, entry, layer in shard),
         )
 
 
@@ -477,10 +486,26 @@ def _all_tensors(config: decoder.DecoderConfig) -> Iterator[tuple[str, _Entry, i
             yield entry.tensor, entry, 0
 
 
-def _tensor(entry: _Entry, layer: int, params: Params) -> np.ndarray:
+def _tensor(entry: _Entry, layer: int, params: Params, dtype: np.dtype) -> np.ndarray:
+    """A tensor as its file has it, fetched in stretches of rows.
+
+    Whole, the leaf's own layout and dtype would be in memory beside the file's; and an array that is
+    asked for whole keeps its copy on the host for as long as it lives.
+    """
     leaf = _get(params, entry.path)
-    tensor = np.asarray(jax.device_get(leaf[layer] if entry.per_layer else leaf))
-    return tensor.T if entry.transposed else tensor
+    leaf = leaf[layer] if entry.per_layer else leaf
+    tensor = np.empty(entry.shape, dtype)
+    ours = tensor.T if entry.transposed else tensor
+    rows = max(1, _STRETCH_BYTES * len(leaf) // leaf.nbytes)
+    for start in range(0, len(leaf), rows):
+        ours[start:start + rows] = _rows(leaf, start, min(rows, len(leaf) - start))
+    return tensor
+
+
+def _rows(leaf: jax.Array | np.ndarray, start: int, count: int) -> jax.Array | np.ndarray:
+    if isinstance(leaf, np.ndarray):
+        return leaf[start:start + count]
+    return jax.lax.dynamic_slice_in_dim(leaf, start, count)   # leaf[a:b] compiles for every a
 
 
 def _get(params: Params, path: tuple[str, ...]) -> Any:

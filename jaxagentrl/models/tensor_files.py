@@ -43,28 +43,45 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int  # bytes from the beginning of the file
 
-    def read(self, rows: slice = slice(None)) -> np.ndarray:
-        """The tensor in the dtype it is stored in, or some of its rows (of its first dimension).
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole tensor in the file.
 
         Raises:
             PretrainedError: a dtype that weights do not have, such as that of a quantized model.
         """
+        return self._numpy_dtype().itemsize * math.prod(self.shape)
+
+    def read(self, rows: slice = slice(None), into: np.ndarray | None = None) -> np.ndarray:
+        """The tensor in the dtype it is stored in, or some of its rows (of its first dimension).
+
+        Args:
+            rows: a slice without a step.
+            into: bytes, uint8 [at least as many as are read], that the result is then a view of;
+                None for an array of its own.
+
+        Raises:
+            PretrainedError: a dtype that weights do not have, such as that of a quantized model.
+        """
+        dtype = self._numpy_dtype()
+        first, last, _ = rows.indices(self.shape[0]) if self.shape else (0, 1, 1)
+        shape = (last - first, *self.shape[1:]) if self.shape else ()
+        row_bytes = dtype.itemsize * math.prod(self.shape[1:])
+        count = (last - first) * row_bytes
+        data = np.empty(count, np.uint8) if into is None else into[:count]
+        with self.path.open("rb") as file:
+            file.seek(self.start + first * row_bytes)
+            if file.readinto(data) != count:
+                raise PretrainedError(f"{self.path} became shorter while {self.name} was read.")
+        return data.view(dtype).reshape(shape)
+
+    def _numpy_dtype(self) -> np.dtype:
         if self.dtype not in _DTYPES:
             raise PretrainedError(
                 f"{self.path}: {self.name} has dtype {self.dtype}, expected one of "
                 f"{sorted(_DTYPES)}. Quantized models are not read; use the original weights."
             )
-        dtype = _DTYPES[self.dtype]
-        first, last, _ = rows.indices(self.shape[0]) if self.shape else (0, 1, 1)
-        shape = (last - first, *self.shape[1:]) if self.shape else ()
-        row_bytes = dtype.itemsize * math.prod(self.shape[1:])
-        data = np.fromfile(
-            self.path,
-            np.uint8,
-            count=(last - first) * row_bytes,
-            offset=self.start + first * row_bytes,
-        )
-        return data.view(dtype).reshape(shape)
+        return _DTYPES[self.dtype]
 
 
 def contents(path: pathlib.Path) -> dict[str, StoredTensor]:
