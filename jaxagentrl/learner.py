@@ -126,7 +126,7 @@ def forward(
         )
         return x if tree is None else tree.before(x)
 
-    policy = in_dtype(policy_of(params), compute_dtype)
+    policy = decoder.with_whole_tables(in_dtype(policy_of(params), compute_dtype))
     finish = {}
     # A critic's head on the policy reads every position's final hidden state.
     if decoder.finishes_apart(config) and ("value_head" not in params or "critic" in params):
@@ -135,8 +135,7 @@ def forward(
     x = hidden(policy, is_finished=not finish)
     logprobs, entropies = token_scores.token_logprobs(
         x,
-        # Gathered over fsdp once, not in every chunk.
-        sharding.constrain(decoder.unembedding(policy), None, "tensor"),
+        decoder.unembedding(policy),
         tokens,
         needed=needed,
         temperature=temperature,
@@ -147,7 +146,7 @@ def forward(
     values = jnp.zeros_like(logprobs)
     if "value_head" in params:
         if "critic" in params:
-            x = hidden(in_dtype(params["critic"], compute_dtype))
+            x = hidden(decoder.with_whole_tables(in_dtype(params["critic"], compute_dtype)))
         head = params["value_head"]
         read = x[:, :-1].astype(jnp.float32) @ head["kernel"] + head["bias"]
         values = jnp.pad(read, ((0, 0), (1, 0)))

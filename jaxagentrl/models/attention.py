@@ -93,10 +93,11 @@ def attend(
     if kernel == "splash":
         return splash.attend(q, k, v, segment_ids, scale=scale, softcap=softcap, window=window)
     if kernel == "cudnn":
-        # The packed kernel has seen neither windows nor meshes.
-        can_pack = max_segments is not None and window is None and not sharding.active()
-        if can_pack and cudnn_packed.takes(q.shape[2], *k.shape[2:], q.dtype.name):
-            return cudnn_packed.attend(q, k, v, segment_ids, max_segments, scale=scale)
+        shards = sharding.head_shards_in_use()
+        # The packed kernel has not seen windows.
+        can_pack = max_segments is not None and window is None and k.shape[2] % shards == 0
+        if can_pack and cudnn_packed.takes(q.shape[2] // shards, k.shape[2] // shards, k.shape[3], q.dtype.name):
+            return _attend_packed(q, k, v, segment_ids, max_segments, scale=scale)
         return _attend_fused(q, k, v, mask, scale=scale, implementation="cudnn")
     length = q.shape[1]
     index = jnp.arange(length)
@@ -115,6 +116,25 @@ def attend(
         for start, end in blocks
     ]
     return jnp.concatenate(attended, axis=1)
+
+
+def _attend_packed(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    max_segments: int,
+    *,
+    scale: float,
+) -> jax.Array:
+    """`cudnn_packed.attend`, on a mesh by every device for the rows and heads that it holds: a kernel is
+    nothing that the compiler could split."""
+
+    def attend_rows(*arrays: jax.Array) -> jax.Array:
+        alone = functools.partial(cudnn_packed.attend, max_segments=max_segments, scale=scale)
+        return sharding.over_heads(alone, k.shape[2], (2, 2, 2, None), 2)(*arrays)
+
+    return sharding.over_rows(attend_rows, (0, 0, 0, 0), 0)(q, k, v, segment_ids)
 
 
 def _attend_fused(

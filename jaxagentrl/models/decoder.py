@@ -336,10 +336,18 @@ def logits(
 
 
 def embed(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    # Gathered over fsdp first: a lookup in columns that are split would replicate the activations.
-    table = sharding.constrain(params["embed"]["embedding"], "tensor", None)
-    x = lookup(table, tokens)
+    x = lookup(params["embed"]["embedding"], tokens)
     return x * jnp.asarray(config.hidden_size**0.5, x.dtype) if config.scale_embeddings else x
+
+
+def with_whole_tables(params: Params) -> Params:
+    """The parameters with embedding and unembedding gathered over fsdp, once for a pass that reads them often:
+    a lookup in columns that are split would replicate the activations, and every chunk of logits would gather
+    the unembedding. See `sharding.gathered`."""
+    whole = {"embed": {"embedding": sharding.gathered(params["embed"]["embedding"], "tensor", "fsdp")}}
+    if "lm_head" in params:
+        whole["lm_head"] = {"kernel": sharding.gathered(params["lm_head"]["kernel"], "fsdp", "tensor")}
+    return params | whole
 
 
 def unembedding(params: Params) -> jax.Array:

@@ -161,6 +161,11 @@ def row_shards_in_use() -> int:
     return math.prod(_axes_in_use().get(axis, 1) for axis in ROWS)
 
 
+def head_shards_in_use() -> int:
+    """Parts that attention heads are split into by the mesh in use, if it divides their number."""
+    return _axes_in_use().get("tensor", 1)
+
+
 def num_row_shards(mesh: Mesh | AbstractMesh | None) -> int:
     """Parts that the rows of a batch are split into."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
@@ -353,6 +358,25 @@ def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes)) if sizes else x
 
 
+def gathered(x: jax.Array, *axes: Axis) -> jax.Array:
+    """A parameter that lies by `axes`, whole along fsdp for all of its uses; its gradient, of all devices'
+    rows, is split along fsdp while it is summed.
+
+    `constrain` alone would hold the gradient to be whole, too: twice the traffic, and on every device.
+    """
+    if not active():
+        return x
+    whole = [None if axis == "fsdp" else axis for axis in axes]
+
+    @jax.custom_vjp
+    def gather(x: jax.Array) -> jax.Array:
+        # Split first: what makes the parameter (a cast) is otherwise done after it is gathered.
+        return constrain(constrain(x, *axes), *whole)
+
+    gather.defvjp(lambda x: (gather(x), None), lambda _, slope: (constrain(slope, *axes),))
+    return gather(x)
+
+
 def constrain_rows(tree: Any) -> Any:
     """Holds every leaf [B, ...] to rows shared out over the mesh in use."""
     return jax.tree.map(lambda x: constrain(x, ROWS), tree) if active() else tree
@@ -374,8 +398,7 @@ def over_rows(program: Callable, arguments: Any, results: Any) -> Callable:
             group has it whole.
         results: the same of its results. What is whole must be equal in all groups (`sum_over_rows`).
     """
-    taken = ROWS if _axes_in_use().get("tensor", 1) > 1 else AXES
-    return _apart(program, ROWS, arguments, results, taken)
+    return _apart(program, ROWS, arguments, results)
 
 
 def over_heads(program: Callable, num_heads: int, arguments: Any, results: Any) -> Callable:
@@ -390,13 +413,14 @@ def _apart(
     axes: tuple[str, ...],
     arguments: Any,
     results: Any,
-    taken: tuple[str, ...] | None = None,
 ) -> Callable:
     """`program` by the devices along these axes of the mesh in use, each with its part of the arrays. It
-    finds the axes that are `taken`, by default the same, out of use."""
+    finds them out of use, and those of size 1: where no axis is left, kernels need not be split."""
     sizes = _axes_in_use()
     if math.prod(sizes.get(axis, 1) for axis in axes) == 1:
         return program
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    taken = {axis for axis in AXES if axis not in manual and (axis in axes or sizes[axis] == 1)}
 
     def specs(dimensions: Any) -> Any:
         def of(dimension: int | None) -> PartitionSpec:
@@ -408,7 +432,7 @@ def _apart(
         program,
         in_specs=specs(arguments),
         out_specs=specs(results),
-        axis_names=set(taken or axes),
+        axis_names=taken,
         check_vma=False,  # loops would have to say over which axes what they begin with will vary
     )
 
