@@ -130,17 +130,18 @@ def _count(arrays: _Arrays, num_waves: int, mesh: jax.sharding.Mesh | None) -> p
 
 def _copy_bytes(given: Any, policy: Any, mesh: jax.sharding.Mesh | None) -> int:
     """Of the decoder's parameters as sampling takes them, without those that are at hand so."""
+    at_hand = dict(jax.tree_util.tree_flatten_with_path(given)[0])
+    leaves = jax.tree_util.tree_flatten_with_path(policy)[0]
     if mesh is None:
-        at_hand = dict(jax.tree_util.tree_flatten_with_path(given)[0])
-        leaves = jax.tree_util.tree_flatten_with_path(policy)[0]
         return plan.per_device([x for path, x in leaves if x != at_hand.get(path)])
-    places = sharding.decoding_shardings(given, mesh)
-    is_copied = jax.tree.map(
-        lambda x, y, where: x.dtype != y.dtype or not sharding.lies_at(x, where),
-        given, policy, places,
-    )
-    kept = jax.tree.map(lambda x, copied: x if copied else None, policy, is_copied)
-    return plan.per_device(kept)
+    places = jax.tree.leaves(sharding.decoding_shardings(policy, mesh))
+
+    def is_at_hand(path: Any, x: Any, where: jax.sharding.NamedSharding) -> bool:
+        mine = at_hand.get(path)
+        return mine is not None and mine.dtype == x.dtype and sharding.lies_at(mine, where)
+
+    pairs = zip(leaves, places, strict=True)
+    return plan.per_device([x for (path, x), where in pairs if not is_at_hand(path, x, where)])
 
 
 def _largest_calls(

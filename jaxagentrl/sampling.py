@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxagentrl import compiles
-from jaxagentrl.models import decoder, decoding_layout, kv_cache, sharding
+from jaxagentrl.models import by_device, decoder, decoding_layout, kv_cache, sharding
 
 # Compiler options by backend. Of decode: products of a few hundred rows are faster by cuBLAS than by the
 # kernels that XLA writes itself, by up to a tenth of a step.
-_DECODE_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+_DECODE_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}}
 # Of extend: jaxlib 0.10's YNNPACK, to which XLA hands products, takes one core for batches of matrices of few
 # rows, which are attention's. Of its fusions only those of sums are left: an extend takes up to 25 % less
 # time, the more the longer the history, and with jaxlib 0.12 the same; decode steps would take more
@@ -179,7 +179,7 @@ def make_extend(config: decoder.DecoderConfig) -> Extend:
     )
     def extend(params, held, tokens, slots, lengths, counts, *, filled):
         program = functools.partial(append, filled=filled)
-        program = sharding.over_rows(program, (None, _ROWS_OF_HELD, 0, 0, 0, 0), (_ROWS_OF_HELD, 0))
+        program = by_device.over_rows(program, (None, _ROWS_OF_HELD, 0, 0, 0, 0), (_ROWS_OF_HELD, 0))
         return program(params, held, tokens, slots, lengths, counts)
 
     return extend
@@ -201,7 +201,7 @@ def make_fork():
     @functools.partial(jax.jit, static_argnames="filled", donate_argnames="held")
     def fork(held, sources, targets, *, filled):
         program = functools.partial(copy, filled=filled)
-        program = sharding.over_rows(program, (_ROWS_OF_HELD, 0, 0), (_ROWS_OF_HELD, 0))
+        program = by_device.over_rows(program, (_ROWS_OF_HELD, 0, 0), (_ROWS_OF_HELD, 0))
         return program(held, sources, targets)
 
     return fork
@@ -248,7 +248,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         draw = functools.partial(_draw, config, params, controls, restricted=restricted)
 
         def is_running(carry):
-            return sharding.sum_over_rows(jnp.sum(carry[1]["active"])) > until
+            return by_device.sum_over_rows(jnp.sum(carry[1]["active"])) > until
 
         def step(carry):
             caches, turns = carry
@@ -278,7 +278,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         x = x.astype(dtype)
         is_ready = is_ready & turns["active"]
         turns = jax.lax.cond(
-            sharding.sum_over_rows(jnp.sum(is_ready)) > 0,
+            by_device.sum_over_rows(jnp.sum(is_ready)) > 0,
             lambda turns: draw(turns, x, is_ready),
             lambda turns: turns,
             turns,
@@ -299,7 +299,7 @@ def make_decode(config: decoder.DecoderConfig, *, max_turn_tokens: int):
         params, held, slots, pending, lengths, is_ready, controls, until, *, filled, restricted
     ):
         program = functools.partial(play, filled=filled, restricted=restricted)
-        program = sharding.over_rows(
+        program = by_device.over_rows(
             program,
             (None, _ROWS_OF_HELD, 0, 0, 0, 0, 0, None),
             (_ROWS_OF_HELD, Sampled(0, 0, 0, 0, 0, steps=None)),

@@ -9,7 +9,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jaxagentrl import packing
-from jaxagentrl.models import attention, cudnn_packed
+from jaxagentrl.models import attention, cudnn_packed, sharding
 
 
 def test_sizes_and_starts_of_segments():
@@ -57,6 +57,39 @@ def test_the_kernel_is_asked_for_the_same(heads, monkeypatch):
         assert np.isfinite(one).all()
         np.testing.assert_allclose(one, two, atol=2e-5)
     cudnn_packed._passes.cache_clear()
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (1, 1, 4)], ids=str)
+def test_on_a_mesh_every_device_attends_for_its_rows_and_heads(sizes, monkeypatch):
+    asked = []
+
+    def recorded(q, *arrays, **options):
+        asked.append(q.shape)
+        return by_definition(q, *arrays, **options)
+
+    monkeypatch.setattr(cudnn, "dot_product_attention", recorded)
+    monkeypatch.setattr(cudnn_packed, "takes", lambda *heads: (heads[0], *heads[1:]) == (*local, 8, "float32"))
+    monkeypatch.setattr(attention, "_attend_fused", lambda q, k, v, mask, **_: products(q, k, v))
+    *arrays, ids = cudnn_packed.trial_inputs(4, 2, 8, "float32")
+    made_of = {"scale": 8**-0.5, "segment_ids": ids, "max_segments": 4}
+    local = (4 // sizes[2], 2 // sizes[2])
+
+    def products(q, k, v):  # of heads that the mesh does not split
+        return cudnn_packed.products(q, k, v, ids)
+
+    def run(kernel):
+        attend = functools.partial(attention.attend, mask=mask, kernel=kernel, **made_of)
+        return jax.jit(cudnn_packed.with_gradients(lambda *x: attend(*x[:3])))(*arrays, ids)
+
+    mask = jnp.asarray(ids[:, None] == ids[:, :, None])
+    wanted = run("products")
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    with sharding.use(mesh):
+        ours = run("cudnn")
+    for one, two in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-5)
+    split = (2 // (sizes[0] * sizes[1]), 256, local[0], 8)
+    assert set(asked) == ({split} if sizes[2] < 4 else set())
 
 
 def test_a_kernel_that_looks_across_segments_fails_its_trial(monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from test_engine import CONFIG, act, compiled
 
 from jaxagentrl import calls, engine, sampling, shards
-from jaxagentrl.models import decode_kernel, decoder, kv_cache, sharding, trial
+from jaxagentrl.models import by_device, decode_kernel, decoder, decoding_layout, kv_cache, sharding, trial
 
 # Large embeddings make the distribution uneven, so that a wrong context is seen.
 POLICY = decoder.init(CONFIG, jax.random.key(0))
@@ -82,6 +82,37 @@ def test_what_is_sampled_does_not_depend_on_the_mesh(sizes, num_slots, config, o
         np.testing.assert_allclose(sample.logprobs, alone[key].logprobs, atol=1e-4)
     # A group's members lie together, on one device: they copy, unless each has its own.
     assert (eng.counters.tokens_forked > 0) == (eng._shapes.shards.size > 1)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2)], ids=str)
+def test_what_gpus_take_samples_the_same(sizes, monkeypatch):
+    """Their layout of the weights and their kernel, interpreted, which every device is to run by itself."""
+    config = dataclasses.replace(CONFIG, head_dim=16)
+    policy = decoder.init(config, jax.random.key(0))
+    policy["embed"]["embedding"] *= 20
+    options = dict(max_length=128, filled_buckets=(128,))
+    alone = played(make_engine(4, config, **options), policy)
+    shapes = []
+
+    def attend(*given, **options):
+        shapes.append(given[3].keys.shape)
+        return kernel(*given, **options, interpret=True)
+
+    kernel = decode_kernel.attend
+    monkeypatch.setattr(decode_kernel, "attend", attend)
+    monkeypatch.setattr(decode_kernel, "takes", lambda *_, shards: shards == sizes[-1])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    mesh = mesh_of(*sizes)
+    with sharding.use(mesh):
+        laid_out = decoding_layout.for_decoding(sharding.place(policy, mesh), "float32")
+    with sharding.use(sharding.decoding_mesh(mesh)):
+        eng = make_engine(4, config, **options)
+        ours = played(eng, sharding.for_decoding(laid_out, mesh))
+    rows, heads = 4 // (sizes[0] * sizes[1]), config.num_kv_heads // sizes[2]
+    assert {shape[1:3] for shape in shapes} == {(rows, heads)}
+    for key, sample in ours.items():
+        np.testing.assert_array_equal(sample.ids, alone[key].ids)
+        np.testing.assert_allclose(sample.logprobs, alone[key].logprobs, atol=1e-4)
 
 
 def test_no_device_holds_a_whole_cache_even_while_it_is_made(monkeypatch):
@@ -178,7 +209,7 @@ def test_kernels_are_tried_on_one_device_and_work_on_rows_of_their_own(sizes):
     wanted = decode_kernel.attend(*jax.tree.map(jnp.asarray, given), **options)
     with sharding.use(mesh_of(*sizes)), warnings.catch_warnings():
         warnings.simplefilter("error")
-        split = sharding.over_rows(attend, (0, 0, 0, 1, None, 0, 0), (0, 1))
+        split = by_device.over_rows(attend, (0, 0, 0, 1, None, 0, 0), (0, 1))
         if sizes[-1] > 1:
             jax.jit(split).lower(*given)
         else:

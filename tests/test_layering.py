@@ -70,6 +70,7 @@ jaxagentrl.models
 jaxagentrl.models.rope
 jaxagentrl.models.decoder_config
 jaxagentrl.models.sharding
+jaxagentrl.models.by_device
 jaxagentrl.models.kv_numbers
 jaxagentrl.models.kv_rows
 jaxagentrl.models.kv_tail

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxagentrl.logprobs import cap
-from jaxagentrl.models import cudnn_packed, sharding, splash
+from jaxagentrl.models import by_device, cudnn_packed, sharding, splash
 
 # How attention of whole sequences may be computed.
 #   products   two matrix products around a float32 softmax: everywhere, in every dtype
@@ -129,12 +129,9 @@ def _attend_packed(
 ) -> jax.Array:
     """`cudnn_packed.attend`, on a mesh by every device for the rows and heads that it holds: a kernel is
     nothing that the compiler could split."""
-
-    def attend_rows(*arrays: jax.Array) -> jax.Array:
-        alone = functools.partial(cudnn_packed.attend, max_segments=max_segments, scale=scale)
-        return sharding.over_heads(alone, k.shape[2], (2, 2, 2, None), 2)(*arrays)
-
-    return sharding.over_rows(attend_rows, (0, 0, 0, 0), 0)(q, k, v, segment_ids)
+    alone = functools.partial(cudnn_packed.attend, max_segments=max_segments, scale=scale)
+    split = by_device.over_rows_and_heads(alone, k.shape, (True, True, True, False), True)
+    return split(q, k, v, segment_ids)
 
 
 def _attend_fused(

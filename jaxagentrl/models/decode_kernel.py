@@ -33,16 +33,18 @@ _TRIAL_SCALE = 0.2
 _TOLERANCE = 2e-2  # bfloat16's sums are of 8 bits
 
 
-def takes(cache: kv_cache.KVCache, num_heads: int, dtype: jnp.dtype) -> bool:
+def takes(cache: kv_cache.KVCache, num_heads: int, dtype: jnp.dtype, *, shards: int = 1) -> bool:
     """Whether the kernel can read this cache, Triton's blocks being powers of two, and passes its
-    trial on heads like these. Not in float32, of which Triton's products keep 10 bits."""
+    trial on heads like these, of which a device has one of `shards` parts. Not in float32, of which
+    Triton's products keep 10 bits."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return False
     _, _, num_kv_heads, head_dim, size = cache.keys.shape
     sizes_fit = head_dim >= 16 and head_dim & (head_dim - 1) == 0 and size % _BLOCK == 0
     if not sizes_fit or cache.key_scales is not None or num_heads // num_kv_heads > _MIN_GROUP:
         return False
-    return _passes(num_heads, num_kv_heads, head_dim, dtype.name, cache.keys.dtype.name)
+    heads = (num_heads // shards, num_kv_heads // shards, head_dim)
+    return _passes(*heads, dtype.name, cache.keys.dtype.name)
 
 
 def attend(

@@ -18,6 +18,7 @@ Shapes: B rows, L positions, D hidden size, N layers, H query heads, K key/value
 V vocabulary, F feed-forward size.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ import numpy as np
 from flax import nnx
 
 from jaxagentrl.logprobs import cap
-from jaxagentrl.models import attention, decode_kernel, kv_cache, kv_tail, rope, sharding
+from jaxagentrl.models import attention, by_device, decode_kernel, kv_cache, kv_tail, rope, sharding
 from jaxagentrl.models.decoder_config import DecoderConfig
 from jaxagentrl.models.layers import (
     Layer,
@@ -284,10 +285,10 @@ def hidden_cached(
         table = _table_of(tables, jnp.bool_(cache.window is not None))
         q, k, v = layer.attention.qkv(layer.attention_norm(x), table)
         if is_fused:
+            fused = functools.partial(decode_kernel.attend, filled=filled, **scores)
+            fused = by_device.over_heads(fused, config.num_kv_heads, (1, 1, 1, 2, None, None, None), (1, 2))
             new = (q[:, 0], k[:, 0], v[:, 0])
-            attended, cache = decode_kernel.attend(
-                *new, cache, at, lengths, counts > 0, filled=filled, **scores
-            )
+            attended, cache = fused(*new, cache, at, lengths, counts > 0)
             attended = attended[:, None]
         else:
             cache = kv_cache.write(cache, at, slots, targets, k, v)
@@ -382,17 +383,17 @@ def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array,
 
 
 def _unroll(config: DecoderConfig) -> int:
-    """Layers in one body of the training pass's loop: all, where they are few or devices are one GPU.
+    """Layers in one body of the training pass's loop: all, where they are few or the devices are GPUs.
 
     A loop keeps what the backward pass needs in stacked arrays, which are cleared, written and read
     again: on CPU a fifth of an update of three small layers, a twentieth of one of ten larger ones,
-    on an H200 a quarter of one of 24, and a third of its memory (`docs/performance_log.md`). The price is
-    a compile time that grows with depth. Deep models on CPU and on TPU, and those on a mesh, whose
-    layers would all be gathered at once, keep their one body.
+    on an H200 a quarter of one of 24, and a third of its memory (`docs/performance_log.md`). On several GPUs
+    what is gathered for one layer is gathered while the layer before computes, if both are in one body. The
+    price is a compile time that grows with depth. Deep models on CPU and on TPU keep their one body.
     """
     backend = jax.default_backend()
     few = backend == "cpu" and config.num_layers <= _UNROLLED_LAYERS
-    return config.num_layers if few or (backend == "gpu" and not sharding.active()) else 1
+    return config.num_layers if few or backend == "gpu" else 1
 
 
 def _local_layers(config: DecoderConfig) -> jax.Array | None:
@@ -480,11 +481,14 @@ def _period(config: DecoderConfig) -> int:
 def _has_decode_kernel(
     config: DecoderConfig, caches: tuple[kv_cache.KVCache, ...], dtype: jnp.dtype
 ) -> bool:
-    """Whether decode steps attend by the kernel for GPUs. It knows nothing of meshes: of one that splits heads
-    it takes no part, nor where rows are not `sharding.over_rows`."""
-    if jax.default_backend() != "gpu" or sharding.active():
+    """Whether decode steps attend by the kernel for GPUs, on a mesh by every device for its rows, which are then
+    `by_device.over_rows`, and for its heads."""
+    if jax.default_backend() != "gpu" or sharding.row_shards_in_use() > 1:
         return False
-    return all(decode_kernel.takes(cache, config.num_heads, dtype) for cache in caches)
+    shards = sharding.head_shards_in_use()
+    return config.num_kv_heads % shards == 0 and all(
+        decode_kernel.takes(cache, config.num_heads, dtype, shards=shards) for cache in caches
+    )
 
 
 def _layers(config: DecoderConfig, params: Params) -> tuple[nnx.GraphDef, Params]:

@@ -25,17 +25,19 @@ _UNCACHED = 4 << 20
 def for_decoding(params: Params, dtype: str) -> Params:
     """The weights as decode steps are fastest with, to be made once for many steps.
 
-    In the dtype of the computation; a weight itself where it is so already. On one GPU layers are joined and
-    apart, which copies them. On CPU in float32, unless they are few, with a transposed copy in `few_rows` that
-    `for_rows` takes: extends and calls of more rows read the others. On a mesh, as they are.
+    In the dtype of the computation; a weight itself where it is so already. On GPUs layers are apart, which copies
+    them, and joined where no axis splits heads: side by side, every device would need its part of each. On CPU in
+    float32, unless they are few, with a transposed copy in `few_rows` that `for_rows` takes: extends and calls of
+    more rows read the others. On a mesh of other devices, as they are.
     """
-    backend = "mesh" if sharding.active() else jax.default_backend()
-    if backend == "gpu":
+    if jax.default_backend() == "gpu":
         others = {name: part for name, part in params.items() if name != "layers"}
-        return _in_dtype(others, dtype) | _for_gpu({"layers": params["layers"]}, dtype)
+        is_joined = sharding.head_shards_in_use() == 1
+        return _in_dtype(others, dtype) | _for_gpu({"layers": params["layers"]}, dtype, is_joined)
     params = _in_dtype(params, dtype)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["layers"]))
-    if backend == "cpu" and dtype == "float32" and size >= _UNCACHED:
+    is_cpu = jax.default_backend() == "cpu" and not sharding.active()
+    if is_cpu and dtype == "float32" and size >= _UNCACHED:
         return params | {"few_rows": _transposed(params)}
     return params
 
@@ -97,9 +99,10 @@ def _cast(leaves: list[jax.Array], dtype: str) -> list[jax.Array]:
     return [x.astype(dtype) for x in leaves]
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _for_gpu(params: Params, dtype: str) -> Params:
-    return unstacked(joined(jax.tree.map(lambda x: x.astype(dtype), params)))
+@functools.partial(jax.jit, static_argnames=("dtype", "is_joined"))
+def _for_gpu(params: Params, dtype: str, is_joined: bool) -> Params:
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return sharding.constrain_params(unstacked(joined(params) if is_joined else params))
 
 
 @jax.jit

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxagentrl.models import kv_numbers, kv_rows, kv_tail, sharding
+from jaxagentrl.models import by_device, kv_numbers, kv_rows, kv_tail, sharding
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -296,7 +296,7 @@ def write(
         positions = jnp.where(positions == NOWHERE, NOWHERE, positions % cache.size)
     # The compiler does not see that heads, which index the cache here, have nothing to do with each other.
     put = _put_rows if kv_rows.are_better() and positions.shape[1] > 1 else _put
-    put = sharding.over_heads(put, keys.shape[2], (2, None, None, None, 2, 2), 2)
+    put = by_device.over_heads(put, keys.shape[2], (2, None, None, None, 2, 2), 2)
     return _placed(put(cache, layer, slots, positions, keys, values))
 
 

@@ -9,7 +9,7 @@
 The compiler does the rest: arrays are placed by the rules below, activations are held to them at a
 few points by `constrain`, and XLA puts in the collectives (GSPMD, Xu et al. 2021,
 https://arxiv.org/abs/2105.04663). Where it cannot know that devices need nothing of each other, which
-rows of a cache are read being data, `over_rows` says so.
+rows of a cache are read being data, `by_device` says so.
 
 Programs find the mesh in their context (`with use(mesh):`). Without one, and inside `pmap` or
 `shard_map`, where devices are handled by the caller, `constrain` and its kin change nothing.
@@ -37,10 +37,10 @@ Axis = str | tuple[str, ...] | None
 RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
     (r"embed/embedding", ("tensor", "fsdp")),
     (r"lm_head/kernel", ("fsdp", "tensor")),
-    (r"layers/attention/(q|k|v)/kernel", (None, "fsdp", "tensor")),
-    (r"layers/attention/(q|k|v)/bias", (None, "tensor")),
+    (r"layers/attention/(q|k|v|joined)/kernel", (None, "fsdp", "tensor")),
+    (r"layers/attention/(q|k|v|joined)/bias", (None, "tensor")),
     (r"layers/attention/o/kernel", (None, "tensor", "fsdp")),
-    (r"layers/mlp/(gate|up)/kernel", (None, "fsdp", "tensor")),
+    (r"layers/mlp/(gate|up|joined)/kernel", (None, "fsdp", "tensor")),
     (r"layers/mlp/down/kernel", (None, "tensor", "fsdp")),
     (r"layers/\w+/(q|k|v|gate|up)/lora_a", (None, "fsdp", None)),
     (r"layers/\w+/(q|k|v|gate|up)/lora_b", (None, None, "tensor")),
@@ -151,19 +151,19 @@ def unused() -> Iterator[None]:
 
 
 def active() -> bool:
-    """True within `use` of a mesh, and not inside pmap or shard_map. Inside `over_rows`, if an axis is
+    """True within `use` of a mesh, and not inside pmap or shard_map. Inside `by_device`, if an axis is
     left there."""
-    return bool(_axes_in_use())
+    return bool(axes_in_use())
 
 
 def row_shards_in_use() -> int:
     """Parts that the rows of a batch are split into by the mesh in use."""
-    return math.prod(_axes_in_use().get(axis, 1) for axis in ROWS)
+    return math.prod(axes_in_use().get(axis, 1) for axis in ROWS)
 
 
 def head_shards_in_use() -> int:
     """Parts that attention heads are split into by the mesh in use, if it divides their number."""
-    return _axes_in_use().get("tensor", 1)
+    return axes_in_use().get("tensor", 1)
 
 
 def num_row_shards(mesh: Mesh | AbstractMesh | None) -> int:
@@ -186,8 +186,11 @@ def axes_of(path: str, ndim: int) -> tuple[Axis, ...]:
     """
     if ndim == 0:
         return ()
+    stacked = re.sub(r"(^|/)layers/\d+/", r"\1layers/", path)
     for pattern, axes in RULES:
-        if re.search(rf"(^|/){pattern}$", path):
+        if re.search(rf"(^|/){pattern}$", stacked):
+            if stacked != path:  # a layer on its own lies as it does in the stack
+                axes = axes[1:]
             if axes and len(axes) != ndim:
                 raise ShardingError(
                     f"the parameter {path} has {ndim} dimensions, but its rule {pattern!r} in "
@@ -354,7 +357,7 @@ def to_first(tree: Any, mesh: Mesh | None) -> Any:
 
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
     """Holds an activation to these axes of the mesh in use; axes that do not divide are left out."""
-    sizes = _axes_in_use()
+    sizes = axes_in_use()
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes)) if sizes else x
 
 
@@ -387,65 +390,8 @@ def constrain_params(tree: Any) -> Any:
     return _by_path(tree, lambda axes, leaf: constrain(leaf, *axes)) if active() else tree
 
 
-def over_rows(program: Callable, arguments: Any, results: Any) -> Callable:
-    """`program` as every group of devices runs it, on the rows that it holds and without the others.
-
-    Of a mesh in use only `tensor` is left to the compiler, and where that is 1 nothing.
-
-    Args:
-        program: takes positional arguments. Of rows it sees its group's, numbered from 0.
-        arguments: which dimension of each argument rows are, or of trees below it; None is none: every
-            group has it whole.
-        results: the same of its results. What is whole must be equal in all groups (`sum_over_rows`).
-    """
-    return _apart(program, ROWS, arguments, results)
-
-
-def over_heads(program: Callable, num_heads: int, arguments: Any, results: Any) -> Callable:
-    """`program` as every device runs it on the heads that it holds, `num_heads` over all of them. The rest
-    as of `over_rows`."""
-    is_split = num_heads % _axes_in_use().get("tensor", 1) == 0
-    return _apart(program, ("tensor",), arguments, results) if is_split else program
-
-
-def _apart(
-    program: Callable,
-    axes: tuple[str, ...],
-    arguments: Any,
-    results: Any,
-) -> Callable:
-    """`program` by the devices along these axes of the mesh in use, each with its part of the arrays. It
-    finds them out of use, and those of size 1: where no axis is left, kernels need not be split."""
-    sizes = _axes_in_use()
-    if math.prod(sizes.get(axis, 1) for axis in axes) == 1:
-        return program
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    taken = {axis for axis in AXES if axis not in manual and (axis in axes or sizes[axis] == 1)}
-
-    def specs(dimensions: Any) -> Any:
-        def of(dimension: int | None) -> PartitionSpec:
-            return PartitionSpec() if dimension is None else PartitionSpec(*[None] * dimension, axes)
-
-        return jax.tree.map(of, dimensions, is_leaf=lambda x: x is None)
-
-    return jax.shard_map(
-        program,
-        in_specs=specs(arguments),
-        out_specs=specs(results),
-        axis_names=taken,
-        check_vma=False,  # loops would have to say over which axes what they begin with will vary
-    )
-
-
-def sum_over_rows(x: jax.Array) -> jax.Array:
-    """The sum over all groups of a number that each has, inside `over_rows`; `x` itself elsewhere."""
-    mesh = jax.sharding.get_abstract_mesh()
-    is_inside = mesh.axis_names == AXES and set(ROWS) <= set(mesh.manual_axes)
-    return jax.lax.psum(x, ROWS) if is_inside else x
-
-
-def _axes_in_use() -> dict[str, int]:
-    """Sizes of the axes of the mesh in use, 1 of those that `over_rows` has taken; empty without a mesh."""
+def axes_in_use() -> dict[str, int]:
+    """Sizes of the axes of the mesh in use, 1 of those that `by_device` has taken; empty without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = mesh.axis_types
     if mesh.axis_names != AXES or AxisType.Auto not in kinds or AxisType.Explicit in kinds:

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
 
-from jaxagentrl.models import sharding
+from jaxagentrl.models import by_device
 
 _BLOCKS = (512, 256, 128)  # in tokens; the kernel wants multiples of 128
 _BLOCK_NAMES = (
@@ -51,22 +50,11 @@ def attend(
     Returns:
         [B, L, H, E].
     """
-    mesh = jax.sharding.get_abstract_mesh() if sharding.active() else None
     local = functools.partial(
         _attend_local, softcap=softcap, window=window, interpret=interpret
     )
-    if mesh is None:
-        return local(q * scale, k, v, segment_ids)
-    # Key/value heads decide, so that every device's query heads find theirs beside them.
-    heads = sharding.spec((sharding.ROWS, None, "tensor", None), k.shape, mesh.shape)
-    rows = PartitionSpec(*heads[:1])
-    mapped = jax.shard_map(
-        local,
-        in_specs=(heads, heads, heads, rows),
-        out_specs=heads,
-        check_vma=False,  # a kernel does not say over which axes its results vary
-    )
-    return mapped(q * scale, k, v, segment_ids)
+    split = by_device.over_rows_and_heads(local, k.shape, (True, True, True, False), True)
+    return split(q * scale, k, v, segment_ids)
 
 
 def _attend_local(
