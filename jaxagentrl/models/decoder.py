@@ -342,9 +342,8 @@ def embed(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array
 
 
 def with_whole_tables(params: Params) -> Params:
-    """The parameters with embedding and unembedding gathered over fsdp, once for a pass that reads them often:
-    a lookup in columns that are split would replicate the activations, and every chunk of logits would gather
-    the unembedding. See `sharding.gathered`."""
+    """The parameters with the tables `sharding.gathered`, once for a pass: a lookup in columns that are split would
+    replicate the activations, and every chunk of logits would gather the unembedding."""
     whole = {"embed": {"embedding": sharding.gathered(params["embed"]["embedding"], "tensor", "fsdp")}}
     if "lm_head" in params:
         whole["lm_head"] = {"kernel": sharding.gathered(params["lm_head"]["kernel"], "fsdp", "tensor")}
@@ -383,17 +382,18 @@ def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array,
 
 
 def _unroll(config: DecoderConfig) -> int:
-    """Layers in one body of the training pass's loop: all, where they are few or the devices are GPUs.
+    """Layers in one body of the training pass's loop: all, where they are few or devices are GPUs with all heads.
 
-    A loop keeps what the backward pass needs in stacked arrays, which are cleared, written and read
-    again: on CPU a fifth of an update of three small layers, a twentieth of one of ten larger ones,
-    on an H200 a quarter of one of 24, and a third of its memory (`docs/performance_log.md`). On several GPUs
-    what is gathered for one layer is gathered while the layer before computes, if both are in one body. The
-    price is a compile time that grows with depth. Deep models on CPU and on TPU keep their one body.
+    A loop keeps what the backward pass needs in stacked arrays, which are cleared, written and read again: on CPU a
+    fifth of an update of three small layers, a twentieth of one of ten larger ones, on an H200 a quarter of one of 24,
+    and a third of its memory (`docs/performance_log.md`). On several GPUs what one layer needs is gathered while the
+    layer before computes, if both are in one body. The price is a compile time that grows with depth. Deep models on
+    CPU and on TPU keep their one body, and those whose heads are split: the compiler took three times the memory.
     """
     backend = jax.default_backend()
     few = backend == "cpu" and config.num_layers <= _UNROLLED_LAYERS
-    return config.num_layers if few or backend == "gpu" else 1
+    has_all_heads = sharding.head_shards_in_use() == 1
+    return config.num_layers if few or (backend == "gpu" and has_all_heads) else 1
 
 
 def _local_layers(config: DecoderConfig) -> jax.Array | None:
