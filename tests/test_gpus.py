@@ -1,12 +1,26 @@
 """What several GPUs are given. Their compiler runs without one where jax's plugin is installed (`tools/plan_for.py`)."""
 
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_sharding import MODEL, OPTIMIZER, UNTIED, fresh_state
 from test_tpu import operations
 
+from jaxagentrl import imitate, learner, optimizer, plan
 from jaxagentrl.models import sharding
+
+TOOLS = pathlib.Path(__file__).parents[1] / "tools"
+sys.path.insert(0, str(TOOLS))
+import absent_gpus  # noqa: E402
+
+MESHES = [(4, 1, 1), (1, 4, 1), (1, 1, 2), (1, 2, 2)]
 
 
 @pytest.mark.parametrize("axes", [("tensor", "fsdp"), ("fsdp", "tensor")])
@@ -25,3 +39,79 @@ def test_a_gathered_table_has_a_gradient_that_is_split(axes):
     gathered = [axis if axis == "tensor" else None for axis in axes]
     split, whole = (sharding.spec(x, table.shape, mesh.shape) for x in (axes, gathered))
     assert found == [split, whole, split]
+
+
+@pytest.fixture
+def on_h100(monkeypatch):
+    """What is traced here is for such GPUs; their kernels pass for tried."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with absent_gpus.pretended(absent_gpus.KINDS["h100"]):
+        yield
+
+
+def traced(model, mesh):
+    """An imitation step of packed rows, for a mesh."""
+    chain = optimizer.make(**OPTIMIZER)
+    update = learner.make_step(learner.make_sft_loss(model, compute_dtype="bfloat16"), chain)
+    rows = np.arange(8)
+    work = imitate.split(rows, np.full(8, 16), shape=(8, 64), most_rows=8, length_buckets=(64,), tokens_per_part=256,
+                         row_multiple=sharding.num_row_shards(mesh), packing=True)
+    with sharding.use(mesh):
+        state = jax.eval_shape(lambda: fresh_state(model, None))
+        batch = plan._abstract_rows(plan._nothing(8, 64), mesh)
+        return update.trace(sharding.abstract(state, mesh), *batch, work, None)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_packed_rows_have_their_kernel_on_every_mesh(sizes, on_h100):
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    with sharding.use(mesh):
+        program = traced(UNTIED, mesh).lower(lowering_platforms=("cuda",)).as_text()
+    assert set(re.findall(r"__cudnn\$fmha\w+", program)) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+
+
+@pytest.mark.parametrize(
+    "name, found",
+    [("h100:8", ("h100", 1, 8)), ("a100-40:2x4", ("a100-40", 2, 4)), ("v5e:2x4", None), ("h100", None), ("h99:8", None)],
+)
+def test_names_of_gpus(name, found):
+    parsed = absent_gpus.parse(name)
+    assert parsed == (found and (absent_gpus.KINDS[found[0]], *found[1:]))
+
+
+def has_compiler() -> bool:
+    """jax's plugin for CUDA, whichever version of CUDA it is of."""
+    names = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+    return importlib.util.find_spec("jax_plugins") is not None and any(map(importlib.util.find_spec, names))
+
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs jax's plugin for CUDA")
+
+
+@needs_compiler
+@pytest.mark.parametrize("axis", sharding.AXES)
+def test_the_tool_compiles_a_run(axis):
+    command = [sys.executable, TOOLS / "plan_for.py", "--topology=h100:4", "--config=configs/textworld_smoke.py"]
+    done = subprocess.run(
+        [*command, f"--config.mesh.{axis}=4"], cwd=TOOLS.parent, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0 and f"'{axis}': 4" in done.stdout, done.stderr
+    for stage in ("imitation", "RL"):
+        assert f"memory per device in {stage}: " in done.stdout
+
+
+@needs_compiler
+@pytest.mark.parametrize("model", [MODEL, UNTIED], ids=["tied", "untied"])
+def test_a_table_is_gathered_once_and_its_gradient_scattered(model, on_h100):
+    """By the compiler: no gradient of all of a table on every device, and in bfloat16 what is gathered of it."""
+    devices = absent_gpus.devices(absent_gpus.KINDS["h100"], 1, 4)
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=1, devices=devices)
+    with sharding.use(mesh):
+        program = traced(model, mesh).lower().compile().as_text()
+    shapes = rf"\[(?:{model.vocab_size},{model.hidden_size}|{model.hidden_size},{model.vocab_size})\]"
+    gathered = re.findall(rf"(\w+){shapes}[^\n]* all-gather-done\(", program)
+    assert gathered == ["bf16"] * (1 if model.tie_embeddings else 2)
+    assert not re.search(rf"{shapes}[^\n]* all-reduce-(done|start)\(", program)

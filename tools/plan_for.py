@@ -1,15 +1,17 @@
-"""What a run would take of TPUs' memory, and whether their compiler takes its programs: without a TPU.
+"""What a run would take of accelerators' memory, and whether their compiler takes its programs: without them.
 
-    pip install -e ".[tpu]"    # libtpu has the compiler; in an environment of its own: it looks for TPUs in every run
-    python tools/plan_tpu.py --topology=v5e:2x4 --config=configs/textworld_qwen2_5_1_5b.py \\
+    pip install -e ".[cuda]"   # or ".[tpu]": the compiler; in an environment of its own, as it looks for devices in every run
+    python tools/plan_for.py --topology=h100:8 --config=configs/textworld_qwen2_5_1_5b.py \\
         --config.model.directory=DIRECTORY --config.tokenizer.directory=DIRECTORY --config.mesh.fsdp=8
 
-The topology is a name that jax knows, such as v5e:2x2, v5e:4x4, v5p:2x2x1, v6e:2x4 (a slice of several hosts: one
-host's devices sample, as in a run). Every program that a run's own plan measures is compiled for it, on this machine's
-CPU: minutes for a model of some 10^9 parameters. Of the model's folder config.json is read and nothing else.
-Demonstrations are taken as long as `learner.length_buckets` allows. Nothing is executed; how fast it would be, it does not say.
+The topology is a kind of GPU and how many, h100:8, or how many of how many hosts, a100:2x8 (kinds: `absent_gpus.KINDS`);
+or TPUs by a name that jax knows, v5e:2x2, v5p:2x2x1, v6e:2x4. Every program that a run's own plan measures is compiled for
+them, on this machine's CPU: minutes for a model of some 10^9 parameters. Of several hosts, one host's devices sample, as in
+a run. Of the model's folder config.json is read and nothing else. Demonstrations are taken as long as
+`learner.length_buckets` allows. Nothing is executed; how fast it would be, it does not say.
 """
 
+import contextlib
 import os
 import time
 import types
@@ -21,6 +23,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
+import absent_gpus
 import jax
 import numpy as np
 from absl import app, flags
@@ -32,22 +35,35 @@ from jaxagentrl.models import decoder, pretrained_config, sharding
 # GiB of a device, https://cloud.google.com/tpu/docs/system-architecture-tpu-vm. Its compiler keeps some of them.
 _MEMORY = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v5p": 95, "TPU v6 lite": 32}
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Name of the devices, such as v5e:2x4.")
+# Of a GPU's memory, what jax takes when a program begins (XLA_PYTHON_CLIENT_MEM_FRACTION).
+_GPU_SHARE = 0.75
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Name of the devices, such as h100:8 or v5e:2x4.")
 
 
 def devices(name: str) -> list[jax.Device]:
     """The devices of a topology, as descriptions.
 
     Raises:
-        SystemExit: there is no libtpu, or it knows no such topology.
+        SystemExit: there is no compiler for them, or it knows no such topology.
     """
+    gpus = absent_gpus.parse(name)
     try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+        return absent_gpus.devices(*gpus) if gpus else list(topologies.get_topology_desc(name, platform="tpu").devices)
     except (RuntimeError, ValueError) as error:
         raise SystemExit(
-            f"error: --topology={name}: {str(error).splitlines()[0]}. Expected a name such as v5e:2x4, v5p:2x2x1 or v6e:2x4, and "
-            "libtpu (pip install -e '.[tpu]')."
+            f"error: --topology={name}: {str(error).splitlines()[0]}. Expected GPUs such as h100:8 or a100:2x8 (kinds: "
+            f"{', '.join(absent_gpus.KINDS)}) and jax's plugin for them (pip install -e '.[cuda]'), or TPUs such as v5e:2x4, "
+            "v5p:2x2x1 or v6e:2x4 and libtpu (pip install -e '.[tpu]')."
         ) from error
+
+
+def memory(name: str, kind: str) -> int | None:
+    """Bytes of a device that a run may use; None if that is not known here."""
+    gpus = absent_gpus.parse(name)
+    if gpus:
+        return int(gpus[0].memory * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _GPU_SHARE)))
+    return _MEMORY[kind] * 2**30 if kind in _MEMORY else None
 
 
 def hosts_mesh(name: str, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
@@ -56,8 +72,14 @@ def hosts_mesh(name: str, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
     if local.size == len(mesh.devices.flat):
         return local
     kind, _, shape = name.partition(":")
+    if absent_gpus.parse(name):
+        return _of_shape(f"{kind}:{local.size}", local)
     whole = {4: "2x2", 8: "2x4"}.get(local.size, str(local.size)) + "x1" * (shape.count("x") - 1)
-    return jax.sharding.Mesh(np.reshape(devices(f"{kind}:{whole}"), local.devices.shape), local.axis_names, local.axis_types)
+    return _of_shape(f"{kind}:{whole}", local)
+
+
+def _of_shape(name: str, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.reshape(devices(name), mesh.devices.shape), mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def plans(
@@ -107,10 +129,11 @@ def run(argv: list[str]) -> None:
     jax.config.update("jax_num_cpu_devices", len(named))  # as many as the config is checked against
     try:
         settings.check(config)
-        kind = named[0].device_kind
-        if config["memory_limit_gb"] is None and kind not in _MEMORY:
+        kind, gpus = named[0].device_kind, absent_gpus.parse(_TOPOLOGY.value)
+        limit = config["memory_limit_gb"] and int(config["memory_limit_gb"] * 1e9)
+        limit = limit or memory(_TOPOLOGY.value, kind)
+        if limit is None:
             raise SystemExit(f"how much memory a {kind} has is not known here: set --config.memory_limit_gb.")
-        limit = int((config["memory_limit_gb"] or _MEMORY[kind] * 2**30 / 1e9) * 1e9)
         mesh = sharding.make_mesh(**config["mesh"], devices=named) or sharding.mesh_of_one(named[0])
         directory = config["model"]["directory"]
         if directory is None:
@@ -119,11 +142,11 @@ def run(argv: list[str]) -> None:
             model = pretrained_config.read_config(directory)
         print(f"{mesh.size} of {len(named)} x {kind}, {dict(mesh.shape)}", flush=True)
         # What programs are made of depends on the backend, and it is this machine's that jax is on.
-        jax.default_backend = lambda: "tpu"
+        jax.default_backend = lambda: "gpu" if gpus else "tpu"
         local = hosts_mesh(_TOPOLOGY.value, mesh)
         sharding.decoding_mesh = lambda mesh: local
         since = time.monotonic()
-        with sharding.use(mesh):
+        with absent_gpus.pretended(gpus[0]) if gpus else contextlib.nullcontext(), sharding.use(mesh):
             for made in plans(config, model, mesh, limit):
                 print(f"{made.text()}\n  compiled in {time.monotonic() - since:.0f} s", flush=True)
                 since = time.monotonic()
