@@ -393,3 +393,14 @@ def test_advice_names_keys_that_there_are(stage, section):
 def test_this_machine_says_what_it_has_and_the_config_what_it_may():
     assert plan.device_limit(1.5) == 1_500_000_000
     assert 10**8 < plan.device_limit(None) * jax.local_device_count() < 10**14
+
+
+def test_a_plan_beyond_a_gpu_says_how_much_of_it_jax_takes(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for share, is_said in ((None, True), ("0.9", False)):
+        monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+        if share is not None:
+            monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+        with pytest.raises(plan.PlanError) as error:
+            plan.Plan("RL", {"parameters": 2}, {}, {}, 1).check()
+        assert ("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in str(error.value)) == is_said

@@ -1,4 +1,4 @@
-"""What TPUs are given. Their compiler runs without one where libtpu is installed (`tools/plan_tpu.py`)."""
+"""What TPUs are given. Their compiler runs without one where libtpu is installed (`tools/plan_for.py`)."""
 
 import dataclasses
 import importlib.util
@@ -15,7 +15,7 @@ from jaxagentrl import engine, learner, optimizer, plan
 from jaxagentrl.models import decoder
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOOL = ROOT / "tools" / "plan_tpu.py"
+TOOL = ROOT / "tools" / "plan_for.py"
 SAMPLING = dict(
     num_slots=4,
     num_waves=1,
