@@ -137,7 +137,7 @@ def test_a_decode_step_by_the_kernel_and_by_products(local, monkeypatch):
     new = (tokens[:, :1], cache, None, counts, np.array([1, 0, 1], np.int32))
     wanted = decoder.hidden_cached(config, params, *new, filled=64)
     # As on a GPU: the kernel, on weights laid out for it.
-    monkeypatch.setattr(decoder, "_has_decode_kernel", lambda *x: True)
+    monkeypatch.setattr(decode_kernel, "takes", lambda *x: True)
     kernel = functools.partial(decode_kernel.attend, interpret=True)
     monkeypatch.setattr(decode_kernel, "attend", kernel)
     laid_out = decoding_layout.unstacked(decoding_layout.joined(params))

@@ -80,6 +80,7 @@ jaxagentrl.models.trial
 jaxagentrl.models.cudnn_packed
 jaxagentrl.models.attention
 jaxagentrl.models.decode_kernel
+jaxagentrl.models.extend_kernel
 jaxagentrl.models.layers
 jaxagentrl.models.decoder
 jaxagentrl.models.decoding_layout

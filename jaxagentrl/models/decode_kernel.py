@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxagentrl.logprobs import cap
-from jaxagentrl.models import attention, kv_cache, trial
+from jaxagentrl.models import attention, kv_cache, sharding, trial
 
 _BLOCK = 64  # positions that a program reads at once
 _MIN_GROUP = 16  # query rows of the smallest matrix product that Triton has
@@ -33,18 +33,24 @@ _TRIAL_SCALE = 0.2
 _TOLERANCE = 2e-2  # bfloat16's sums are of 8 bits
 
 
-def takes(cache: kv_cache.KVCache, num_heads: int, dtype: jnp.dtype, *, shards: int = 1) -> bool:
-    """Whether the kernel can read this cache, Triton's blocks being powers of two, and passes its
-    trial on heads like these, of which a device has one of `shards` parts. Not in float32, of which
-    Triton's products keep 10 bits."""
-    if dtype not in (jnp.bfloat16, jnp.float16):
+def takes(cache: kv_cache.KVCache, num_heads: int, dtype: jnp.dtype) -> bool:
+    """Whether decode steps attend by the kernel, on a mesh by every device for its rows, which are then
+    `by_device.over_rows`, and for its heads: on GPUs, if it `fits` and passes its trial on heads like these."""
+    if jax.default_backend() != "gpu" or sharding.row_shards_in_use() > 1:
         return False
-    _, _, num_kv_heads, head_dim, size = cache.keys.shape
+    shards = sharding.head_shards_in_use()
+    num_kv_heads, head_dim = cache.keys.shape[2:4]
+    if num_kv_heads % shards or num_heads // num_kv_heads > _MIN_GROUP or not fits(cache, dtype):
+        return False
+    return _passes(num_heads // shards, num_kv_heads // shards, head_dim, dtype.name, cache.keys.dtype.name)
+
+
+def fits(cache: kv_cache.KVCache, dtype: jnp.dtype) -> bool:
+    """Whether kernels by Triton can read this cache: its blocks are powers of two. Not in float32, of which its
+    products keep 10 bits."""
+    head_dim, size = cache.keys.shape[3:]
     sizes_fit = head_dim >= 16 and head_dim & (head_dim - 1) == 0 and size % _BLOCK == 0
-    if not sizes_fit or cache.key_scales is not None or num_heads // num_kv_heads > _MIN_GROUP:
-        return False
-    heads = (num_heads // shards, num_kv_heads // shards, head_dim)
-    return _passes(*heads, dtype.name, cache.keys.dtype.name)
+    return dtype in (jnp.bfloat16, jnp.float16) and sizes_fit and cache.key_scales is None
 
 
 def attend(

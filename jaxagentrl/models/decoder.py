@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 
 from jaxagentrl.logprobs import cap
-from jaxagentrl.models import attention, by_device, decode_kernel, kv_cache, kv_tail, rope, sharding
+from jaxagentrl.models import attention, by_device, decode_kernel, extend_kernel, kv_cache, kv_tail, rope, sharding
 from jaxagentrl.models.decoder_config import DecoderConfig
 from jaxagentrl.models.layers import (
     Layer,
@@ -267,7 +267,11 @@ def hidden_cached(
     graph, layers = _layers(config, params)
     scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
     x = embed(config, params, tokens)
-    is_fused = width == 1 and slots is None and _has_decode_kernel(config, caches, x.dtype)
+    is_fused = width == 1 and slots is None and all(
+        decode_kernel.takes(cache, config.num_heads, x.dtype) for cache in caches
+    )
+    rows = jnp.arange(len(tokens)) if slots is None else slots
+    shape = {"num_rows": len(tokens), "width": width, "filled": filled}
 
     def at_last(x: jax.Array) -> jax.Array:
         """[..., R, 1, E] of [..., R, W, E]."""
@@ -292,14 +296,19 @@ def hidden_cached(
             attended = attended[:, None]
         else:
             cache = kv_cache.write(cache, at, slots, targets, k, v)
-            seen = parts[kind].seen
-            if only_last:
-                x, seen = at_last(x), at_last(seen)
-                q, _, _ = layer.attention.qkv(layer.attention_norm(x), tuple(map(at_last, table)))
-            read = [(*kv_cache.read(cache, at, slots, parts[kind].stretch, q.dtype), seen)]
-            if cache.tail is not None:
-                read.append((cache.tail.keys[at], cache.tail.values[at], parts[kind].seen_of_tail))
-            attended = attention.attend_cached(q, read, **scores)
+            if not only_last and extend_kernel.takes(cache, config.num_heads, x.dtype, **shape):
+                fused = functools.partial(extend_kernel.attend, filled=filled, **scores)
+                fused = by_device.over_heads(fused, config.num_kv_heads, (2, 2, None, None, None), 2)
+                attended = fused(q, cache, at, rows, lengths)
+            else:
+                seen = parts[kind].seen
+                if only_last:
+                    x, seen = at_last(x), at_last(seen)
+                    q, _, _ = layer.attention.qkv(layer.attention_norm(x), tuple(map(at_last, table)))
+                read = [(*kv_cache.read(cache, at, slots, parts[kind].stretch, q.dtype), seen)]
+                if cache.tail is not None:
+                    read.append((cache.tail.keys[at], cache.tail.values[at], parts[kind].seen_of_tail))
+                attended = attention.attend_cached(q, read, **scores)
         caches = (*caches[:kind], cache, *caches[kind + 1 :])
         return layer.add_mlp(layer.add_attention(x, attended)), caches
 
@@ -476,19 +485,6 @@ def _period(config: DecoderConfig) -> int:
     """After how many layers their kinds repeat."""
     layers = windows(config)
     return next(n for n in range(1, len(layers) + 1) if layers[n:] == layers[:-n])
-
-
-def _has_decode_kernel(
-    config: DecoderConfig, caches: tuple[kv_cache.KVCache, ...], dtype: jnp.dtype
-) -> bool:
-    """Whether decode steps attend by the kernel for GPUs, on a mesh by every device for its rows, which are then
-    `by_device.over_rows`, and for its heads."""
-    if jax.default_backend() != "gpu" or sharding.row_shards_in_use() > 1:
-        return False
-    shards = sharding.head_shards_in_use()
-    return config.num_kv_heads % shards == 0 and all(
-        decode_kernel.takes(cache, config.num_heads, dtype, shards=shards) for cache in caches
-    )
 
 
 def _layers(config: DecoderConfig, params: Params) -> tuple[nnx.GraphDef, Params]:
