@@ -1,5 +1,6 @@
 """What several GPUs are given. Their compiler runs without one where jax's plugin is installed (`tools/plan_for.py`)."""
 
+import functools
 import importlib.util
 import pathlib
 import re
@@ -14,7 +15,7 @@ from test_sharding import MODEL, OPTIMIZER, UNTIED, fresh_state
 from test_tpu import operations
 
 from jaxagentrl import imitate, learner, optimizer, plan
-from jaxagentrl.models import sharding
+from jaxagentrl.models import layers, sharding
 
 TOOLS = pathlib.Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -73,6 +74,19 @@ def test_packed_rows_have_their_kernel_on_every_mesh(sizes, on_h100):
     assert set(re.findall(r"__cudnn\$fmha\w+", program)) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
 
 
+@pytest.mark.parametrize("activation", layers.ACTIVATIONS)
+def test_a_gated_product_has_the_gradients_of_its_formula(activation):
+    gate, up, dy = (jax.random.normal(jax.random.key(i), (5, 7)) for i in range(3))
+
+    def plain(gate, up):
+        return layers.ACTIVATIONS[activation](gate) * up
+
+    wanted, ours = (jax.vjp(f, gate, up) for f in (plain, functools.partial(layers._gated_on_gpu, activation)))
+    np.testing.assert_array_equal(ours[0], wanted[0])
+    for one, two in zip(ours[1](dy), wanted[1](dy), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "name, found",
     [("h100:8", ("h100", 1, 8)), ("a100-40:2x4", ("a100-40", 2, 4)), ("v5e:2x4", None), ("h100", None), ("h99:8", None)],
@@ -120,3 +134,20 @@ def test_tables_are_gathered_as_they_are_read_and_their_gradients_scattered(mode
 
     assert {dtype for dtype, dims in shapes("all-gather") if sorted(dims) == sorted(sizes)} == {"bf16"}
     assert max(np.prod(dims, dtype=int) for _, dims in shapes("all-reduce")) < np.prod(sizes)
+
+
+@needs_compiler
+def test_both_gradients_of_a_gated_product_are_one_kernel(on_h100):
+    (device,) = absent_gpus.devices(absent_gpus.KINDS["h100"], 1, 1)
+    where = jax.sharding.SingleDeviceSharding(device)
+    x, narrow, wide = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where) for shape in ((2048, 128), (128, 512), (512, 128))
+    )
+
+    def feed_forward(x, gate, up, down):
+        return layers._gated("silu", x @ gate, x @ up) @ down
+
+    gradient = jax.jit(lambda *arrays: jax.vjp(feed_forward, *arrays)[1](arrays[0]))
+    program = gradient.lower(x, narrow, narrow, wide).compile().as_text()
+    both = r"= \(bf16\[2048,512\]\S*, bf16\[2048,512\]\S*\) fusion\("
+    assert len(re.findall(both, program)) == 1
