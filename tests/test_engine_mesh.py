@@ -176,6 +176,14 @@ def test_a_tensor_group_exchanges_activations_and_no_cache():
     assert sorted(collectives(extend)) == sorted(expected)
 
 
+def test_more_devices_than_heads_of_keys_exchange_no_cache():
+    """They have all heads each. Split inside a head, the whole cache was gathered in every layer of every step."""
+    cache = 16 // 2 * CONFIG.num_kv_heads * CONFIG.head_dim * 96  # of a layer, on a device
+    for program in programs((2, 1, 4)):
+        sizes = [np.prod([int(n) for n in re.findall(r"\d+", shape)[1:]]) for shape, _ in collectives(program)]
+        assert max(sizes, default=0) < cache / 2
+
+
 def test_a_fork_holds_one_layer_at_a_time():
     layers = [2, 8]
     sizes = []

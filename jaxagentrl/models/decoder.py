@@ -287,7 +287,11 @@ def hidden_cached(
             layer_params = jax.tree.map(lambda leaf: _at(leaf, index), layers)
         layer, cache = merge(graph, layer_params), caches[kind]
         table = _table_of(tables, jnp.bool_(cache.window is not None))
-        q, k, v = layer.attention.qkv(layer.attention_norm(x), table)
+        # Else heads that the mesh does not divide are split inside, and with them the cache, for each write anew.
+        q, k, v = (
+            sharding.constrain(y, sharding.ROWS, None, "tensor")
+            for y in layer.attention.qkv(layer.attention_norm(x), table)
+        )
         if is_fused:
             fused = functools.partial(decode_kernel.attend, filled=filled, **scores)
             fused = by_device.over_heads(fused, config.num_kv_heads, (1, 1, 1, 2, None, None, None), (1, 2))
