@@ -89,7 +89,7 @@ def add(
     capacity = buffer.stamps.shape[0]
     chex.assert_trees_all_equal_structs(buffer.rows, batch)
     first = jax.tree.leaves(batch)[0]
-    if not first.ndim:
+    if not jnp.ndim(first):
         raise ValueError("batch: got a leaf without a leading axis, expected rows [n, ...]")
     count = first.shape[0]
     jax.tree.map(lambda old, new: _check_leaf(old, new, count), buffer.rows, batch)
@@ -147,6 +147,8 @@ def sample(buffer: Buffer, key: Array, num: int, *, replace: bool = False) -> Sa
         raise ValueError(
             f"num: got {num}, but the buffer holds {capacity} rows; ask for fewer or set replace"
         )
+    elif num < 0:
+        raise ValueError(f"num: got {num}, expected a number of rows")
     else:
         # A random order of all places with those that hold rows in front.
         noise = jnp.where(held, jax.random.uniform(key, (capacity,)), 2.0)

@@ -211,6 +211,15 @@ def targets(
 targets = jax.jit(targets, static_argnames="observation_weight")
 
 
+def with_observation_mean(values: dict[str, float], observation_weight: float) -> dict[str, float]:
+    """Metrics of a step whose "loss/observation" is the mean in nats, as "loss/action" is, and not what of it is in
+    the loss; without it where nothing but actions is trained on."""
+    others = {key: value for key, value in values.items() if key != "loss/observation"}
+    if not observation_weight or "loss/observation" not in values:
+        return others
+    return others | {"loss/observation": values["loss/observation"] / observation_weight}
+
+
 def train(
     state: TrainState,
     imitation: Imitation,

@@ -274,6 +274,7 @@ def learn(
         key: float((max if key.endswith("_max") else np.mean)([m[key] for m in collected]))
         for key in (collected[0] if collected else {})  # nothing to learn from: no step was taken
     }
+    means = imitate.with_observation_mean(means, rl["observation_weight"])
     if programs.needs_reference and programs.needs_scores:
         means["policy/reference_kl"] = float(diagnosed["reference_kl"])
     if rl["critic"] != "none":

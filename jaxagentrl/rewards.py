@@ -97,6 +97,10 @@ def check(
         raise ValueError(
             "reward.kind 'intermediate' needs reward.intermediate_scale, for instance 0.1; got None."
         )
+    if kind == "intermediate" and not 0.0 < intermediate_scale < float("inf"):
+        raise ValueError(
+            f"reward.intermediate_scale is {intermediate_scale}, expected more than 0: progress is paid for."
+        )
     if kind != "intermediate" and intermediate_scale is not None:
         raise ValueError(
             f"reward.intermediate_scale is {intermediate_scale}, which has no effect on reward.kind "

@@ -198,6 +198,7 @@ def _imitate(
             note, is_over = None, step == sft["num_steps"]
             if step % sft["log_every"] == 0 or is_over:
                 values = metrics.mean(jax.device_get(recent))
+                values = imitate.with_observation_mean(values, sft["observation_weight"])
                 seconds = {"time/sft_s": time.monotonic() - since}
                 since, recent = time.monotonic(), []
                 session.writer.write("sft", step, values | seconds)

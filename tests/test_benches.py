@@ -3,6 +3,7 @@
 What they print is for people and not checked; that they still fit the functions they time is.
 """
 
+import argparse
 import importlib
 import itertools
 import json
@@ -31,6 +32,15 @@ COMMANDS = (
     "bench_environments.py --size tiny --turns 1 --games 1 --group_size 2 --slots 2 --waves 1 2 "
     "--workers 1 --repeats 1 --cache_dir {games}",
 )
+
+
+def test_what_counts_something_is_at_least_one(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    positive = importlib.import_module("counts").positive
+    assert positive("3") == 3
+    for text in ("0", "-1", "1.5", "x"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"got {text}, expected a whole number"):
+            positive(text)
 
 
 @pytest.fixture

@@ -215,3 +215,11 @@ def test_a_buffer_passes_through_scan():
     buffer, counts = jax.lax.scan(step, empty(5), 2 * jnp.arange(4, dtype=jnp.int32))
     np.testing.assert_array_equal(counts, [0, 2, 4, 5])
     assert held(buffer) == [3, 4, 5, 6, 7]
+
+
+def test_a_leaf_without_rows_and_a_negative_number_are_refused():
+    held = buffers.init(4, {"x": jnp.zeros(())})
+    with pytest.raises(ValueError, match="without a leading axis"):
+        buffers.add(held, {"x": 1.0})
+    with pytest.raises(ValueError, match="num: got -1"):
+        buffers.sample(held, jax.random.key(0), -1)

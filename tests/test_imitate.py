@@ -85,6 +85,13 @@ def test_weights_of_a_step_sum_to_one():
     assert not np.any(np.asarray(targets.weights)[2]) and not np.any(batch.valid_mask[2])
 
 
+def test_the_observation_loss_is_logged_in_nats_and_only_where_there_is_one():
+    values = {"loss/action": 6.2, "loss/observation": 3.1}
+    assert imitate.with_observation_mean(values, 0.5) == {"loss/action": 6.2, "loss/observation": 6.2}
+    assert imitate.with_observation_mean(values, 0.0) == {"loss/action": 6.2}
+    assert imitate.with_observation_mean({}, 0.5) == {}  # no step was taken
+
+
 def test_a_text_s_first_token_is_not_among_what_is_predicted():
     loaded = imitate.load(make_trajectories(), length_buckets=(48,))
     batch = jax.tree.map(lambda x: x[:3], loaded.batch)

@@ -355,6 +355,19 @@ def test_save_refuses_other_trees_and_other_peoples_files(folders, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_dtypes_that_weights_do_not_have_are_refused(folders, tmp_path):
+    config, params = pretrained.load(folders / "llama_tied")
+    for dtype in ("int8", "foo", "float64"):
+        with pytest.raises(pretrained.PretrainedError, match=f"dtype is '{dtype}', expected one of float32, bfloat16, float16"):
+            pretrained.load(folders / "llama_tied", dtype=dtype)
+        with pytest.raises(pretrained.PretrainedError, match=f"dtype is '{dtype}'"):
+            pretrained.save(tmp_path / "x", config, params, dtype=dtype)
+    (tmp_path / "file").touch()
+    with pytest.raises(pretrained.PretrainedError, match="file is a file"):
+        pretrained.save(tmp_path / "file", config, params)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_folder_may_be_spelled_from_home(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -86,6 +86,7 @@ def test_a_missing_end_of_turn_costs_on_the_last_turn_only():
         ({"kind": "single", "no_end_of_turn_penalty": float("nan")}, "no_end_of_turn_penalty"),
         ({"kind": "intermediate"}, "needs reward.intermediate_scale"),
         ({"kind": "dense", "intermediate_scale": 0.1}, "has no effect on reward.kind 'dense'"),
+        ({"kind": "intermediate", "intermediate_scale": -1.0}, "is -1.0, expected more than 0"),
     ],
 )
 def test_bad_options(options, message):

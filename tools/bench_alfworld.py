@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 
+from counts import positive
 from envs_host import alfworld_engine, games
 from envs_host.specs import TASK_TYPES
 
@@ -31,7 +32,7 @@ NONSENSE = ("", "look around", "go to the kitchen", "take mug", "Look", "put mug
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=positive, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", help="a folder with game.tw-pddl files; default: generated houses")
     args = parser.parse_args()

@@ -19,6 +19,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from counts import positive
 from jaxagentrl import pages
 from jaxagentrl.models import attention, kv_cache
 
@@ -92,12 +93,12 @@ def formulations(s, k, g, e, m, f):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--slots", type=int, default=128)
-    parser.add_argument("--filled", type=int, default=128)
-    parser.add_argument("--length", type=int, default=176)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--queries-per-head", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--slots", type=positive, default=128)
+    parser.add_argument("--filled", type=positive, default=128)
+    parser.add_argument("--length", type=positive, default=176)
+    parser.add_argument("--kv-heads", type=positive, default=2)
+    parser.add_argument("--queries-per-head", type=positive, default=2)
+    parser.add_argument("--head-dim", type=positive, default=32)
     args = parser.parse_args()
     pages.keep()
     s, k, g, e = args.slots, args.kv_heads, args.queries_per_head, args.head_dim

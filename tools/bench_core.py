@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from counts import positive
 from jaxagentrl import advantages, losses
 
 LAMBDA = 0.95
@@ -119,10 +120,10 @@ def cases(rows: int, length: int, num_groups: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--groups", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--rows", type=positive, default=256)
+    parser.add_argument("--length", type=positive, default=4096)
+    parser.add_argument("--groups", type=positive, default=32)
+    parser.add_argument("--repeats", type=positive, default=10)
     args = parser.parse_args()
 
     block = np.ones(args.rows * args.length, np.float32)

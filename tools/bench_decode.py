@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from counts import positive
 import bench_packed
 import device_profile
 from jaxagentrl import sampling
@@ -26,11 +27,11 @@ from jaxagentrl.models import decoder, decoding_layout, kv_cache
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=bench_packed.MODELS, default="0.5B")
-    parser.add_argument("--slots", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--filled", type=int, default=1024, help="positions of a row, on average")
-    parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--slots", type=positive, nargs="+", default=[64, 256])
+    parser.add_argument("--filled", type=positive, default=1024, help="positions of a row, on average")
+    parser.add_argument("--steps", type=positive, default=64)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--costs", type=int, default=5, help="kernels of the profile to print")
     return parser.parse_args()
 

@@ -26,6 +26,7 @@ import time
 
 import jax
 
+from counts import positive
 import bench_rollout
 from envs_host import textworld
 from envs_host.pool import EnvPool
@@ -145,18 +146,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=bench_rollout.SIZES, default="1M")
     parser.add_argument("--dtype", choices=bench_rollout.DTYPES, default="float32")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--budget", type=int, default=bench_rollout.BUDGET, help="tokens of a turn at most")
-    parser.add_argument("--games", type=int, default=16)
-    parser.add_argument("--group_size", type=int, default=4, help="episodes of each game")
-    parser.add_argument("--slots", type=int, default=32)
-    parser.add_argument("--waves", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", type=positive, default=5)
+    parser.add_argument("--budget", type=positive, default=bench_rollout.BUDGET, help="tokens of a turn at most")
+    parser.add_argument("--games", type=positive, default=16)
+    parser.add_argument("--group_size", type=positive, default=4, help="episodes of each game")
+    parser.add_argument("--slots", type=positive, default=32)
+    parser.add_argument("--waves", type=positive, nargs="+", default=[1, 2])
+    parser.add_argument("--workers", type=positive, default=os.cpu_count())
+    parser.add_argument("--repeats", type=positive, default=3)
     # Few programs, since large models take long to compile.
-    parser.add_argument("--filled_step", type=int, default=256)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64])
-    parser.add_argument("--row_divisors", type=int, nargs="+", default=[1])
+    parser.add_argument("--filled_step", type=positive, default=256)
+    parser.add_argument("--widths", type=positive, nargs="+", default=[64])
+    parser.add_argument("--row_divisors", type=positive, nargs="+", default=[1])
     parser.add_argument("--cache_dir", default="~/.cache/jaxagentrl/textworld")
     args = parser.parse_args()
     pages.keep()

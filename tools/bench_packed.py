@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from counts import positive
 import device_profile
 from jaxagentrl import learner, optimizer, packing
 from jaxagentrl.models import decoder
@@ -52,13 +53,13 @@ LONGEST = 4000
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="0.5B")
-    parser.add_argument("--length", type=int, default=4096, help="of a packed row")
-    parser.add_argument("--rows", type=int, default=4, help="packed rows of a micro-batch")
-    parser.add_argument("--parts", type=int, default=4, help="micro-batches of a step")
+    parser.add_argument("--length", type=positive, default=4096, help="of a packed row")
+    parser.add_argument("--rows", type=positive, default=4, help="packed rows of a micro-batch")
+    parser.add_argument("--parts", type=positive, default=4, help="micro-batches of a step")
     parser.add_argument("--actions", type=float, default=2 / 3, help="share of tokens trained on")
     parser.add_argument("--remat", choices=decoder.REMAT, default="none")
-    parser.add_argument("--compute_dtype", default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--costs", type=int, default=5, help="kernels of the profile to print")
     return parser.parse_args()
 

@@ -41,6 +41,7 @@ import time
 import jax
 import numpy as np
 
+from counts import positive
 from envs_host import textworld
 from envs_host.pool import EnvPool
 from envs_host.types import Info, ResetResult, StepResult
@@ -426,13 +427,13 @@ def spread(world: World, num_slots: int, num_waves: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="1M")
-    parser.add_argument("--turns", type=int, help="default: 5, or 20 with --spread")
-    parser.add_argument("--episodes", type=int, default=32)
-    parser.add_argument("--slots", type=int, help="default: one for each episode, 32 with --spread")
-    parser.add_argument("--waves", type=int, default=2, help="on a CPU up to one per core run side by side")
-    parser.add_argument("--workers", type=int, default=2, help="processes of environments")
+    parser.add_argument("--turns", type=positive, help="default: 5, or 20 with --spread")
+    parser.add_argument("--episodes", type=positive, default=32)
+    parser.add_argument("--slots", type=positive, help="default: one for each episode, 32 with --spread")
+    parser.add_argument("--waves", type=positive, default=2, help="on a CPU up to one per core run side by side")
+    parser.add_argument("--workers", type=positive, default=2, help="processes of environments")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and cache")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=positive, default=2)
     parser.add_argument(
         "--against", nargs="+", choices=("kept", "reprefill", "tunix"), default=("kept", "reprefill")
     )

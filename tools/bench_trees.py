@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from counts import positive
 from jaxagentrl import learner, pages, reinforce, states
 from jaxagentrl.models import decoder, pretrained
 from jaxagentrl.trajectory import Trajectory
@@ -45,12 +46,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=pathlib.Path, help="workdir of a run")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="instead of the run's model")
-    parser.add_argument("--lengths", nargs="+", type=int, help="of rows of trees; the run's")
-    parser.add_argument("--records", type=int, default=3, help="iterations, spread over the run")
-    parser.add_argument("--groups", type=int, help="of each iteration; all")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--lengths", nargs="+", type=positive, help="of rows of trees; the run's")
+    parser.add_argument("--records", type=positive, default=3, help="iterations, spread over the run")
+    parser.add_argument("--groups", type=positive, help="of each iteration; all")
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--torch", action="store_true", help="time transformers and torch, too")
-    parser.add_argument("--torch_tokens", type=int, help="of its micro-batches; as many as ours")
+    parser.add_argument("--torch_tokens", type=positive, help="of its micro-batches; as many as ours")
     return parser.parse_args()
 
 

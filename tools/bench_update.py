@@ -28,6 +28,7 @@ import time
 
 import numpy as np
 
+from counts import positive
 from jaxagentrl import pages
 
 # hidden size, layers, heads, key/value heads, feed-forward, vocabulary
@@ -47,14 +48,14 @@ OPTIMIZER = dict(
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rows", type=positive, default=8)
+    parser.add_argument("--length", type=positive, default=256)
     parser.add_argument("--actions", type=float, default=2 / 3, help="share of tokens trained on")
-    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--repeats", type=positive, default=8)
     parser.add_argument("--only", choices=["jax", "torch"])
-    parser.add_argument("--compute_dtype", default="float32", help="of our side")
+    parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32", help="of our side")
     parser.add_argument("--remat", default="none", help="of our side")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores to use")
+    parser.add_argument("--threads", type=positive, default=os.cpu_count(), help="cores to use")
     parser.add_argument("--profile", help="folder for a trace of one of our steps")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # side, size, model folder
     return parser.parse_args()

@@ -45,7 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     options = parser.parse_args(arguments)
     if not options.source.is_file():
-        raise SystemExit(f"{options.source} does not exist; expected a GGUF file.")
+        found = "is a folder" if options.source.is_dir() else "does not exist"
+        raise SystemExit(f"{options.source} {found}; expected a GGUF file.")
+    with options.source.open("rb") as file:
+        if (begins := file.read(4)) != b"GGUF":
+            raise SystemExit(f"{options.source} begins with {begins!r}; expected a GGUF file, which begins with b'GGUF'.")
     if options.directory.exists() and any(options.directory.iterdir()):
         raise SystemExit(f"{options.directory} is not empty; give a new directory.")
     convert(options.source, options.directory, options.dtype)

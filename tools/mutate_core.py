@@ -29,6 +29,8 @@ import random
 import resource
 import sys
 
+from counts import positive
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = "jaxagentrl"
 TESTS = {
@@ -301,9 +303,9 @@ def preload() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--modules", nargs="*", choices=TESTS, default=list(TESTS))
-    parser.add_argument("--sample", type=int, help="how many mutants to draw; default all")
+    parser.add_argument("--sample", type=positive, help="how many mutants to draw; default all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=600, help="CPU seconds per test file")
+    parser.add_argument("--limit", type=positive, default=600, help="CPU seconds per test file")
     parser.add_argument("--no-last", action="store_true", help=f"leave {LAST} out")
     parser.add_argument("--at", nargs="*", help="only mutants of these lines: anchors:148 losses:20")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")

@@ -90,16 +90,17 @@ def load(
 
     Args:
         directory: holds config.json and model.safetensors or its shards with their index.
-        dtype: of the parameters returned, whatever the file holds.
+        dtype: "float32", "bfloat16" or "float16", of the parameters returned, whatever the file holds.
         mesh: places every parameter by the rules of `sharding`; None on the default device.
 
     Returns:
         (config, params), `params` in the structure of `decoder.init`.
 
     Raises:
-        PretrainedError: no such folder, an unsupported architecture or setting, or tensors that
-            are missing, surplus or misshapen (all of them listed, one per line).
+        PretrainedError: no such folder, an unsupported architecture, setting or dtype, or tensors
+            that are missing, surplus or misshapen (all of them listed, one per line).
     """
+    _check_dtype(dtype)
     directory = pathlib.Path(directory).expanduser()
     config = pretrained_config.read_config(directory)
     stored = _locate_tensors(directory)
@@ -144,10 +145,12 @@ def save(
         max_shard_bytes: files are split before they grow larger.
 
     Raises:
-        PretrainedError: `params` is not of this config, or `directory` holds other files.
+        PretrainedError: `params` is not of this config, an unsupported dtype, or `directory` holds
+            other files.
     """
     directory = pathlib.Path(directory).expanduser().absolute()
     _check_params(config, params, needs_one_dtype=dtype is None)
+    _check_dtype(dtype or params["embed"]["embedding"].dtype.name)
     _refuse_foreign_files(directory)
     special = _special_ids(tokenizer, stop_ids)
     stored = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
@@ -158,6 +161,13 @@ def save(
         pretrained_config.write_object(folder / _GENERATION, {"do_sample": False, **special})
         if tokenizer is not None:
             tokenizer_files.write(folder, tokenizer)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in tensor_files.WEIGHT_DTYPES:
+        raise PretrainedError(
+            f"dtype is {dtype!r}, expected one of {', '.join(tensor_files.WEIGHT_DTYPES)}: weights are not quantized here."
+        )
 
 
 def stop_ids(directory: str | os.PathLike) -> tuple[int, ...]:
@@ -410,6 +420,8 @@ def _check_params(
 def _refuse_foreign_files(directory: pathlib.Path) -> None:
     if not directory.exists():
         return
+    if not directory.is_dir():
+        raise PretrainedError(f"{directory} is a file. Give a new or empty folder.")
     strangers = sorted(
         path.name for path in directory.iterdir()
         if path.name not in _OUR_FILES and not path.match("model-*-of-*.safetensors")

@@ -29,6 +29,8 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+# What weights are loaded and saved in.
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 8
 
