@@ -31,7 +31,9 @@ Stage = Literal["imitation", "RL", "evaluation"]  # the last is of a run that tr
 # The policy among what is trained, of which a KL term keeps a copy: the model or its adapters.
 POLICY = ("policy", "adapters")
 
-_GPU_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+# Variables by which jax is told how much of a GPU to take, its own name for it and the one before.
+_GPU_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+GPU_SHARE_ADVICE = f"{_GPU_SHARES[0]}=0.95 in the environment: jax takes three quarters of a GPU unless it is told"
 _CGROUP_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 ADVICE = {
@@ -109,8 +111,8 @@ class Plan:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
         section = "sft" if self.stage.startswith("imitation") else "rl"
         advice = "; ".join(f"{name}: {ADVICE[name].format(section=section)}" for name in largest)
-        if jax.default_backend() == "gpu" and _GPU_SHARE not in os.environ:
-            advice += f"; {_GPU_SHARE}=0.95 in the environment: jax takes three quarters of a GPU unless it is told"
+        if self.limit == _reserved() and jax.default_backend() == "gpu" and not gpu_share():
+            advice += f"; {GPU_SHARE_ADVICE}"
         raise PlanError(
             f"the run does not fit the memory of a device.\n{self.text()}\nWhat would help: {advice}."
         )
@@ -374,14 +376,22 @@ def _device_limit() -> int:
     Accelerators say so themselves. CPU devices share what is free on the host, cgroup included, and
     what this process holds already.
     """
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
+    if reserved := _reserved():
+        return reserved
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     if _CGROUP_LIMIT.exists() and _CGROUP_LIMIT.read_text().strip().isdigit():
         free = min(free, int(_CGROUP_LIMIT.read_text()))
     return free // jax.local_device_count()
+
+
+def _reserved() -> int | None:
+    """What the backend took of a device's memory, where it says so."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def gpu_share() -> str | None:
+    """How much of a GPU jax is told to take; None if it is not told."""
+    return next((os.environ[name] for name in _GPU_SHARES if os.environ.get(name)), None)
 
 
 def program_bytes(program: jax.stages.Lowered, name: str) -> int:

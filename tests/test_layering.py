@@ -89,6 +89,8 @@ jaxagentrl.models.pretrained_families
 jaxagentrl.models.pretrained_config
 jaxagentrl.models.lora
 jaxagentrl.models.tensor_files
+jaxagentrl.models.tensor_table
+jaxagentrl.models.weights_out
 jaxagentrl.models.tokenizer_files
 jaxagentrl.models.pretrained
 jaxagentrl.hosts

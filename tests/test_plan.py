@@ -397,10 +397,22 @@ def test_this_machine_says_what_it_has_and_the_config_what_it_may():
 
 def test_a_plan_beyond_a_gpu_says_how_much_of_it_jax_takes(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for share, is_said in ((None, True), ("0.9", False)):
-        monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-        if share is not None:
-            monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+    monkeypatch.setattr(plan, "_reserved", lambda: 1)
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+
+    def is_said(limit=1):
         with pytest.raises(plan.PlanError) as error:
-            plan.Plan("RL", {"parameters": 2}, {}, {}, 1).check()
-        assert ("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in str(error.value)) == is_said
+            plan.Plan("RL", {"parameters": 9}, {}, {}, limit).check()
+        return "XLA_CLIENT_MEM_FRACTION=0.95" in str(error.value)
+
+    assert is_said()
+    assert not is_said(limit=2)  # of `memory_limit_gb`
+    for name, value, told in (
+        ("XLA_CLIENT_MEM_FRACTION", "", False),
+        ("XLA_CLIENT_MEM_FRACTION", "0.9", True),
+        ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9", True),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert is_said() != told

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from jaxagentrl import tokenizer as tokenizer_lib
-from jaxagentrl.models import decoder, pretrained, sharding, tensor_files
+from jaxagentrl.models import decoder, pretrained, sharding, tensor_files, weights_out
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -418,6 +418,41 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path):
     for options in ({}, {"mesh": mesh}, {"dtype": "bfloat16"}):
         peak = peak_of(lambda: pretrained.load(tmp_path / "model", **options))
         assert peak < largest + margin, options
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2), (8, 1, 1), (1, 1, 8)], ids=str)
+def test_parameters_on_a_mesh_are_saved_part_by_part(sizes, folders, tmp_path, monkeypatch):
+    """A stretch of what is split would have all devices gather it, for each stretch."""
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    config, params = pretrained.load(folders / "qwen2_untied", mesh=mesh)
+    devices, stretch = [], weights_out._stretch_on_device
+
+    def recorded(part, *arguments, **options):
+        devices.append(len(part.sharding.device_set))
+        return stretch(part, *arguments, **options)
+
+    monkeypatch.setattr(weights_out, "_stretch_on_device", recorded)
+    monkeypatch.setattr(weights_out, "_STRETCH_BYTES", 300)
+    pretrained.save(tmp_path / "model", config, params)
+    assert set(devices) == {1}
+    wanted, found = (
+        safetensors.numpy.load_file(folder / "model.safetensors") for folder in (folders / "qwen2_untied", tmp_path / "model")
+    )
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(tensor, found[name])
+
+
+def test_a_header_whose_sizes_do_not_fit_is_refused(folders, tmp_path):
+    folder = copy_of(folders / "llama_tied", tmp_path)
+    data = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model.norm.weight"]["dtype"] = "F64"
+    text = json.dumps(header, separators=(",", ":")).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(pretrained.PretrainedError, match=r"model.norm.weight has 128 bytes for F64 \[32\]"):
+        pretrained.load(folder)
 
 
 def test_a_parameter_is_never_the_memory_that_tensors_are_read_into():

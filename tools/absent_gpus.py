@@ -74,7 +74,7 @@ KINDS = {
 
 def parse(topology: str) -> tuple[Gpu, int, int] | None:
     """Kind, hosts and GPUs of each, of a name such as "h100:8" or "h100:2x8" (two hosts); None if it names no GPU."""
-    match = re.fullmatch(r"([a-z0-9-]+):(?:(\d+)x)?(\d+)", topology)
+    match = re.fullmatch(r"([a-z0-9-]+):(?:([1-9]\d*)x)?([1-9]\d*)", topology)
     if match is None or match[1] not in KINDS:
         return None
     return KINDS[match[1]], int(match[2] or 1), int(match[3])

@@ -35,8 +35,11 @@ from jaxagentrl.models import decoder, pretrained_config, sharding
 # GiB of a device, https://cloud.google.com/tpu/docs/system-architecture-tpu-vm. Its compiler keeps some of them.
 _MEMORY = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v5p": 95, "TPU v6 lite": 32}
 
-# Of a GPU's memory, what jax takes when a program begins (XLA_PYTHON_CLIENT_MEM_FRACTION).
+# Of a GPU's memory, what jax takes unless it is told.
 _GPU_SHARE = 0.75
+
+# Without a GPU nothing is tried, and XLA's own kernels for products have tiles for some shapes only if it is.
+_GPU_FLAG = "--xla_gpu_enable_triton_gemm"
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Name of the devices, such as h100:8 or v5e:2x4.")
 
@@ -62,7 +65,11 @@ def memory(name: str, kind: str) -> int | None:
     """Bytes of a device that a run may use; None if that is not known here."""
     gpus = absent_gpus.parse(name)
     if gpus:
-        return int(gpus[0].memory * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _GPU_SHARE)))
+        share = plan.gpu_share() or _GPU_SHARE
+        try:
+            return int(gpus[0].memory * float(share))
+        except ValueError as error:
+            raise SystemExit(f"error: of a GPU's memory jax is told to take {share!r}, expected a number such as 0.95.") from error
     return _MEMORY[kind] * 2**30 if kind in _MEMORY else None
 
 
@@ -125,6 +132,8 @@ def run(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     config = flags.FLAGS.config.to_dict()
+    if absent_gpus.parse(_TOPOLOGY.value) and _GPU_FLAG not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_GPU_FLAG}=false".strip()
     named = devices(_TOPOLOGY.value)
     jax.config.update("jax_num_cpu_devices", len(named))  # as many as the config is checked against
     try:
@@ -133,7 +142,7 @@ def run(argv: list[str]) -> None:
         limit = config["memory_limit_gb"] and int(config["memory_limit_gb"] * 1e9)
         limit = limit or memory(_TOPOLOGY.value, kind)
         if limit is None:
-            raise SystemExit(f"how much memory a {kind} has is not known here: set --config.memory_limit_gb.")
+            raise SystemExit(f"error: how much memory a {kind} has is not known here: set --config.memory_limit_gb.")
         mesh = sharding.make_mesh(**config["mesh"], devices=named) or sharding.mesh_of_one(named[0])
         directory = config["model"]["directory"]
         if directory is None:
@@ -150,8 +159,13 @@ def run(argv: list[str]) -> None:
             for made in plans(config, model, mesh, limit):
                 print(f"{made.text()}\n  compiled in {time.monotonic() - since:.0f} s", flush=True)
                 since = time.monotonic()
+    except plan.PlanError as error:
+        is_share = gpus and config["memory_limit_gb"] is None and not plan.gpu_share()
+        raise SystemExit(f"error: {error}" + (f" And {plan.GPU_SHARE_ADVICE}." if is_share else "")) from error
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    except jax.errors.JaxRuntimeError as error:
+        raise SystemExit(f"error: the compiler does not take a program: {str(error).splitlines()[0]}") from error
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""Decoders in and out of Hugging Face folders, by an explicit table of tensor names.
+"""Decoders in and out of Hugging Face folders, by an explicit table of tensor names (`tensor_table`).
 
-PyTorch stores a projection as [out, in] and one tensor per layer; our trees hold [in, out] and all
-layers in one leaf with a leading layer axis. Which settings are understood: `pretrained_config`.
+Which settings are understood: `pretrained_config`.
 
 One tensor at a time goes from the file to its place on the device or devices, and back: beyond the
 parameters themselves the host holds one tensor.
 """
 
-import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,27 +22,24 @@ from jaxagentrl.models import (
     pretrained_config,
     sharding,
     tensor_files,
+    tensor_table,
     tokenizer_files,
+    weights_out,
 )
 from jaxagentrl.models.pretrained_config import PretrainedError
 
 Params = dict[str, Any]
 
 _GENERATION = "generation_config.json"
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 
 _MAX_STRANGERS = 8
 
 # Rows of a vocabulary that are compared at a time.
 _COMPARED_ROWS = 1024
 
-# Of a tensor that is written, what is fetched from the devices at a time.
-_STRETCH_BYTES = 1 << 20
-
 # Files that `save` may find in its target and replace; anything else is someone else's.
 _OUR_FILES = {
-    pretrained_config.FILE, _GENERATION, _SINGLE, _INDEX, "tokenizer.json", "tokenizer_config.json",
+    pretrained_config.FILE, _GENERATION, tensor_files.SINGLE, tensor_files.INDEX, "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "additional_chat_templates", "tokenizer.model",
 }
@@ -55,29 +50,6 @@ _TEXT_PREFIXES = {"language_model.model.": "model.", "model.language_model.": "m
                   "language_model.lm_head.": "lm_head."}
 _IMAGE_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.",
                    "model.multi_modal_projector.")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """One leaf of our tree and the tensor or tensors of theirs that it is made of."""
-
-    path: tuple[str, ...]
-    tensor: str                  # with "{layer}" when there is one per layer
-    shape: tuple[int, ...]       # of one tensor, as stored in the file
-    transposed: bool
-
-    @property
-    def per_layer(self) -> bool:
-        return "{layer}" in self.tensor
-
-    def leaf_shape(self, config: decoder.DecoderConfig) -> tuple[int, ...]:
-        shape = self.shape[::-1] if self.transposed else self.shape
-        return (config.num_layers, *shape) if self.per_layer else shape
-
-    def tensors(self, config: decoder.DecoderConfig) -> list[str]:
-        if not self.per_layer:
-            return [self.tensor]
-        return [self.tensor.format(layer=layer) for layer in range(config.num_layers)]
 
 
 def load(
@@ -105,7 +77,7 @@ def load(
     config = pretrained_config.read_config(directory)
     stored = _locate_tensors(directory)
     _check_tensors(directory, config, stored)
-    table = _table(config)
+    table = tensor_table.of(config)
     # All tensors are read into the same memory: jax lets go of what it was given some moments after
     # its last use, so that of arrays of their own two would be in memory, on a busy machine always.
     names = [name for entry in table for name in entry.tensors(config)]
@@ -156,7 +128,7 @@ def save(
     stored = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
     settings = pretrained_config.to_json(config, stored.name)
     with workdir.replacing_folder(directory) as folder:
-        _write_weights(folder, config, params, stored, max_shard_bytes)
+        weights_out.write(folder, config, params, stored, max_shard_bytes)
         pretrained_config.write_object(folder / pretrained_config.FILE, settings | special)
         pretrained_config.write_object(folder / _GENERATION, {"do_sample": False, **special})
         if tokenizer is not None:
@@ -213,54 +185,9 @@ def _special_ids(tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
     return special | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
-def _table(config: decoder.DecoderConfig) -> list[_Entry]:
-    """Every parameter of the decoder, in the order of the forward pass."""
-    width, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    queries = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    layer = "model.layers.{layer}"
-
-    def norm(ours: str, theirs: str) -> _Entry:
-        return _Entry(("layers", ours, "scale"), f"{layer}.{theirs}.weight", (width,), False)
-
-    entries = [
-        _Entry(("embed", "embedding"), "model.embed_tokens.weight", (vocab, width), False),
-        norm("attention_norm", "input_layernorm"),
-    ]
-    for name, size in (("q", queries), ("k", keys), ("v", keys)):
-        path, tensor = ("layers", "attention", name), f"{layer}.self_attn.{name}_proj"
-        entries.append(_Entry((*path, "kernel"), f"{tensor}.weight", (size, width), True))
-        if config.attention_bias:
-            entries.append(_Entry((*path, "bias"), f"{tensor}.bias", (size,), False))
-    if config.qk_norm:
-        entries += [
-            _Entry(("layers", "attention", f"{name}_norm", "scale"),
-                   f"{layer}.self_attn.{name}_norm.weight", (config.head_dim,), False)
-            for name in ("q", "k")
-        ]
-    entries.append(_Entry(("layers", "attention", "o", "kernel"),
-                          f"{layer}.self_attn.o_proj.weight", (width, queries), True))
-    # The name that is given to the norm before the feed-forward is, with norms on both sides, that
-    # of the one after attention.
-    if config.post_norms:
-        entries += [norm("post_attention_norm", "post_attention_layernorm"),
-                    norm("mlp_norm", "pre_feedforward_layernorm")]
-    else:
-        entries.append(norm("mlp_norm", "post_attention_layernorm"))
-    for name, shape in (("gate", (inner, width)), ("up", (inner, width)), ("down", (width, inner))):
-        entries.append(_Entry(("layers", "mlp", name, "kernel"), f"{layer}.mlp.{name}_proj.weight",
-                              shape, True))
-    if config.post_norms:
-        entries.append(norm("post_mlp_norm", "post_feedforward_layernorm"))
-    entries.append(_Entry(("final_norm", "scale"), "model.norm.weight", (width,), False))
-    if not config.tie_embeddings:
-        entries.append(_Entry(("lm_head", "kernel"), "lm_head.weight", (vocab, width), True))
-    return entries
-
-
 def _locate_tensors(directory: pathlib.Path) -> dict[str, tensor_files.StoredTensor]:
     """Tensor name → where it is, from the headers of a single file or of the shards."""
-    single, index_file = directory / _SINGLE, directory / _INDEX
+    single, index_file = directory / tensor_files.SINGLE, directory / tensor_files.INDEX
     if index_file.exists():
         weight_map = pretrained_config.read_object(index_file).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -279,7 +206,7 @@ def _locate_tensors(directory: pathlib.Path) -> dict[str, tensor_files.StoredTen
         found = tensor_files.contents(single)
     else:
         raise PretrainedError(
-            f"{directory} holds neither {_SINGLE} nor {_INDEX}. Models stored as .bin or .gguf "
+            f"{directory} holds neither {tensor_files.SINGLE} nor {tensor_files.INDEX}. Models stored as .bin or .gguf "
             "must be converted with transformers (save_pretrained) first."
         )
     if not any(name.startswith(_IMAGE_PREFIXES) for name in found):
@@ -301,7 +228,7 @@ def _check_tensors(
     stored: Mapping[str, tensor_files.StoredTensor],
 ) -> None:
     """All missing, surplus and misshapen tensors at once, from the headers alone."""
-    expected = {name: entry.shape for entry in _table(config) for name in entry.tensors(config)}
+    expected = {name: entry.shape for entry in tensor_table.of(config) for name in entry.tensors(config)}
     problems = [f"{name} is missing" for name in expected if name not in stored]
     for name, tensor in stored.items():
         if name not in expected:
@@ -338,7 +265,7 @@ def _holds_the_same(one: tensor_files.StoredTensor, other: tensor_files.StoredTe
 
 
 def _read_leaf(
-    entry: _Entry,
+    entry: tensor_table.Entry,
     config: decoder.DecoderConfig,
     stored: Mapping[str, tensor_files.StoredTensor],
     buffer: np.ndarray,
@@ -362,14 +289,14 @@ def _read_leaf(
 
 
 def _sharding(
-    entry: _Entry, shape: tuple[int, ...], mesh: jax.sharding.Mesh
+    entry: tensor_table.Entry, shape: tuple[int, ...], mesh: jax.sharding.Mesh
 ) -> jax.sharding.NamedSharding:
     axes = sharding.axes_of("/".join(entry.path), len(shape))
     return jax.sharding.NamedSharding(mesh, sharding.spec(axes, shape, mesh.shape))
 
 
 def _put(
-    tensor: np.ndarray, entry: _Entry, where: jax.sharding.NamedSharding | None
+    tensor: np.ndarray, entry: tensor_table.Entry, where: jax.sharding.NamedSharding | None
 ) -> jax.Array:
     """A tensor on the devices as it is in the file, split as its leaf is going to be."""
     if where is None:
@@ -399,7 +326,7 @@ def _check_params(
     config: decoder.DecoderConfig, params: Params, *, needs_one_dtype: bool
 ) -> None:
     """All leaves that are missing, surplus, misshapen or of differing dtypes at once."""
-    expected = {"/".join(entry.path): entry.leaf_shape(config) for entry in _table(config)}
+    expected = {"/".join(entry.path): entry.leaf_shape(config) for entry in tensor_table.of(config)}
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
@@ -439,91 +366,6 @@ def _refuse_foreign_files(directory: pathlib.Path) -> None:
 def _lines(problems: Sequence[str]) -> str:
     """All of them: which tensors differ often shows by what pattern they do."""
     return "".join(f"\n  {problem}" for problem in problems)
-
-
-def _write_weights(
-    folder: pathlib.Path,
-    config: decoder.DecoderConfig,
-    params: Params,
-    dtype: np.dtype,
-    max_shard_bytes: int,
-) -> None:
-    """One file, or numbered shards with their index; the host holds one tensor at a time."""
-    shards = _plan_shards(config, dtype, max_shard_bytes)
-    files = [_SINGLE]
-    if len(shards) > 1:
-        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                 for number in range(1, len(shards) + 1)]
-        specs = [(spec, file) for file, shard in zip(files, shards, strict=True)
-                 for spec, _, _ in shard]
-        pretrained_config.write_object(folder / _INDEX, {
-            "metadata": {"total_size": sum(spec.num_bytes for spec, _ in specs)},
-            "weight_map": {spec.name: file for spec, file in specs},
-        })
-    for file, shard in zip(files, shards, strict=True):
-        tensor_files.write(
-            folder / file,
-            [spec for spec, _, _ in shard],
-            (_tensor(entry, layer, params, dtype) for _, entry, layer in shard),
-        )
-
-
-def _plan_shards(
-    config: decoder.DecoderConfig, dtype: np.dtype, max_shard_bytes: int
-) -> list[list[tuple[tensor_files.Spec, _Entry, int]]]:
-    shards: list[list[tuple[tensor_files.Spec, _Entry, int]]] = [[]]
-    size = 0
-    for name, entry, layer in _all_tensors(config):
-        spec = tensor_files.Spec(name, dtype, entry.shape)
-        if shards[-1] and size + spec.num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append((spec, entry, layer))
-        size += spec.num_bytes
-    return shards
-
-
-def _all_tensors(config: decoder.DecoderConfig) -> Iterator[tuple[str, _Entry, int]]:
-    """(name, entry, layer) layer by layer, as the files of transformers are laid out."""
-    table = _table(config)
-    for entry in table:
-        if not entry.per_layer and entry.path[0] == "embed":
-            yield entry.tensor, entry, 0
-    for layer in range(config.num_layers):
-        for entry in table:
-            if entry.per_layer:
-                yield entry.tensor.format(layer=layer), entry, layer
-    for entry in table:
-        if not entry.per_layer and entry.path[0] != "embed":
-            yield entry.tensor, entry, 0
-
-
-def _tensor(entry: _Entry, layer: int, params: Params, dtype: np.dtype) -> np.ndarray:
-    """A tensor as its file has it, fetched in stretches of rows.
-
-    Whole, the leaf's own layout and dtype would be in memory beside the file's; and an array that is
-    asked for whole keeps its copy on the host for as long as it lives.
-    """
-    leaf = _get(params, entry.path)
-    leaf = leaf[layer] if entry.per_layer else leaf
-    tensor = np.empty(entry.shape, dtype)
-    ours = tensor.T if entry.transposed else tensor
-    rows = max(1, _STRETCH_BYTES * len(leaf) // leaf.nbytes)
-    for start in range(0, len(leaf), rows):
-        ours[start:start + rows] = _rows(leaf, start, min(rows, len(leaf) - start))
-    return tensor
-
-
-def _rows(leaf: jax.Array | np.ndarray, start: int, count: int) -> jax.Array | np.ndarray:
-    if isinstance(leaf, np.ndarray):
-        return leaf[start:start + count]
-    return jax.lax.dynamic_slice_in_dim(leaf, start, count)   # leaf[a:b] compiles for every a
-
-
-def _get(params: Params, path: tuple[str, ...]) -> Any:
-    for name in path:
-        params = params[name]
-    return params
 
 
 def _set(params: Params, path: tuple[str, ...], leaf: Any) -> None:

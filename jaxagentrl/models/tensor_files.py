@@ -19,6 +19,9 @@ import numpy as np
 from jaxagentrl.models import git_lfs
 from jaxagentrl.models.pretrained_config import PretrainedError
 
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -109,6 +112,11 @@ def contents(path: pathlib.Path) -> dict[str, StoredTensor]:
             )
             for name, entry in header.items()
         }
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            dtype = _DTYPES.get(entry["dtype"])
+            if dtype is not None and last - first != dtype.itemsize * math.prod(entry["shape"]):
+                raise ValueError(f"{name} has {last - first} bytes for {entry['dtype']} {entry['shape']}")
         end = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if end > size:
             raise ValueError(f"it is cut off: {size} bytes of {end}")
