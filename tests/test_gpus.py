@@ -60,8 +60,8 @@ def traced(model, mesh):
     rows = np.arange(8)
     work = imitate.split(rows, np.full(8, 16), shape=(8, 64), most_rows=8, length_buckets=(64,), tokens_per_part=256,
                          row_multiple=sharding.num_row_shards(mesh), packing=True)
+    state = fresh_state(model, None)
     with sharding.use(mesh):
-        state = jax.eval_shape(lambda: fresh_state(model, None))
         batch = plan._abstract_rows(plan._nothing(8, 64), mesh)
         return update.trace(sharding.abstract(state, mesh), *batch, work, None)
 

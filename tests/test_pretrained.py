@@ -433,7 +433,8 @@ def test_parameters_on_a_mesh_are_saved_part_by_part(sizes, folders, tmp_path, m
 
     monkeypatch.setattr(weights_out, "_stretch_on_device", recorded)
     monkeypatch.setattr(weights_out, "_STRETCH_BYTES", 300)
-    pretrained.save(tmp_path / "model", config, params)
+    with sharding.use(mesh):
+        pretrained.save(tmp_path / "model", config, params)
     assert set(devices) == {1}
     wanted, found = (
         safetensors.numpy.load_file(folder / "model.safetensors") for folder in (folders / "qwen2_untied", tmp_path / "model")

@@ -128,7 +128,7 @@ def save(
     stored = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
     settings = pretrained_config.to_json(config, stored.name)
     with workdir.replacing_folder(directory) as folder:
-        weights_out.write(folder, config, params, stored, max_shard_bytes)
+        sharding.outside(weights_out.write, folder, config, params, stored, max_shard_bytes)
         pretrained_config.write_object(folder / pretrained_config.FILE, settings | special)
         pretrained_config.write_object(folder / _GENERATION, {"do_sample": False, **special})
         if tokenizer is not None:

@@ -17,6 +17,7 @@ Programs find the mesh in their context (`with use(mesh):`). Without one, and in
 A dimension that an axis does not divide stays whole on that axis: a vocabulary of 509 is not split.
 """
 
+import concurrent.futures
 import contextlib
 import math
 import re
@@ -175,6 +176,13 @@ def padded_rows(num_rows: int, mesh: Mesh | None) -> int:
     """`num_rows`, up to what is split evenly."""
     shards = num_row_shards(mesh)
     return -(-num_rows // shards) * shards
+
+
+def outside(function: Callable, *arguments: Any) -> Any:
+    """`function(*arguments)` without the mesh in use, for arrays on single devices of it, and apart from what is
+    being traced: jax keeps both by thread."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
 
 
 def axes_of(path: str, ndim: int) -> tuple[Axis, ...]:

@@ -6,13 +6,14 @@ is tried on a small input of the model's own head sizes, once per process; the c
 compilation.
 """
 
-import concurrent.futures
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+
+from jaxagentrl.models import sharding
 
 
 def agrees(
@@ -54,9 +55,7 @@ def _run(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
     def run() -> Any:
         return jax.device_get(jax.jit(function).lower(*inputs).compile()(*inputs))
 
-    # What is being traced, and for which mesh, jax keeps by thread.
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(run).result()
+    return sharding.outside(run)
 
 
 def _difference(ours: np.ndarray, wanted: np.ndarray) -> float:
