@@ -38,8 +38,8 @@ _MEMORY = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v5p": 95, "TPU v6
 # Of a GPU's memory, what jax takes unless it is told.
 _GPU_SHARE = 0.75
 
-# Without a GPU nothing is tried, and XLA's own kernels for products have tiles for some shapes only if it is.
-_GPU_FLAG = "--xla_gpu_enable_triton_gemm"
+# XLA's own kernels for products have tiles for some shapes only if they are tried, for which a GPU is needed.
+_GPU_ADVICE = ". With XLA_FLAGS=--xla_gpu_enable_triton_gemm=false products are cuBLAS's."
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Name of the devices, such as h100:8 or v5e:2x4.")
 
@@ -132,8 +132,6 @@ def run(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     config = flags.FLAGS.config.to_dict()
-    if absent_gpus.parse(_TOPOLOGY.value) and _GPU_FLAG not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_GPU_FLAG}=false".strip()
     named = devices(_TOPOLOGY.value)
     jax.config.update("jax_num_cpu_devices", len(named))  # as many as the config is checked against
     try:
@@ -165,7 +163,8 @@ def run(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     except jax.errors.JaxRuntimeError as error:
-        raise SystemExit(f"error: the compiler does not take a program: {str(error).splitlines()[0]}") from error
+        said = f"error: the compiler does not take a program: {str(error).splitlines()[0]}"
+        raise SystemExit(said + (_GPU_ADVICE if gpus else "")) from error
 
 
 if __name__ == "__main__":
