@@ -20,7 +20,8 @@ from jaxagentrl import compiles
 from jaxagentrl.models import by_device, decoder, decoding_layout, kv_cache, sharding
 
 # Compiler options by backend. Of decode: products of a few hundred rows are faster by cuBLAS than by the
-# kernels that XLA writes itself, by up to a tenth of a step.
+# kernels that XLA writes itself, by up to a tenth of a step; and weights that lie apart are not to be joined, which
+# would copy them in every step.
 _DECODE_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}}
 # Of extend: jaxlib 0.10's YNNPACK, to which XLA hands products, takes one core for batches of matrices of few
 # rows, which are attention's. Of its fusions only those of sums are left: an extend takes up to 25 % less

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxagentrl.logprobs import cap
-from jaxagentrl.models import by_device, cudnn_packed, sharding, splash
+from jaxagentrl.models import cudnn_packed, sharding, splash
 
 # How attention of whole sequences may be computed.
 #   products   two matrix products around a float32 softmax: everywhere, in every dtype
@@ -97,7 +97,7 @@ def attend(
         # The packed kernel has not seen windows.
         can_pack = max_segments is not None and window is None and k.shape[2] % shards == 0
         if can_pack and cudnn_packed.takes(q.shape[2] // shards, k.shape[2] // shards, k.shape[3], q.dtype.name):
-            return _attend_packed(q, k, v, segment_ids, max_segments, scale=scale)
+            return cudnn_packed.attend(q, k, v, segment_ids, max_segments, scale=scale)
         return _attend_fused(q, k, v, mask, scale=scale, implementation="cudnn")
     length = q.shape[1]
     index = jnp.arange(length)
@@ -116,22 +116,6 @@ def attend(
         for start, end in blocks
     ]
     return jnp.concatenate(attended, axis=1)
-
-
-def _attend_packed(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
-    max_segments: int,
-    *,
-    scale: float,
-) -> jax.Array:
-    """`cudnn_packed.attend`, on a mesh by every device for the rows and heads that it holds: a kernel is
-    nothing that the compiler could split."""
-    alone = functools.partial(cudnn_packed.attend, max_segments=max_segments, scale=scale)
-    split = by_device.over_rows_and_heads(alone, k.shape, (True, True, True, False), True)
-    return split(q, k, v, segment_ids)
 
 
 def _attend_fused(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxagentrl.models import trial
+from jaxagentrl.models import by_device, trial
 
 _TOLERANCE = 2e-2  # two roundings to bfloat16 and to spare; a wrong segment is off by its whole size
 
@@ -40,7 +40,16 @@ def attend(
     *,
     scale: float,
 ) -> jax.Array:
-    """`attention.attend` within segments; arguments as in `segments_of`."""
+    """`attention.attend` within segments; arguments as in `segments_of`. On a mesh by every device for the rows and
+    heads that it holds: a kernel is nothing that the compiler could split."""
+    alone = functools.partial(_attend_local, max_segments=max_segments, scale=scale)
+    split = by_device.over_rows_and_heads(alone, k.shape, (True, True, True, False), True)
+    return split(q, k, v, segment_ids)
+
+
+def _attend_local(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, max_segments: int, scale: float
+) -> jax.Array:
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     # jax (0.8 to 0.11) turns the offsets of keys into addresses with the number of query heads, which
