@@ -181,8 +181,11 @@ def padded_rows(num_rows: int, mesh: Mesh | None) -> int:
 def outside(function: Callable, *arguments: Any) -> Any:
     """`function(*arguments)` without the mesh in use, for arrays on single devices of it, and apart from what is
     being traced: jax keeps both by thread."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    thread = concurrent.futures.ThreadPoolExecutor(1)
+    try:
         return thread.submit(function, *arguments).result()
+    finally:
+        thread.shutdown(wait=False)  # who interrupts the saving of a model is not to wait for its end
 
 
 def axes_of(path: str, ndim: int) -> tuple[Axis, ...]:
