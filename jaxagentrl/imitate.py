@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxagentrl import batching, chat, demos, learner, losses, optimizer, rules
+from jaxagentrl import batching, chat, demos, learner, losses, objectives, optimizer, rules
 from jaxagentrl.models import decoder, sharding
 from jaxagentrl.packing import Rows, pack, rows_per_part
 from jaxagentrl.trajectory import Trajectory
@@ -65,7 +65,7 @@ def make(
         max_turn_tokens=config["sampling"]["max_turn_tokens"],
     )
     chain = optimizer.make(**sft["optimizer"])
-    loss = learner.make_sft_loss(
+    loss = objectives.make_sft_loss(
         model, remat=shapes["remat"], compute_dtype=shapes["compute_dtype"]
     )
     demonstrations = load(trajectories, length_buckets=shapes["length_buckets"])

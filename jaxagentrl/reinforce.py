@@ -19,6 +19,7 @@ from jaxagentrl import (
     learner,
     losses,
     masking,
+    objectives,
     optimizer,
     rewards,
     trees,
@@ -105,7 +106,7 @@ def _check_values(rl: Mapping[str, Any]) -> None:
         ("advantage.turn_horizon", advantage["turn_horizon"], ("episode", "turn")),
         ("aggregation", rl["aggregation"], losses.AGGREGATION_MODES),
         ("critic", rl["critic"], learner.CRITICS),
-        ("loss.surrogate", loss["surrogate"], learner.SURROGATES),
+        ("loss.surrogate", loss["surrogate"], objectives.SURROGATES),
         ("kl.placement", kl["placement"], ("none", "reward", "loss")),
         ("kl.estimator", kl["estimator"], divergences.ESTIMATORS),
     ):
@@ -172,7 +173,7 @@ def make_programs(
     kl = rl["kl"]
     once = rl["num_epochs"] * rl["num_minibatches"] == 1
     chain = make_optimizer(rl)
-    loss = learner.make_rl_loss(
+    loss = objectives.make_rl_loss(
         model,
         **rl["loss"],
         temperature=temperature,

@@ -14,7 +14,7 @@ import pytest
 from test_sharding import MODEL, OPTIMIZER, UNTIED, fresh_state
 from test_tpu import operations
 
-from jaxagentrl import imitate, learner, optimizer, plan
+from jaxagentrl import imitate, learner, objectives, optimizer, plan
 from jaxagentrl.models import layers, sharding
 
 TOOLS = pathlib.Path(__file__).parents[1] / "tools"
@@ -56,7 +56,7 @@ def on_h100(monkeypatch):
 def traced(model, mesh):
     """An imitation step of packed rows, for a mesh."""
     chain = optimizer.make(**OPTIMIZER)
-    update = learner.make_step(learner.make_sft_loss(model, compute_dtype="bfloat16"), chain)
+    update = learner.make_step(objectives.make_sft_loss(model, compute_dtype="bfloat16"), chain)
     rows = np.arange(8)
     work = imitate.split(rows, np.full(8, 16), shape=(8, 64), most_rows=8, length_buckets=(64,), tokens_per_part=256,
                          row_multiple=sharding.num_row_shards(mesh), packing=True)

@@ -12,7 +12,7 @@ import pytest
 from test_reinforce import LENGTHS, MODEL, make_config, make_trajectories, policy
 from test_sharding import rows_in_parts
 
-from jaxagentrl import imitate, learner, optimizer, plan, reinforce, states
+from jaxagentrl import imitate, learner, objectives, optimizer, plan, reinforce, states
 from jaxagentrl.models import sharding
 
 TRACE = optax.trace(0.0)  # an optimizer whose state is the gradient
@@ -24,7 +24,7 @@ def imitation():
     batch = imitate.load(make_trajectories(), length_buckets=(48,)).batch
     batch = jax.tree.map(lambda x: x[:6], batch)
     targets = imitate.targets(batch, imitate.starts_of(batch.tokens.shape, None), observation_weight=0.5)
-    step = learner.make_step(learner.make_sft_loss(MODEL), TRACE)
+    step = learner.make_step(objectives.make_sft_loss(MODEL), TRACE)
     return batch, targets, step
 
 
@@ -112,7 +112,7 @@ def run(config, mesh=None, *, num_steps=3, separate_contexts=False):
     if separate_contexts:  # as if each trajectory's first five tokens were a text of their own
         pieces = [((0, 5), (5, int(size) - 5)) for size in loaded.lengths]
         loaded = dataclasses.replace(loaded, contexts=pieces)
-    stage = imitate.Imitation(loaded, chain, learner.make_step(learner.make_sft_loss(MODEL), chain))
+    stage = imitate.Imitation(loaded, chain, learner.make_step(objectives.make_sft_loss(MODEL), chain))
     trainable = sharding.place({"policy": jax.tree.map(jnp.asarray, policy())}, mesh)
     with sharding.use(mesh):
         made = plan.of_imitation(

@@ -107,6 +107,7 @@ jaxagentrl.engine
 jaxagentrl.packing
 jaxagentrl.trees
 jaxagentrl.learner
+jaxagentrl.objectives
 jaxagentrl.optimizer
 jaxagentrl.estimate
 jaxagentrl.tokenizer

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from test_sharding import UNTIED, assert_close, assert_placed, data, whole_rows
 
-from jaxagentrl import learner, optimizer
+from jaxagentrl import learner, objectives, optimizer
 from jaxagentrl.models import decoder, lora, pretrained, pretrained_config, sharding
 from jaxagentrl.types import TrainState
 
@@ -94,7 +94,7 @@ def test_adapters_are_added_to_a_small_base_in_float32_and_rounded_once(policy, 
 def test_a_base_in_the_dtype_of_the_computation_trains_the_same_adapters(policy):
     """The loss and the gradient are those over the float32 base, which is rounded before it is read."""
     adapters = jax.tree.map(jnp.asarray, trained(policy))
-    loss_fn = learner.make_sft_loss(UNTIED, compute_dtype="bfloat16")
+    loss_fn = objectives.make_sft_loss(UNTIED, compute_dtype="bfloat16")
 
     @jax.jit
     def gradient(adapters, base):
@@ -132,7 +132,7 @@ def test_only_adapters_are_trained_and_kept(policy, sizes):
     with sharding.use(mesh):
         state, frozen = (sharding.place(tree, mesh) for tree in (jax.tree.map(jnp.copy, state), frozen))
         batch, targets = sharding.place_rows(data(), mesh)
-        step = learner.make_step(learner.make_sft_loss(UNTIED), chain)
+        step = learner.make_step(objectives.make_sft_loss(UNTIED), chain)
         for _ in range(4):
             state, metrics = step(state, batch, targets, whole_rows(), frozen)
             losses.append(float(metrics["loss/action"]))
@@ -149,7 +149,7 @@ def test_the_gradient_is_that_of_the_merged_model_projected(policy):
     """dB = s Aᵀ dW and dA = s dW Bᵀ, where dW is the merged kernel's gradient."""
     adapters, scale = trained(policy), 4.0
     batch, targets = data()
-    loss_fn = learner.make_sft_loss(UNTIED)
+    loss_fn = objectives.make_sft_loss(UNTIED)
 
     def of_adapters(adapters):
         params = {"policy": policy, "lora_scale": jnp.float32(scale), "adapters": adapters}

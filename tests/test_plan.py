@@ -17,6 +17,7 @@ from jaxagentrl import (
     engine,
     imitate,
     learner,
+    objectives,
     optimizer,
     plan,
     plan_sampling,
@@ -45,7 +46,7 @@ SHAPES = dict(length_buckets=(16, 24), tokens_per_part=96, row_multiple=4, packi
 
 def make_plan(mesh=None, *, shapes=SHAPES, limit=10**9, needs_reference=False, **options):
     chain = optimizer.make(**OPTIMIZER, **options)
-    update = learner.make_step(learner.make_sft_loss(UNTIED), chain)
+    update = learner.make_step(objectives.make_sft_loss(UNTIED), chain)
     trainable = sharding.place(jax.tree.map(jnp.asarray, params(UNTIED)), mesh)
     with sharding.use(mesh):
         at_sampling = measure(trainable, mesh, limit=limit)
@@ -125,7 +126,7 @@ def test_a_frozen_base_is_counted_in_its_own_dtype():
     for dtype in ("float32", "bfloat16"):
         base = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), policy)
         frozen = {"policy": base, "lora_scale": jnp.float32(1.0)}
-        loss_fn = learner.make_sft_loss(UNTIED, compute_dtype="bfloat16")
+        loss_fn = objectives.make_sft_loss(UNTIED, compute_dtype="bfloat16")
         counted[dtype] = plan.make(
             "RL",
             learner.make_step(loss_fn, chain),
@@ -329,7 +330,7 @@ def test_a_plan_beyond_the_limit_is_refused_and_nothing_executed(monkeypatch):
     class Step:
         """The program of a step that says when it is executed."""
 
-        program = staticmethod(learner.make_step(learner.make_sft_loss(UNTIED), chain))
+        program = staticmethod(learner.make_step(objectives.make_sft_loss(UNTIED), chain))
 
         def lower(self, *arguments):
             return self.program.lower(*arguments)

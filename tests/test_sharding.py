@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxagentrl import hosts, learner, optimizer
+from jaxagentrl import hosts, learner, objectives, optimizer
 from jaxagentrl.models import decoder, sharding
 from jaxagentrl.packing import Rows, pack
 from jaxagentrl.types import TrainState, TrajectoryBatch
@@ -157,7 +157,7 @@ def gradients(model, mesh, loss_fn):
 
 @functools.cache
 def imitation_on_one_device():
-    return jax.device_get(gradients(UNTIED, None, learner.make_sft_loss(UNTIED)))
+    return jax.device_get(gradients(UNTIED, None, objectives.make_sft_loss(UNTIED)))
 
 
 def assert_close(one, other):
@@ -175,21 +175,21 @@ def assert_placed(tree, mesh):
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_every_factorization_gives_the_loss_and_gradient_of_one_device(shape):
     mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape, strict=True)))
-    metrics, grads = gradients(UNTIED, mesh, learner.make_sft_loss(UNTIED))
+    metrics, grads = gradients(UNTIED, mesh, objectives.make_sft_loss(UNTIED))
     assert_close(imitation_on_one_device(), jax.device_get((metrics, grads)))
     assert_placed(grads, mesh)
 
 
 @functools.cache
 def rl_on_one_device():
-    return jax.device_get(gradients(MODEL, None, learner.make_rl_loss(MODEL, **RL)))
+    return jax.device_get(gradients(MODEL, None, objectives.make_rl_loss(MODEL, **RL)))
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8)], ids=str)
 def test_the_whole_rl_loss_with_a_tied_prime_vocabulary(shape):
     """On all three axes, and on each alone."""
     mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape, strict=True)))
-    found = gradients(MODEL, mesh, learner.make_rl_loss(MODEL, **RL))
+    found = gradients(MODEL, mesh, objectives.make_rl_loss(MODEL, **RL))
     assert_close(rl_on_one_device(), jax.device_get(found))
 
 
@@ -214,7 +214,7 @@ def under_pmap(loss_fn, chain, num_devices):
 def test_an_update_step_under_pmap_is_that_of_one_device(name, rule):
     """The same parameters on every device, though the gradient is clipped by its global norm."""
     model = {"imitation": UNTIED, "RL": MODEL}[name]
-    loss_fn = learner.make_sft_loss(model) if name == "imitation" else learner.make_rl_loss(model, **RL)
+    loss_fn = objectives.make_sft_loss(model) if name == "imitation" else objectives.make_rl_loss(model, **RL)
     chain, num_steps = optimizer.make(**OPTIMIZER | {"max_grad_norm": MAX_NORM}), 1
     if rule == "momentum":  # Adam's later steps amplify rounding
         sgd = optax.sgd(1.0, momentum=0.9)
@@ -259,7 +259,7 @@ def packed_rows(**options):
 
 def test_a_packed_step_on_a_mesh_changes_parameters_as_one_device_does():
     """Plain gradient descent: its step is the gradient, and Adam's would amplify rounding."""
-    loss_fn = learner.make_sft_loss(UNTIED)
+    loss_fn = objectives.make_sft_loss(UNTIED)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     outcomes = []
     for where, work in ((None, whole_rows()), (mesh, (packed_rows(),))):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_sharding import OPTIMIZER, UNTIED, params
 
-from jaxagentrl import engine, learner, optimizer, plan
+from jaxagentrl import engine, learner, objectives, optimizer, plan
 from jaxagentrl.models import decoder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def test_no_cache_is_scattered_into(name, on_tpu):
 
 def test_an_optimizer_step_with_the_kernel_for_tpus(on_tpu):
     chain = optimizer.make(**OPTIMIZER)
-    update = learner.make_step(learner.make_sft_loss(UNTIED, compute_dtype="bfloat16"), chain)
+    update = learner.make_step(objectives.make_sft_loss(UNTIED, compute_dtype="bfloat16"), chain)
     state = plan._state(params(UNTIED), chain, None)
     shapes = dict(length_buckets=(128,), tokens_per_part=512, row_multiple=4)
     for packing in (False, True):

@@ -22,7 +22,7 @@ from test_sharding import (
     whole_rows,
 )
 
-from jaxagentrl import learner, trees
+from jaxagentrl import learner, objectives, trees
 from jaxagentrl.models import decoder, sharding
 
 # As deep models do it.
@@ -179,7 +179,7 @@ def test_trees_change_no_score(model):
 )
 def test_trees_change_no_gradient(changed, options):
     """Members weigh the token that they share as differently as they like."""
-    loss_fn = learner.make_rl_loss(UNTIED, **RL | changed)
+    loss_fn = objectives.make_rl_loss(UNTIED, **RL | changed)
     one, other = (
         learned(UNTIED, work, loss_fn, **options) for work in (whole_rows(), (grown(),))
     )
@@ -187,7 +187,7 @@ def test_trees_change_no_gradient(changed, options):
 
 
 def test_trees_on_a_mesh_change_no_gradient():
-    loss_fn = learner.make_rl_loss(UNTIED, **RL)
+    loss_fn = objectives.make_rl_loss(UNTIED, **RL)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     work = grown(tokens_per_part=8 * LENGTH, row_multiple=4)
     one = learned(UNTIED, whole_rows(), loss_fn)

@@ -26,7 +26,7 @@ from test_sharding import (
     whole_rows,
 )
 
-from jaxagentrl import imitate, learner, logprobs, optimizer, packing
+from jaxagentrl import imitate, learner, logprobs, objectives, optimizer, packing
 from jaxagentrl.models import decoder
 
 # As deep models do it.
@@ -120,7 +120,7 @@ def step_with(work, **options):
     chain = optax.trace(0.0)
     state = fresh_state(UNTIED, None)
     state = learner.TrainState(state.step, state.iteration, state.params, chain.init(state.params))
-    step = learner.make_step(learner.make_sft_loss(UNTIED, **options), chain)
+    step = learner.make_step(objectives.make_sft_loss(UNTIED, **options), chain)
     return step(state, *jax.device_put(data()), work)
 
 
@@ -214,7 +214,7 @@ def test_rows_by_length_change_no_score():
 def test_steps_of_other_lengths_share_one_program():
     """Whatever lengths come, and however many micro-batches of each, none included."""
     chain = optax.sgd(0.1)
-    step = learner.make_step(learner.make_sft_loss(UNTIED), chain)
+    step = learner.make_step(objectives.make_sft_loss(UNTIED), chain)
     score = learner.make_score(UNTIED, temperature=1.0)
     state = fresh_state(UNTIED, None)
     state = learner.TrainState(state.step, state.iteration, state.params, chain.init(state.params))
@@ -254,7 +254,7 @@ def test_what_a_stack_does_not_hold_is_not_computed():
     Layers are loops, too, so one that was moved out of the loop over micro-batches would be seen.
     """
     chain = optax.sgd(0.1)
-    step = learner.make_step(learner.make_sft_loss(UNTIED), chain)
+    step = learner.make_step(objectives.make_sft_loss(UNTIED), chain)
     score = learner.make_score(UNTIED, temperature=1.0)
     weights = params(UNTIED)
     zero = np.int32(0)
@@ -268,7 +268,7 @@ def test_what_a_stack_does_not_hold_is_not_computed():
 
 
 def test_packed_steps_of_other_sizes_share_one_program():
-    step = learner.make_step(learner.make_sft_loss(UNTIED), optax.sgd(0.1))
+    step = learner.make_step(objectives.make_sft_loss(UNTIED), optax.sgd(0.1))
     state = fresh_state(UNTIED, None)
     state = learner.TrainState(
         state.step, state.iteration, state.params, optax.sgd(0.1).init(state.params)

@@ -26,7 +26,7 @@ import numpy as np
 
 from counts import positive
 import device_profile
-from jaxagentrl import learner, optimizer, packing
+from jaxagentrl import learner, objectives, optimizer, packing
 from jaxagentrl.models import decoder
 from jaxagentrl.types import TrainState, TrajectoryBatch
 
@@ -156,7 +156,7 @@ def main() -> None:
         tokens_per_part=args.rows * args.length, row_multiple=1,
     )
     packed = jax.device_put(packed)
-    loss = learner.make_rl_loss(
+    loss = objectives.make_rl_loss(
         config, surrogate="clipped", clip_low=0.2, clip_high=0.28, dual_clip=3.0, temperature=1.0,
         kl_coefficient=0.0, kl_estimator="k2", entropy_coefficient=0.0, value_coefficient=0.0,
         value_clip=None, importance_cap=None, old_is_current=True, remat=args.remat,

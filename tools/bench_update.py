@@ -109,7 +109,7 @@ def of_jax(args: argparse.Namespace, size: str, folder: str):
     import jax
     import jax.numpy as jnp
 
-    from jaxagentrl import learner, optimizer, packing
+    from jaxagentrl import learner, objectives, optimizer, packing
     from jaxagentrl.models import pretrained
     from jaxagentrl.types import TrainState, TrajectoryBatch
 
@@ -132,7 +132,7 @@ def of_jax(args: argparse.Namespace, size: str, folder: str):
     )
     whole, targets = jax.device_put((whole, targets))
     chain = optimizer.make(**OPTIMIZER)
-    loss = learner.make_sft_loss(config, remat=args.remat, compute_dtype=args.compute_dtype)
+    loss = objectives.make_sft_loss(config, remat=args.remat, compute_dtype=args.compute_dtype)
     update = learner.make_step(loss, chain)
     params = {"policy": policy}
     state = TrainState(jnp.int32(0), jnp.zeros((), jnp.int32), params, chain.init(params))

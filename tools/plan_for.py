@@ -29,7 +29,19 @@ import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 
-from jaxagentrl import imitate, learner, main, optimizer, plan, plan_sampling, prepare, reinforce, rules, settings
+from jaxagentrl import (
+    imitate,
+    learner,
+    main,
+    objectives,
+    optimizer,
+    plan,
+    plan_sampling,
+    prepare,
+    reinforce,
+    rules,
+    settings,
+)
 from jaxagentrl.models import decoder, pretrained_config, sharding
 
 # GiB of a device, https://cloud.google.com/tpu/docs/system-architecture-tpu-vm. Its compiler keeps some of them.
@@ -118,7 +130,7 @@ def plans(
             longest_context=config["sampling"]["max_length"] if several else None,
         )
         chain = optimizer.make(**config["sft"]["optimizer"])
-        loss = learner.make_sft_loss(model, remat=options["remat"], compute_dtype=options["compute_dtype"])
+        loss = objectives.make_sft_loss(model, remat=options["remat"], compute_dtype=options["compute_dtype"])
         imitation = imitate.Imitation(longest, chain, learner.make_step(loss, chain))
         yield plan.of_imitation(config, imitation, trainable, is_executed=False, **shared)
     if trains["RL"]:

@@ -15,7 +15,7 @@ import numpy as np
 import oracles
 import pytest
 
-from jaxagentrl import learner
+from jaxagentrl import learner, objectives
 from jaxagentrl.models import decoder, sharding
 from jaxagentrl.types import TrajectoryBatch
 
@@ -145,7 +145,7 @@ def case() -> Case:
 
 def measure(targets, **options):
     """Loss, metrics and gradient of the learner."""
-    loss_fn = jax.value_and_grad(learner.make_rl_loss(MODEL, **PLAIN | options), has_aux=True)
+    loss_fn = jax.value_and_grad(objectives.make_rl_loss(MODEL, **PLAIN | options), has_aux=True)
     (loss, metrics), gradient = loss_fn(case().params, case().batch, targets)
     return float(loss), metrics, gradient
 
@@ -336,7 +336,7 @@ def test_losses_ask_for_the_log_probs_that_they_read_and_no_others(is_rl, monkey
         return compiled_forward(config, params, tokens, needed, **options)
 
     monkeypatch.setattr(learner, "forward", spy)
-    loss = learner.make_rl_loss(MODEL, **PLAIN) if is_rl else learner.make_sft_loss(MODEL)
+    loss = objectives.make_rl_loss(MODEL, **PLAIN) if is_rl else objectives.make_sft_loss(MODEL)
     for targets in (changed(), case().targets):  # without weight on observations, and with
         loss(case().params, case().batch, targets)
     mask = case().batch.action_mask
