@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxagentrl import logprobs as token_scores
-from jaxagentrl.models import decoder, lora, sharding
+from jaxagentrl.models import by_device, decoder, lora, sharding
 from jaxagentrl.packing import Packed, Rows
 from jaxagentrl.trees import Tree, Trees
 from jaxagentrl.types import Array, TrainState, TrajectoryBatch
@@ -267,29 +267,74 @@ def make_step(
         work: Work,
         frozen: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
-        def gradient(stack: Stack, index: Array) -> tuple[Params, Metrics]:
-            cut = _cut(stack, index, batch.tokens.shape)
-            mine = _part(batch, cut.take)
-            return _gradient(loss_fn, state.params, frozen, mine, cut.take(targets), cut.layout)
-
-        def body(
-            stack: Stack, index: Array, total: tuple[Params, Metrics]
-        ) -> tuple[Params, Metrics]:
-            grads, metrics = gradient(stack, index)
-            return jax.tree.map(jnp.add, total[0], grads), _join(total[1], metrics)
-
-        first = functools.partial(gradient, work[0])
-        grads, metrics = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first, jnp.int32(0))
-        )
-        total = (sharding.constrain_params(grads), metrics)
-        for stack in work:
-            total = jax.lax.fori_loop(0, stack.count, functools.partial(body, stack), total)
-        grads, metrics = total
+        grads, metrics = _sums_over_data(loss_fn, state.params, frozen, batch, targets, work)
         state, applied = _apply(optimizer, state, grads)
         return state, metrics | applied
 
     return step
+
+
+def _sums_over_data(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    frozen: Params | None,
+    batch: TrajectoryBatch,
+    targets: Targets,
+    work: Work,
+) -> tuple[Params, Metrics]:
+    """`_sums`, by every part of the mesh along `data` for its rows of each micro-batch.
+
+    Their gradients are summed once a step: the compiler would sum them in every layer of every micro-batch.
+    For that the batch, which is small, is whole in every part. Where rows do not divide, the compiler decides,
+    and where all three axes are in use: left with two of them, XLA's partitioner aborts at indexed reads.
+    """
+    axes = sharding.axes_in_use()
+    parts = axes.get("data", 1)
+    if parts == 1 or any(stack.shape[0] % parts for stack in work) or min(axes.values()) > 1:
+        return _sums(loss_fn, params, frozen, batch, targets, work)
+
+    def of_part(*arguments: Any) -> tuple[Params, Metrics]:
+        grads, metrics = _sums(loss_fn, *arguments)
+        joined = {
+            key: (jax.lax.pmax if key.endswith("_max") else jax.lax.psum)(value, "data")
+            for key, value in metrics.items()
+        }
+        return jax.lax.psum(grads, "data"), joined
+
+    work, dimensions = zip(*(stack.in_parts(parts) for stack in work))
+    whole = (None, None, None, None)
+    return by_device.over_data(of_part, (*whole, dimensions), (None, None))(
+        params, frozen, batch, targets, work
+    )
+
+
+def _sums(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    frozen: Params | None,
+    batch: TrajectoryBatch,
+    targets: Targets,
+    work: Work,
+) -> tuple[Params, Metrics]:
+    """Gradient and metrics of all micro-batches, summed (of metrics ending in "_max" the largest)."""
+
+    def gradient(stack: Stack, index: Array) -> tuple[Params, Metrics]:
+        cut = _cut(stack, index, batch.tokens.shape)
+        mine = _part(batch, cut.take)
+        return _gradient(loss_fn, params, frozen, mine, cut.take(targets), cut.layout)
+
+    def body(stack: Stack, index: Array, total: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
+        grads, metrics = gradient(stack, index)
+        return jax.tree.map(jnp.add, total[0], grads), _join(total[1], metrics)
+
+    first = functools.partial(gradient, work[0])
+    grads, metrics = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first, jnp.int32(0))
+    )
+    total = (sharding.constrain_params(grads), metrics)
+    for stack in work:
+        total = jax.lax.fori_loop(0, stack.count, functools.partial(body, stack), total)
+    return total
 
 
 def _gradient(

@@ -33,6 +33,10 @@ class Rows:
         """(rows, length) of a micro-batch."""
         return self.rows.shape[1], self.length
 
+    def in_parts(self, _: int) -> tuple["Rows", "Rows"]:
+        """As parts of a mesh share it out, and the dimension along which they do, see `by_device.over_data`."""
+        return self, Rows(1, None, self.length)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,10 @@ class Packed:
     def shape(self) -> tuple[int, int]:
         """(rows, length) of a micro-batch."""
         return self.places.shape[1:]
+
+    def in_parts(self, _: int) -> tuple["Packed", "Packed"]:
+        """See `Rows.in_parts`."""
+        return self, Packed(1, 1, 1, None, self.max_segments)
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ Known as tree training (https://arxiv.org/abs/2511.00413, and AReaL).
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -46,6 +47,25 @@ class Trees:
     def shape(self) -> tuple[int, int]:
         """(rows, length) of a micro-batch."""
         return self.places.shape[1:]
+
+    def in_parts(self, num_parts: int) -> tuple["Trees", "Trees"]:
+        """Each part of the rows R as a stack of its own, with the trajectories that are there: `rows` is
+        [M, num_parts · B'] then and `nodes` [num_parts · B, W], numbered within the part. See `Rows.in_parts`."""
+        size = math.prod(self.shape) // num_parts
+
+        def of_part(part: Array) -> tuple[Array, Array]:
+            nodes = jnp.where(self.nodes // size == part, self.nodes - part * size, size)
+            is_there = nodes[:, 0] < size  # all of it: a tree is in one row
+            is_there = is_there.at[self.rows].get(mode="fill", fill_value=False)
+            return jnp.where(is_there, self.rows, len(nodes)), nodes
+
+        rows, nodes = jax.vmap(of_part, out_axes=(1, 0))(jnp.arange(num_parts, dtype=jnp.int32))
+        stack = dataclasses.replace(
+            self,
+            rows=rows.reshape(len(rows), -1),
+            nodes=nodes.reshape(-1, nodes.shape[2]),
+        )
+        return stack, Trees(rows=1, nodes=0, places=1, parents=1, ends=1, count=None)
 
     def num_nodes(self) -> int:
         return int(np.sum(self.places < self.rows.shape[1] * self.nodes.shape[1]))

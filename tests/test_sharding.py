@@ -142,15 +142,20 @@ def whole_rows():
     return rows_in_parts([range(ROWS)])
 
 
-def gradients(model, mesh, loss_fn):
+def step_for_gradients(model, mesh, loss_fn):
+    """A step whose optimizer state is the gradient afterwards, and what it takes before its work."""
+    chain = optax.trace(0.0)
+    state = fresh_state(model, mesh)
+    state = dataclasses.replace(state, opt_state=chain.init(state.params))
+    state = sharding.place(state, mesh)
+    return learner.make_step(loss_fn, chain), (state, *sharding.place_rows(data(), mesh))
+
+
+def gradients(model, mesh, loss_fn, work=None):
     """(metrics, gradient) of a loss on a mesh."""
-    chain = optax.trace(0.0)  # what it keeps is the gradient
     with sharding.use(mesh):
-        state = fresh_state(model, mesh)
-        state = dataclasses.replace(state, opt_state=chain.init(state.params))
-        state = sharding.place(state, mesh)
-        batch, targets = sharding.place_rows(data(), mesh)
-        state, metrics = learner.make_step(loss_fn, chain)(state, batch, targets, whole_rows())
+        step, arguments = step_for_gradients(model, mesh, loss_fn)
+        state, metrics = step(*arguments, whole_rows() if work is None else work)
     del metrics["optimizer/grad_norm"]
     return metrics, state.opt_state.trace
 
@@ -191,6 +196,31 @@ def test_the_whole_rl_loss_with_a_tied_prime_vocabulary(shape):
     mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape, strict=True)))
     found = gradients(MODEL, mesh, objectives.make_rl_loss(MODEL, **RL))
     assert_close(rl_on_one_device(), jax.device_get(found))
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 1), (4, 1, 2), (8, 1, 1)], ids=str)
+def test_several_micro_batches_by_parts_of_the_mesh_are_one_devices_step(shape):
+    """One of eight rows, two of four: too few for `data` = 8, which leaves them to the compiler."""
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape, strict=True)))
+    rows = np.arange(ROWS)
+    work = rows_in_parts([rows[:8]]) + rows_in_parts([rows[8:12], rows[12:]])
+    loss_fn = objectives.make_rl_loss(MODEL, **RL)
+    one, other = (jax.device_get(gradients(MODEL, where, loss_fn, work)) for where in (None, mesh))
+    assert_close(one, other)
+    assert one[0]["policy/sampler_gap_max"] > 0
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])
+def test_parts_of_the_mesh_sum_their_gradients_once_a_step(is_packed):
+    """Not in loops over micro-batches or layers: in the program's entry, which comes last in its text."""
+    mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1)
+    work = (packed_rows(tokens_per_part=8 * LENGTH, row_multiple=8),) if is_packed else whole_rows()
+    with sharding.use(mesh):
+        step, arguments = step_for_gradients(UNTIED, mesh, objectives.make_sft_loss(UNTIED))
+        program = step.lower(*arguments, work).compile().as_text()
+    loops, _, entry = program.partition("\nENTRY ")
+    assert " while(" in entry and " all-reduce(" in entry
+    assert " while(" in loops and " all-reduce(" not in loops
 
 
 def under_pmap(loss_fn, chain, num_devices):
@@ -257,10 +287,11 @@ def packed_rows(**options):
     )
 
 
-def test_a_packed_step_on_a_mesh_changes_parameters_as_one_device_does():
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 2, 1)], ids=str)
+def test_a_packed_step_on_a_mesh_changes_parameters_as_one_device_does(shape):
     """Plain gradient descent: its step is the gradient, and Adam's would amplify rounding."""
     loss_fn = objectives.make_sft_loss(UNTIED)
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape, strict=True)))
     outcomes = []
     for where, work in ((None, whole_rows()), (mesh, (packed_rows(),))):
         chain = optax.trace(0.9)

@@ -186,10 +186,12 @@ def test_trees_change_no_gradient(changed, options):
     assert_close(one, other)
 
 
-def test_trees_on_a_mesh_change_no_gradient():
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 2, 1), (4, 1, 2)], ids=str)
+def test_trees_on_a_mesh_change_no_gradient(shape):
     loss_fn = objectives.make_rl_loss(UNTIED, **RL)
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape, strict=True)))
     work = grown(tokens_per_part=8 * LENGTH, row_multiple=4)
+    assert len({node // work.shape[1] for node in work.nodes[:, 0].tolist()}) == 4  # rows of several devices
     one = learned(UNTIED, whole_rows(), loss_fn)
     assert_close(one, learned(UNTIED, (work,), loss_fn, mesh))
 

@@ -28,6 +28,13 @@ def over_rows(program: Callable, arguments: Any, results: Any) -> Callable:
     return _apart(program, sharding.ROWS, _along(sharding.ROWS), arguments, results)
 
 
+def over_data(program: Callable, arguments: Any, results: Any) -> Callable:
+    """`program` as every part of the mesh along `data` runs it, on the rows that it holds and without the other
+    parts; fsdp and tensor are left to the compiler. The rest as of `over_rows`, but for whole results: those are
+    made equal by `jax.lax`'s collectives along "data"."""
+    return _apart(program, ("data",), _along("data"), arguments, results)
+
+
 def over_heads(program: Callable, num_heads: int, arguments: Any, results: Any) -> Callable:
     """`program` as every device runs it on the heads that it holds, `num_heads` over all of them. The rest
     as of `over_rows`."""
