@@ -60,6 +60,12 @@ def _fits(value: Any, said: Any) -> bool:
     return isinstance(value, said)
 
 
+def takes(name: str, option: str) -> bool:
+    """Whether an environment has an option of this name."""
+    taken = inspect.signature(_class_of(name)).parameters
+    return option in taken or any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+
+
 def check_here(name: str, options: dict[str, Any]) -> None:
     """Looks whether this machine has what an environment needs, before hours are spent on its games. A class
     that needs something says so by a `check_here` of its own, which takes the options.

@@ -1,15 +1,15 @@
-"""The tasks of a split: games made by seed, or official ones, whatever the environment."""
+"""The tasks of a split: games made by seed, official ones, or those of a file, whatever the environment."""
 
 import dataclasses
 import random
 from collections.abc import Mapping
 from typing import Any
 
-from envs_host import alfworld_data, games, specs, swe_data
+from envs_host import alfworld_data, games, own_tasks, specs, swe_data
 from envs_host.types import Task
 
-# Families whose tasks are read, not made -> the environment that plays them.
-_READ = {alfworld_data.FAMILY: "alfworld", swe_data.FAMILY: "swe"}
+# Families whose tasks are read, not made -> the environment that plays them; None is any.
+_READ = {alfworld_data.FAMILY: "alfworld", swe_data.FAMILY: "swe", own_tasks.FAMILY: None}
 # Order of the official games, so that the first few of a split are of all types and rooms.
 _ORDER_SEED = 0
 
@@ -22,8 +22,8 @@ class Collection:
     notices: list[str]
 
 
-def environment(params: Mapping[str, Any]) -> str:
-    """Name of the environment that plays games of these parameters.
+def environment(params: Mapping[str, Any]) -> str | None:
+    """Name of the environment that plays games of these parameters; None where that is for `env.name` to say.
 
     Raises:
         ValueError: the family is missing or unknown.
@@ -50,15 +50,15 @@ def tasks(
     """Makes or finds the games of a split.
 
     Args:
-        params: of the games, with their "family"; those of "alfworld-data" and "swe-data" are the
-            arguments of `alfworld_data.read` and `swe_data.read`.
-        seeds: one game each. Official games and instances have none: they are shuffled once, and `seeds`
-            are positions, counted from `first`.
+        params: of the games, with their "family"; those of "alfworld-data", "swe-data" and "tasks" are the
+            arguments of `alfworld_data.read`, `swe_data.read` and `own_tasks.read`.
+        seeds: one game each. What is read has none: `seeds` are positions, counted from `first`, of tasks in
+            the order of their file, of official games and instances after they were shuffled, once.
         first: see there.
         cache_dir, num_workers: see `games.generate`.
 
     Raises:
-        ValueError: parameters are wrong, or there are fewer official games than asked for.
+        ValueError: parameters are wrong, or there are fewer tasks to be read than asked for.
     """
     if params["family"] not in _READ:
         made = [dict(params, seed=seed) for seed in seeds]
@@ -69,12 +69,17 @@ def tasks(
             notices = [f"{report.set_aside} of {len(made)} games set aside, e.g.: {reason}"]
         return Collection(report.tasks, notices)
     options = {key: value for key, value in params.items() if key != "family"}
-    found = (
-        _alfworld(options, cache_dir)
-        if params["family"] == alfworld_data.FAMILY
-        else _swe(options, cache_dir, num_workers)
-    )
-    order = random.Random(_ORDER_SEED).sample(found.tasks, len(found.tasks))
+    if params["family"] == own_tasks.FAMILY:
+        _check(own_tasks.FAMILY, options, ("path",), ())
+        found = Collection(own_tasks.read(**options), [])
+        order = found.tasks
+    else:
+        found = (
+            _alfworld(options, cache_dir)
+            if params["family"] == alfworld_data.FAMILY
+            else _swe(options, cache_dir, num_workers)
+        )
+        order = random.Random(_ORDER_SEED).sample(found.tasks, len(found.tasks))
     chosen = order[seeds.start - first : seeds.stop - first]
     if len(chosen) < len(seeds):
         raise ValueError(
@@ -104,6 +109,6 @@ def _swe(options: dict[str, Any], cache_dir: str, num_workers: int | None) -> Co
 def _check(family: str, options: dict[str, Any], needed: tuple[str, ...], others: tuple[str, ...]) -> None:
     if set(options) - {*needed, *others} or set(needed) - set(options):
         raise ValueError(
-            f"{family} needs the parameters {', '.join(needed)} and may have {', '.join(others)}; got "
-            f"{', '.join(sorted(options)) or 'none'}."
+            f"{family} needs the parameters {', '.join(needed)}"
+            f"{' and may have ' + ', '.join(others) if others else ''}; got {', '.join(sorted(options)) or 'none'}."
         )

@@ -144,6 +144,7 @@ def gigpo_steps(
     chex.assert_rank(rows, 1)
     chex.assert_equal_shape(rows)
     chex.assert_type(rows, [float, int, int, int, int])
+    trajectory_ids, steps, anchor_ids, group_ids = map(masking.as_ids, rows[1:])
     inside = (
         masking.in_group(group_ids, num_groups=num_groups)
         & masking.in_group(trajectory_ids, num_groups=num_trajectories)

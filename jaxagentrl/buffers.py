@@ -182,7 +182,8 @@ def minibatches(key: Array, num_rows: int, size: int) -> Array:
 
 def _check_leaf(old: Array, new: Array, count: int) -> None:
     """The leaf of a batch must be `count` rows of what the buffer holds."""
-    if new.shape != (count, *old.shape[1:]) or new.dtype != old.dtype:
+    # As jax has it: an example in numpy's float64 became float32.
+    if new.shape != (count, *old.shape[1:]) or jax.dtypes.canonicalize_dtype(new.dtype) != old.dtype:
         raise ValueError(
             f"batch: got a leaf of shape {new.shape} and dtype {new.dtype}, expected "
             f"{(count, *old.shape[1:])} and {old.dtype} as in the buffer's example"

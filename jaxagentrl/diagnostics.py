@@ -200,7 +200,7 @@ def effective_sample_size(
     """
     ratios = masking.zero_off(ratios, mask)
     # Divided by the largest weight first: squares of e²⁰ would leave float32.
-    largest = jnp.max(ratios)
+    largest = jnp.max(ratios, initial=0.0)
     largest = largest if axis_name is None else jax.lax.pmax(largest, axis_name)
     scaled = masking.divide(ratios, largest)
     mean = masking.masked_mean(scaled, mask, axis_name=axis_name)
@@ -235,7 +235,7 @@ def sampler_mismatch(
     ratios = jnp.where(action_mask, ratios, 0.0)
 
     def largest(x):
-        found = jnp.max(x)
+        found = jnp.max(x, initial=0.0)
         return found if axis_name is None else jax.lax.pmax(found, axis_name)
 
     moved = approximate_kl(sampler_logprobs, old_logprobs, action_mask, axis_name=axis_name)
@@ -314,6 +314,6 @@ def credit_by_turn(
     tokens, weight = per_turn(jnp.ones_like(credit)), per_turn(jnp.abs(credit))
     return {
         "mean": masking.divide(per_turn(credit), tokens),
-        "share": masking.divide(weight, jnp.sum(weight)),
+        "share": masking.divide(weight, masking.masked_sum(jnp.abs(advantages), action_mask, axis_name=axis_name)),
         "tokens": tokens,
     }

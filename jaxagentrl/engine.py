@@ -80,6 +80,7 @@ class Engine:
         self.slots_per_wave = num_slots // num_waves
         self.max_length = max_length
         self.max_turn_tokens = max_turn_tokens
+        self._vocab_size = config.vocab_size
         self.stop_ids = frozenset(int(token) for token in stop_ids)
         self._counters = [Counters() for _ in range(num_waves)]  # a wave's thread adds to its own
         self._compiled = compiles.Account()
@@ -92,10 +93,10 @@ class Engine:
             width_buckets=width_buckets,
             row_divisors=row_divisors,
         )
-        self._stop_ids = np.array(sorted(self.stop_ids), np.int32)
         self._linger_share = linger_share
         self._notice = notice
         self._seen: set[tuple] = set()
+        self._stop_ids = np.array(sorted(self.stop_ids), np.int32)
         self._extend = sampling.make_extend(config)
         self._fork = sampling.make_fork()
         self._decode = sampling.make_decode(config, max_turn_tokens=max_turn_tokens)
@@ -144,7 +145,7 @@ class Engine:
         and gives back the rest. Returns how many positions those are; the slot is to go on with ids[n:]. None
         where a row that is a ring has lost what the next token is to see of them."""
         self._check_settled(wave)
-        held = self._ids[wave, slot, : min(len(ids) - 1, int(self._lengths[wave, slot]))]
+        held = self._ids[wave, slot, : max(0, min(len(ids) - 1, int(self._lengths[wave, slot])))]
         differs = held != ids[: len(held)]
         kept = int(differs.argmax()) if differs.any() else len(held)
         reached = self._reached[wave, slot]
@@ -167,10 +168,18 @@ class Engine:
         self._carry[:] = -1
 
     def cut(self, wave: int, slot: int, sample: TurnSample, keep: int) -> TurnSample:
-        """Takes back all but the first `keep` ≥ 1 tokens of the slot's last turn."""
+        """Takes back all but the first `keep` ≥ 1 tokens of the slot's last turn.
+
+        Raises:
+            ValueError: as many tokens cannot be kept, or the slot's last turn is another one, or cut already.
+        """
+        self._check_settled(wave)
         if not 0 < keep <= len(sample.ids):
             raise ValueError(f"a turn of {len(sample.ids)} tokens cannot be cut to {keep}.")
-        self._check_settled(wave)
+        end = self.length(wave, slot)
+        held = self._ids[wave, slot, max(0, end - len(sample.ids)) : end]
+        if self.is_busy(wave, slot) or self._carry[wave, slot] < 0 or not np.array_equal(held, sample.ids):
+            raise ValueError(f"the sample is not what slot {slot} of wave {wave} sampled last: cut it before the next turn, once.")
         self._lengths[wave, slot] -= len(sample.ids) - keep
         self._carry[wave, slot] = sample.ids[keep - 1]
         return TurnSample(sample.ids[:keep], sample.logprobs[:keep], sample.entropies[:keep])
@@ -179,17 +188,13 @@ class Engine:
         """Queues a slot's next turn for the wave's next `launch`.
 
         Raises:
-            ValueError: nothing new to say, a budget out of range, or more than the slot holds.
+            ValueError: the request is none, see `turns.check`, or more than the slot holds.
         """
-        slot, new = request.slot, np.asarray(request.new_ids, np.int32)
         self._check_settled(wave)
+        turns.check(request, num_slots=self.slots_per_wave, most=self.max_turn_tokens, vocab_size=self._vocab_size)
+        slot, new = request.slot, np.asarray(request.new_ids, np.int32)
         if slot in self._waiting[wave]:
             raise ValueError(f"slot {slot} of wave {wave} is in the middle of a turn.")
-        if len(new) == 0 or not 0 < request.budget <= self.max_turn_tokens:
-            raise ValueError(
-                f"slot {slot}: a turn needs at least one new id and a budget in "
-                f"1..{self.max_turn_tokens}, got {len(new)} ids, {request.budget} tokens."
-            )
         self._counters[wave].tokens_reprefill += self.length(wave, slot) + len(new)
         if self._carry[wave, slot] >= 0:
             new = np.concatenate([self._carry[wave, slot : slot + 1], new])
@@ -208,7 +213,7 @@ class Engine:
         self, params: decoder.Params, wave: int, when_over: Callable[[], None] = lambda: None
     ) -> None:
         """Sends the wave's queued work to the device; returns before it is done. Then `when_over` is
-        called, by another thread.
+        called, by another thread; not where nothing was queued.
 
         A prompt longer than the widest bucket is appended one bucket a launch while other rows have
         something to decode, so that it does not hold them up. What another slot of the wave holds, or
@@ -256,6 +261,8 @@ class Engine:
             return {}
         self._wait(wave, [launched.decoding])
         ended, *_ = launched.decoding.result()
+        for slot in ended:
+            del self._waiting[wave][slot]
         self._launched[wave] = None  # not before: an interrupt leaves it to `clear`
         return ended
 
@@ -323,7 +330,6 @@ class Engine:
             ended[slot] = turns.join(item.pieces)
             self._carry[wave, slot] = ended[slot].ids[-1]
             self._counters[wave].turns += 1
-            del self._waiting[wave][slot]
         return ended
 
     def warm_up(self, params: decoder.Params, *, restricted: bool = False) -> None:
@@ -465,10 +471,7 @@ class Engine:
     ) -> list[tuple[int, int, dict[int, int]]]:
         lengths, waiting = self._lengths[wave], self._waiting[wave]
         return self._shapes.tile_decodes(
-            {
-                slot: int(lengths[slot]) + len(waiting[slot].ids) + waiting[slot].budget - 1
-                for slot in slots
-            }
+            {slot: int(lengths[slot]) + len(waiting[slot].ids) + waiting[slot].budget - 1 for slot in slots}
         )
 
     def _extend_call(self, params, rows, shape) -> calls.Call:

@@ -259,6 +259,7 @@ def spread_turns(per_turn: Array, turn_ids: Array, mask: Array) -> Array:
     Returns:
         [..., L] float32.
     """
+    turn_ids = as_ids(turn_ids)
     inside = mask & (turn_ids >= 0) & (turn_ids < per_turn.shape[-1])
     per_turn = jnp.asarray(per_turn).astype(jnp.float32)
     return take_positions(per_turn, jnp.where(inside, turn_ids, -1))
@@ -281,20 +282,25 @@ def sequence_sum(x: Array, mask: Array, *, turn_ids: Array | None = None) -> Arr
     return spread_turns(sums, turn_ids, mask)
 
 
+def as_ids(ids: Array) -> Array:
+    """Ids as int32: in narrower integers bounds and products of ids would wrap around."""
+    return jnp.asarray(ids).astype(jnp.int32)
+
+
 def _scatter_turns(x: Array, turn_ids: Array, mask: Array, num_turns: int, how: str) -> Array:
     """Reduces [..., L] to [..., T] by turn; "max" starts from −1."""
-    batch_shape = mask.shape[:-1]
-    rows = math.prod(batch_shape)
+    *batch_shape, length = mask.shape
+    rows, turn_ids = math.prod(batch_shape), as_ids(turn_ids)
     inside = mask & (turn_ids >= 0) & (turn_ids < num_turns)
     row = jnp.arange(rows, dtype=jnp.int32)[:, None]
     # One slot past the end takes everything that belongs to no turn; it is cut off again below.
-    slot = jnp.where(inside, turn_ids, num_turns).reshape(rows, -1)
-    x = x.reshape(rows, -1)
+    slot = jnp.where(inside, turn_ids, num_turns).reshape(rows, length)
+    x = x.reshape(rows, length)
     if how == "add":
         out = jnp.zeros((rows, num_turns + 1), x.dtype).at[row, slot].add(x)
     else:
         out = jnp.full((rows, num_turns + 1), -1, x.dtype).at[row, slot].max(x)
-    return out[:, :num_turns].reshape(batch_shape + (num_turns,))
+    return out[:, :num_turns].reshape((*batch_shape, num_turns))
 
 
 # --- groups ------------------------------------------------------------------------------------
@@ -317,7 +323,7 @@ def group_sum(
     chex.assert_rank([x, group_ids], 1)
     chex.assert_equal_shape([x, group_ids])
     inside = in_group(group_ids, num_groups=num_groups)
-    slots = jnp.where(inside, group_ids, num_groups)
+    slots = jnp.where(inside, as_ids(group_ids), num_groups)
     return total(jax.ops.segment_sum(zero_off(x, inside), slots, num_groups), axis_name)
 
 
@@ -333,7 +339,7 @@ def group_min(
     """[num_groups] float32, each group's smallest entry, without gradient; +inf for empty ones."""
     chex.assert_rank([x, group_ids], 1)
     inside = in_group(group_ids, num_groups=num_groups)
-    slots = jnp.where(inside, group_ids, num_groups)
+    slots = jnp.where(inside, as_ids(group_ids), num_groups)
     x = jax.lax.stop_gradient(zero_off(x, inside))
     smallest = jax.ops.segment_min(x, slots, num_groups)
     return smallest if axis_name is None else jax.lax.pmin(smallest, axis_name)
@@ -355,4 +361,5 @@ def take_group(per_group: Array, group_ids: Array) -> Array:
 
 def in_group(group_ids: Array, *, num_groups: int) -> Array:
     """[N] bool, False on rows whose id is out of range (padding rows)."""
+    group_ids = as_ids(group_ids)
     return (group_ids >= 0) & (group_ids < num_groups)

@@ -68,7 +68,7 @@ def make_rl_loss(
             and the scoring pass that would give them is saved. The gradient is the same.
 
     Raises:
-        ValueError: an unknown surrogate.
+        ValueError: an unknown surrogate; or "gspo" on packed rows, when the step is traced.
     """
     clips = {"clip_low": clip_low, "clip_high": clip_high}
     surrogate_loss = _make_surrogate(surrogate, **clips, dual_clip=dual_clip)
@@ -80,6 +80,11 @@ def make_rl_loss(
         params: Params, batch: TrajectoryBatch, targets: Targets, **layout: Any
     ) -> tuple[Array, Metrics]:
         scores = forward_part(params, batch.tokens, _needed(batch, targets), **layout)
+        if surrogate == "gspo" and "segment_ids" in layout:
+            raise ValueError(
+                "surrogate 'gspo' has one ratio for each row, but packed rows hold several trajectories: give the "
+                "step Rows or Trees."
+            )
         mask, weights = batch.action_mask, targets.weights
         old = jax.lax.stop_gradient(scores.logprobs) if old_is_current else targets.old_logprobs
         per_token = surrogate_loss(scores.logprobs, old, targets.advantages, mask)

@@ -87,6 +87,12 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def check_most_rows(num_rows: int, most_rows: int) -> None:
+    """Raises ValueError where a step has more rows than its shapes were made for."""
+    if num_rows > most_rows:
+        raise ValueError(f"most_rows is {most_rows}, but a step has {num_rows} rows: raise it to the most of any step.")
+
+
 def rows_per_part(length: int, *, tokens_per_part: int, row_multiple: int) -> int:
     """R of micro-batches of rows of this length: about tokens_per_part / length."""
     return max(tokens_per_part // (length * row_multiple), 1) * row_multiple
@@ -112,16 +118,20 @@ def pack(
         length: L of packed rows.
         tokens_per_part: upper bound of R × L, as long as `row_multiple` rows fit.
         row_multiple: R is a multiple of this.
-        most_rows: that any step has; without `contexts` a packed row holds one of them at least, which
-            bounds M.
+        most_rows: an upper bound of `len(rows)` over all steps; without `contexts` a packed row holds one of them
+            at least, which bounds M.
         contexts: for every row of the batch the (start, size) of what the model saw as one text,
             see `Trajectory.contexts`; each is packed by itself. None: a row is one text.
 
     Returns:
         M is what `most_rows` can need: one program for all steps. Where that is not known, it is a power
         of two, so that the numbers that occur share few programs.
+
+    Raises:
+        ValueError: more rows than `most_rows`, or one that is longer than L.
     """
     if contexts is None:
+        check_most_rows(len(rows), len(rows) if most_rows is None else most_rows)
         pieces = [(int(row), 0, int(lengths[row])) for row in rows]
     else:
         pieces = [(int(row), start, size) for row in rows for start, size in contexts[row]]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import envs_host
 from jaxagentrl import (
     evaluate,
     hosts,
@@ -85,14 +86,16 @@ def warm_up(config: Mapping[str, Any], setup: prepare.Setup, params: learner.Par
 
 
 def baselines(session: Session, params: learner.Params) -> dict[str, float]:
-    """Floor and ceiling on the held-out tasks: random agent, walkthrough agent, untrained model."""
+    """Floor and ceiling on the held-out tasks: random agent, walkthrough agent (where the environment lists
+    commands, and where there are walkthroughs), untrained model."""
     config, test = session.config, session.setup.splits["test"]
     values: dict[str, float] = {}
-    agents = {
-        "random": evaluate.random_policy(config["seed"]),
-        "walkthrough": evaluate.walkthrough_policy,
-    }
-    with prepare.make_pool(config, admissible_commands=True) as pool:
+    agents, options = {}, {}
+    if envs_host.takes(config["env"]["name"], "admissible_commands"):  # else there is nothing to draw from
+        agents["random"], options = evaluate.random_policy(config["seed"]), {"admissible_commands": True}
+    if any(task.walkthrough for task in test):
+        agents["walkthrough"] = evaluate.walkthrough_policy
+    with prepare.make_pool(config, **options) as pool:
         for name, agent in agents.items():
             with progress.bar(f"{name} agent", len(test)) as advance:
                 won, n, failures = evaluate.play(

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,18 +59,19 @@ def games(
     splits: Mapping[str, Any],
     namings: Mapping[str, int],
     *,
-    only_held_out: bool = False,
+    only: Container[str] | None = None,
 ) -> dict[str, list[Task]]:
     """Generates (or finds in the cache) the games of every split; no game is in two of them.
 
-    Held-out games do not depend on the other splits', which `only_held_out` leaves out. `namings` are under
-    how many names each game of a split is played, see `envs_host.naming`.
+    Args:
+        namings: under how many names each game of a split is played, see `envs_host.naming`.
+        only: the splits to make, by default all. Held-out games do not depend on the other splits'.
     """
     ranges, params = seed_ranges(splits), split_params(env, splits)
     _make_folder("env.cache_dir", env["cache_dir"])
     made = {}
     for name, seeds in ranges.items():
-        if only_held_out and name not in held_out(splits):
+        if only is not None and name not in only:
             continue
         # Official games are numbered within their own split of the data, from 0.
         same = [ranges[other].start for other in ranges if params[other] == params[name]]
@@ -81,6 +82,8 @@ def games(
             cache_dir=env["cache_dir"],
             num_workers=env["num_workers"],
         )
+        if others := sorted({task.env for task in report.tasks} - {"", env["name"]}):
+            raise ValueError(f"env.name is {env['name']!r}, but splits.{name} has tasks of {', '.join(others)}.")
         made[name] = report.tasks
         for told in report.notices:
             progress.notice(f"{name}: {told}")
@@ -95,6 +98,20 @@ def games(
         for name, count in namings.items()
         if name in made
     }
+
+
+def needs_demonstrations(config: Mapping[str, Any]) -> bool:
+    """For imitation, and a tokenizer is trained on them, too."""
+    return config["sft"]["num_steps"] > 0 or config["tokenizer"]["directory"] is None
+
+
+def _needed_splits(config: Mapping[str, Any], stages: tuple[plan.Stage, ...]) -> set[str]:
+    needed = {*config["splits"]}
+    if not needs_demonstrations(config):
+        needed -= {"demo"}
+    if stages == ("evaluation",):
+        needed -= {"train"}
+    return needed
 
 
 def _make_folder(key: str, folder: str) -> None:
@@ -139,8 +156,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
         config["env"],
         config["splits"],
         config["namings"],
-        # Demonstrations are also what a tokenizer is trained on.
-        only_held_out=stages == ("evaluation",) and config["tokenizer"]["directory"] is not None,
+        only=_needed_splits(config, stages),
     )
     _check_games(config["sft"], splits)
     workdir.record("games", {name: _fingerprint(split) for name, split in splits.items()})
@@ -237,12 +253,14 @@ def make_chat(loaded: Any, prompt: Mapping[str, Any]) -> chat.ChatFormat:
 
 def make_pool(config: Mapping[str, Any], **env_options: Any) -> EnvPool:
     """Worker processes for the config's environment; `env_options` override its own."""
+    name = config["env"]["name"]
     options = {
         "intermediate_reward": config["reward"]["kind"] == "intermediate",
         "admissible_commands": config["prompt"]["show_admissible"],
     }
-    options |= config["env"]["options"]
-    return EnvPool(config["env"]["name"], options | env_options, **config["pool"])
+    # A class of the user's own need not have these two; that it has what a config asks for, `settings` sees to.
+    options = {option: value for option, value in options.items() if envs_host.takes(name, option)}
+    return EnvPool(name, options | config["env"]["options"] | env_options, **config["pool"])
 
 
 def _replays(demonstrated: Sequence[Task], pool: EnvPool) -> list[demos.Replay]:

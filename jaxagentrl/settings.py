@@ -277,20 +277,30 @@ def _check_games(config: Config) -> None:
             )
     ranges = prepare.seed_ranges(config["splits"])
     further = [name for name in ranges if name.startswith("test_")]
-    if set(ranges) - set(further) != {"demo", "train", "test"}:
+    found, needed = set(ranges) - set(further), {"train", "test"}
+    if prepare.needs_demonstrations(config):
+        needed |= {"demo"}
+    if found | {"demo"} != {"demo", "train", "test"} or needed - found:
         raise ValueError(
-            "splits must be demo, train and test, and further held-out ones as test_<name>, got "
-            f"{sorted(ranges)}."
+            "splits must be demo, train and test, and further held-out ones as test_<name> (demo may be missing where "
+            f"sft.num_steps is 0 and tokenizer.directory is given), got {sorted(ranges)}."
         )
     params, namings = prepare.split_params(config["env"], config["splits"]), config["namings"]
     for games in params.values():
         environment = collect.environment(games)
-        if config["env"]["name"] != environment:
+        if environment not in (None, config["env"]["name"]):
             raise ValueError(
                 f"env.name is {config['env']['name']!r}, but games of the family "
                 f"{games['family']!r} are played by {environment!r}."
             )
     envs_host.check_options(config["env"]["name"], config["env"]["options"])
+    asked = {
+        "intermediate_reward": ("reward.kind is 'intermediate'", config["reward"]["kind"] == "intermediate"),
+        "admissible_commands": ("prompt.show_admissible is True", config["prompt"]["show_admissible"]),
+    }
+    for option, (said, is_asked) in asked.items():
+        if is_asked and not envs_host.takes(config["env"]["name"], option):
+            raise ValueError(f"{said}, but environment {config['env']['name']!r} has no option {option} to ask it by.")
     _check_limits(config)
     is_right = set(namings) == {"demo", "train"} and all(_is(count, "an integer") for count in namings.values())
     if not is_right or min(namings.values()) < 1:
@@ -299,7 +309,7 @@ def _check_games(config: Config) -> None:
             f"as they are), got {dict(namings)}."
         )
     for split, count in namings.items():
-        if count > 1 and params[split].get("theme") != naming.THEME:
+        if count > 1 and split in params and params[split].get("theme") != naming.THEME:
             raise ValueError(
                 f"namings.{split} is {count}, but only TextWorld games of the theme {naming.THEME!r} "
                 "have names that mean nothing: set it to 1."
@@ -349,7 +359,7 @@ def _check_trees(config: Config) -> None:
 
 
 def _check_imitation(config: Config) -> None:
-    sft, num_demos = config["sft"], len(prepare.seed_ranges(config["splits"])["demo"])
+    sft, num_demos = config["sft"], len(prepare.seed_ranges(config["splits"]).get("demo", ()))
     if sft["num_steps"] and sft["batch_size"] > num_demos:
         raise ValueError(
             f"sft.batch_size is {sft['batch_size']} but splits.demo has {num_demos} "

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxagentrl.models import sharding
-from jaxagentrl.packing import first_fit, rows_per_part
+from jaxagentrl.packing import check_most_rows, first_fit, rows_per_part
 from jaxagentrl.types import Array
 
 # Trajectories stay in one tree if they share this part of a row or more: less is not worth it to keep
@@ -132,12 +132,13 @@ def grow(
         length: L, of rows of trees.
         tokens_per_part: upper bound of R × L, as long as `row_multiple` rows fit.
         row_multiple: R is a multiple of this.
-        most_rows: B', that any step has; a row holds one of them at least, which bounds M. Shapes are
-            the same for all steps.
+        most_rows: B', an upper bound of `len(rows)` over all steps, whose shapes are then the same; a row holds
+            one of them at least, which bounds M.
 
     Raises:
-        ValueError: a trajectory is longer than a row.
+        ValueError: a trajectory is longer than a row, or there are more of them than `most_rows`.
     """
+    check_most_rows(len(rows), most_rows)
     if len(rows) and lengths[rows].max() > length:
         raise ValueError(
             f"learner.tree_length is {length}, but a trajectory has {lengths[rows].max()} tokens: raise it."

@@ -280,7 +280,7 @@ def turn_cells(present: Array, group_ids: Array, *, num_groups: int) -> Array:
     num_turns = present.shape[1]
     inside = present & masking.in_group(group_ids, num_groups=num_groups)[:, None]
     turns = jnp.arange(num_turns, dtype=jnp.int32)[None, :]
-    return jnp.where(inside, group_ids[:, None] * num_turns + turns, -1).reshape(-1)
+    return jnp.where(inside, masking.as_ids(group_ids)[:, None] * num_turns + turns, -1).reshape(-1)
 
 
 def check_rows(rewards: Array, action_mask: Array, turn_ids: Array, group_ids: Array) -> None:

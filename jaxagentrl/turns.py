@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxagentrl.prefixes import Copy
 
+_COLDEST = 1e-6  # logits divided by less leave float32
 
 @dataclasses.dataclass(frozen=True)
 class TurnRequest:
@@ -26,6 +27,36 @@ class TurnRequest:
     def is_restricted(self) -> bool:
         """Whether not every token may be sampled."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+def check(request: TurnRequest, *, num_slots: int, most: int, vocab_size: int) -> None:
+    """Refuses what would be computed without an error, and wrongly.
+
+    Args:
+        num_slots: of a wave.
+        most: tokens of a turn.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    slot, new = request.slot, np.asarray(request.new_ids)
+    if not 0 <= slot < num_slots:
+        raise ValueError(f"slot {slot}: a wave has slots 0 to {num_slots - 1}.")
+    if len(new) == 0 or not 0 < request.budget <= most:
+        raise ValueError(
+            f"slot {slot}: a turn needs at least one new id and a budget in 1..{most}, got {len(new)} ids, "
+            f"{request.budget} tokens."
+        )
+    if new.dtype.kind not in "iu" or new.min() < 0 or new.max() >= vocab_size:
+        raise ValueError(f"slot {slot}: ids must be integers from 0 to {vocab_size - 1}, got {new[:20]} ({new.dtype}).")
+    if not (request.temperature == 0 or _COLDEST <= request.temperature < np.inf):
+        raise ValueError(f"slot {slot}: temperature is {request.temperature}, expected 0 (greedy) or {_COLDEST} and more.")
+    if not (request.top_k >= 0 and 0 <= request.top_p <= 1 and 0 <= request.min_p <= 1):
+        raise ValueError(
+            f"slot {slot}: top_k is {request.top_k}, top_p {request.top_p}, min_p {request.min_p}, expected top_k from 0 "
+            "on and the others in [0, 1]."
+        )
+    stream_words(request.stream)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +133,13 @@ class Counters:
 
 
 def stream_words(stream: Sequence[int]) -> np.ndarray:
-    """[2] uint32, a key for the turn that the words (run seed, task, member, turn, ...) name."""
+    """[2] uint32, a key for the turn that the words (run seed, task, member, turn, ...) name.
+
+    Raises:
+        ValueError: a word that is no integer of 32 bits.
+    """
+    if not all(isinstance(word, int | np.integer) and 0 <= word < 2**32 for word in stream):
+        raise ValueError(f"stream is {tuple(stream)}, expected integers from 0 to 2**32 - 1.")
     digest = hashlib.blake2b(np.array(stream, np.uint32).tobytes(), digest_size=8)
     return np.frombuffer(digest.digest(), np.uint32)
 

@@ -18,9 +18,9 @@ def doctor(monkeypatch):
     "arguments, words",
     [
         (["--env=textworld", '--params={"family":"alfworld"}'], "--params: games of 'alfworld' are played by --env=alf"),
-        (["--env=textworld", f"--tasks={ROOT / 'README.md'}"], "README.md, expected a task in each line"),
-        (["--env=textworld", f"--tasks={ROOT / 'docs' / 'rollout.png'}"], "rollout.png, expected a task in each line"),
-        (["--env=textworld", "--tasks=/nope"], "--tasks=/nope, expected .*No such file"),
+        (["--env=textworld", f"--tasks={ROOT / 'README.md'}"], "README.md, line 1: expected a JSON object"),
+        (["--env=textworld", f"--tasks={ROOT / 'docs' / 'rollout.png'}"], "rollout.png cannot be read"),
+        (["--env=textworld", "--tasks=/nope"], "the file of tasks /nope cannot be read.*No such file"),
         (["--env=textworld", f"--cache_dir={ROOT / 'README.md' / 'x'}"], "--cache_dir=.*README.md/x cannot be made"),
         (["--env=nomod:X"], "--env=nomod:X .* the module 'nomod' cannot be imported"),
         (["--env=collections:OrderedDict"], "--env=collections:OrderedDict .* the class has no close, reset, step"),

@@ -39,6 +39,7 @@ envs_host.maker
 envs_host.games
 envs_host.alfworld_data
 envs_host.swe_data
+envs_host.own_tasks
 envs_host.collect
 envs_host.naming
 envs_host.textworld

@@ -10,7 +10,7 @@ processes, and prints one table (Markdown): latency of resets and steps, memory 
 determinism, process safety, range of rewards, the longest observation, versions, and from these
 the worker count and the limits that it suggests. Exit code 1 if a promise is broken.
 
-An environment of your own needs tasks: one JSON object per line, as `Task.to_json` writes them.
+An environment of your own needs tasks, in a file as `envs_host/own_tasks.py` says.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 
 import envs_host
-from envs_host import collect, swe_tests
+from envs_host import collect, own_tasks, swe_tests
 from envs_host.pool import EnvPool
 from envs_host.types import EnvFailure, GameFileError, Task
 
@@ -125,7 +125,7 @@ def _check_env(env: str, options: dict[str, Any]) -> None:
 
 def _tasks(args: argparse.Namespace, cache_dir: str) -> list[Task]:
     if args.tasks:
-        found = _read_tasks(args.tasks)
+        found = own_tasks.read(args.tasks)
     else:
         params = args.params or _PARAMS.get(args.env)
         if params is None:
@@ -143,14 +143,6 @@ def _tasks(args: argparse.Namespace, cache_dir: str) -> list[Task]:
     if not found:
         sys.exit("no task is usable")
     return found
-
-
-def _read_tasks(path: str) -> list[Task]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [Task.from_json(_object(line)) for line in file if line.strip()]
-    except (OSError, ValueError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"--tasks={path}, expected a task in each line as Task.to_json writes it: {error}") from error
 
 
 def _longest_step(env: str, options: dict[str, Any]) -> float:
