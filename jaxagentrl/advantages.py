@@ -87,8 +87,8 @@ def gae(
         discounts: [..., L] float, γ, and 0 where the episode terminates.
         action_mask: [..., L] bool, True on tokens the policy sampled.
         gae_lambda: λ in [0, 1].
-        bootstrap_values: [...] or scalar float, value after the last action token. It counts only
-            where that token's discount is not 0.
+        bootstrap_values: [...] or scalar float, finite, value after the last action token. It counts
+            only where that token's discount is not 0.
 
     Returns:
         [..., L] float32 advantages A, 0 off the mask. Targets for the value are A + V.

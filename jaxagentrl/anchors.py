@@ -81,7 +81,7 @@ def gigpo(
     )
     scores = masking.masked_sum(rewards, action_mask, axis=1)
     shape = (num_rows, num_turns)
-    step_groups = jnp.where(present, jnp.broadcast_to(group_ids[:, None], shape), -1)
+    step_groups = jnp.where(present, jnp.broadcast_to(masking.as_ids(group_ids)[:, None], shape), -1)
     credit = _episode_and_step(
         jnp.broadcast_to(scores[:, None], shape).reshape(-1),
         returns.reshape(-1),
@@ -200,6 +200,7 @@ def _episode_and_step(
     """A_E + ω A_S for [N] step rows; group id −1 marks rows that are none."""
     check_choice("scale", scale, ("std", "none"))
     check_choice("episode_mean_over", episode_mean_over, ("trajectories", "steps"))
+    group_ids, anchor_ids, trajectory_ids = map(masking.as_ids, (group_ids, anchor_ids, trajectory_ids))
     inside = masking.in_group(group_ids, num_groups=num_groups)
     if episode_mean_over == "steps":
         counted = inside

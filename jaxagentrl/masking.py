@@ -356,7 +356,7 @@ def take_group(per_group: Array, group_ids: Array) -> Array:
         [N] float.
     """
     inside = in_group(group_ids, num_groups=per_group.shape[0])
-    return jnp.where(inside, jnp.asarray(per_group)[group_ids], 0.0)
+    return jnp.where(inside, jnp.asarray(per_group)[as_ids(group_ids)], 0.0)
 
 
 def in_group(group_ids: Array, *, num_groups: int) -> Array:

@@ -121,7 +121,7 @@ def drop_rows(batch: TrajectoryBatch, keep: Array, *, num_groups: int) -> Trajec
         turn_ends=batch.turn_ends & rows,
         sampler_logprobs=masking.zero_off(batch.sampler_logprobs, rows),
         rewards=masking.zero_off(batch.rewards, rows),
-        group_ids=jnp.where(keep, batch.group_ids, num_groups),
+        group_ids=jnp.where(keep, masking.as_ids(batch.group_ids), num_groups),
     )
 
 

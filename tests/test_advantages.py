@@ -938,3 +938,29 @@ def test_shapes_and_types_are_checked():
         advantages.whiten(REWARDS, MASK[:3])
     with pytest.raises(AssertionError):
         advantages.spread(WIN, np.ones((3, 2), bool))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.int64])
+def test_narrow_ids_do_not_wrap_around(dtype):
+    """Numbers of groups, turns and anchors, and products of ids, may be beyond what holds the ids."""
+    rng = np.random.default_rng(0)
+    rewards, mask = rng.normal(size=(6, 3)).astype(np.float32), np.ones((6, 3), bool)
+    turns, groups = np.tile(np.arange(3), (6, 1)), np.array([0, 0, 60, 60, 120, 120])
+
+    def credit(kind):
+        ids = {"turn_ids": turns.astype(kind), "group_ids": groups.astype(kind)}
+        scores = advantages.group_normalized(rewards[:, 0], ids["group_ids"], num_groups=40_000)
+        credit = advantages.rewards_to_go_group(
+            rewards, np.ones((6, 3), np.float32), mask, *ids.values(), num_groups=2000, num_turns=200
+        )
+        return scores, credit
+
+    for wanted, got in zip(credit(np.int32), credit(dtype), strict=True):
+        assert np.abs(wanted).max() > 0
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_an_empty_batch_has_no_credit():
+    nothing = np.zeros((0, 4), np.float32)
+    found = advantages.turn_gae(nothing, nothing, nothing, nothing > 0, nothing > 0, gae_lambda=1.0)
+    assert found.shape == (0, 4)

@@ -223,3 +223,12 @@ def test_a_leaf_without_rows_and_a_negative_number_are_refused():
         buffers.add(held, {"x": 1.0})
     with pytest.raises(ValueError, match="num: got -1"):
         buffers.sample(held, jax.random.key(0), -1)
+
+
+def test_an_examples_own_dtype_is_taken():
+    """numpy's float64 and int64 became jax's 32 bits."""
+    row = {"x": np.zeros(2), "n": np.arange(3)}
+    buffer = buffers.add(buffers.init(4, row), {"x": np.ones((2, 2)), "n": np.ones((2, 3), int)})
+    assert buffer.rows["x"].dtype == jnp.float32 and float(buffer.rows["x"].sum()) == 4
+    with pytest.raises(ValueError, match="dtype int64, expected .* float32"):
+        buffers.add(buffer, {"x": np.ones((2, 2), int), "n": np.ones((2, 3), int)})

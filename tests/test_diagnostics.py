@@ -195,3 +195,15 @@ def test_diagnostics_pass_no_gradient():
 
         for gradient in jax.grad(total, (0, 1))(new, old):
             np.testing.assert_array_equal(gradient, np.zeros((1, 4)))
+
+
+def test_shares_are_of_all_credit_also_of_turns_that_are_not_counted():
+    adv, turns = np.array([[1.0, 1.0, 2.0, 4.0]]), np.array([[0, 0, 1, 2]])
+    got = diagnostics.credit_by_turn(adv, np.ones((1, 4), bool), turns, num_turns=2)
+    np.testing.assert_allclose(got["share"], [0.25, 0.25])
+
+
+def test_nothing_mismatches_in_an_empty_batch():
+    nothing = np.zeros((0, 4), np.float32)
+    got = diagnostics.sampler_mismatch(nothing, nothing, nothing > 0)
+    assert {key: float(value) for key, value in got.items()} == dict.fromkeys(got, 0.0)

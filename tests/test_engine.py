@@ -364,3 +364,52 @@ def test_requests_that_cannot_be_served_are_refused(params):
     eng.launch(params, 0)
     with pytest.raises(RuntimeError, match="receive it first"):
         eng.release(0, 0)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"slot": -1}, "slots 0 to 1"),
+        ({"new_ids": np.array([1, 61])}, "integers from 0 to 60"),
+        ({"new_ids": np.array([1, -1])}, "integers from 0 to 60"),
+        ({"new_ids": np.array([1.0, 2.0])}, "integers from 0 to 60.*float64"),
+        ({"temperature": np.nan}, "temperature is nan"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": 1e-30}, "temperature is 1e-30"),
+        ({"top_p": np.nan}, "top_p nan"),
+        ({"top_k": -3}, "top_k is -3"),
+        ({"min_p": 2.0}, "min_p 2.0"),
+        ({"stream": (-1,)}, "stream is"),
+        ({"stream": (0.5,)}, "stream is"),
+        ({"stream": (2**32,)}, "stream is"),
+    ],
+)
+def test_requests_that_would_be_served_wrongly_are_refused(changes, words):
+    request = engine.TurnRequest(0, np.array([1, 2]), 6, (0,))
+    eng = make_engine(2)
+    with pytest.raises(ValueError, match=words):
+        eng.submit(0, dataclasses.replace(request, **changes))
+    eng.submit(0, request)  # nothing of the other is left
+
+
+def test_only_the_last_turn_is_cut_and_once(params):
+    eng = make_engine(2, stop_ids=[])
+    request = engine.TurnRequest(0, np.array([1, 2]), 6, (0,))
+    sample = act(eng, params, 0, [request])[0]
+    with pytest.raises(ValueError, match="a turn of 6 tokens cannot be cut to 7"):
+        eng.cut(0, 0, sample, 7)
+    with pytest.raises(ValueError, match="not what slot 1 of wave 0 sampled last"):
+        eng.cut(0, 1, sample, 3)
+    kept = eng.cut(0, 0, sample, 4)
+    assert eng.length(0, 0) == 2 + 4
+    with pytest.raises(ValueError, match="not what slot 0"):
+        eng.cut(0, 0, sample, 2)  # the original again
+    assert eng.length(0, 0) == 2 + 4
+    assert len(eng.cut(0, 0, kept, 3).ids) == 3
+    eng.submit(0, request)
+    with pytest.raises(ValueError, match="not what slot 0"):
+        eng.cut(0, 0, kept, 2)
+    eng.release(0, 0)
+    with pytest.raises(ValueError, match="not what slot 0"):
+        eng.cut(0, 0, kept, 2)
+    assert eng.length(0, 0) == 0

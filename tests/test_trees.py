@@ -135,6 +135,11 @@ def test_a_trajectory_longer_than_a_row_is_refused():
         grown(length=10)
 
 
+def test_more_trajectories_than_there_are_places_are_refused():
+    with pytest.raises(ValueError, match=f"most_rows is {ROWS - 1}, but a step has {ROWS} rows"):
+        grown(most_rows=ROWS - 1)
+
+
 def learned(model, work, loss_fn, mesh=None, critic="head", reads_all=True):
     """(metrics, gradient) of a loss on `alike`; of action tokens alone, which members differ in, if not
     `reads_all`."""

@@ -99,6 +99,11 @@ def test_first_fit_by_hand():
         packing.first_fit([11], 10)
 
 
+def test_more_rows_than_a_step_has_places_for_are_refused():
+    with pytest.raises(ValueError, match="most_rows is 2, but a step has 3 rows"):
+        packing.pack(np.arange(3), np.full(3, 4), shape=(3, 4), length=4, tokens_per_part=4, row_multiple=1, most_rows=2)
+
+
 def test_packed_rows_hold_every_token_once():
     packed = packed_rows()
     assert packed.places.shape == (4, 4, LENGTH)
