@@ -1,5 +1,6 @@
 """The making of games in worker processes: build, play through, move into the cache."""
 
+import errno
 import hashlib
 import importlib
 import json
@@ -46,6 +47,10 @@ def work(connection: Connection, cache_dir: str, scratch: str) -> None:
                 # How TextWorld rejects parameters, e.g. more ingredients to take than in a recipe, and what
                 # repositories are read with.
                 complaint = str(error) or repr(error)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+                    raise
+                complaint = f"what was made cannot be written to env.cache_dir = {cache_dir} ({error.strerror})"
         connection.send(complaint)
 
 

@@ -19,6 +19,7 @@ from envs_host.types import GameFileError
 
 # Never part of a repository that git does not keep.
 _LEFT_OUT = ("__pycache__", "*.pyc", ".*", "*.egg-info", "build", "dist", "node_modules", "venv")
+_OF_TESTS = ("__pycache__", ".pytest_cache")  # folders that running them leaves
 _TESTS = ("test_*.py", "*_test.py", "test.py", "tests.py", "conftest.py")
 _TEST_FOLDERS = ("test", "tests", "testing")
 _METADATA = (".egg-info", ".dist-info")  # Of what is installed: where pytest finds plugins.
@@ -188,7 +189,7 @@ class Workspace:
         found = []
         for folder, names, files in os.walk(self.folder):
             depth = folder.count(os.sep) - self.folder.count(os.sep)
-            names[:] = [name for name in names if depth < _MAX_DEPTH and name not in ("__pycache__", ".pytest_cache")]
+            names[:] = [name for name in names if depth < _MAX_DEPTH and name not in _OF_TESTS]
             found += (os.path.relpath(os.path.join(folder, file), self.folder) for file in files)
         return sorted(found)
 
@@ -202,7 +203,7 @@ class Workspace:
         if not os.path.isdir(folder):
             raise PathError(f"There is no folder {path}.")
         try:
-            shown = [name for name in os.listdir(folder) if not _is_left_out(name)]
+            shown = [name for name in os.listdir(folder) if not fnmatch.fnmatch(name, "*.pyc") and name not in _OF_TESTS]
         except OSError as error:
             raise PathError(f"{path} cannot be read ({error.strerror}).") from None
         return sorted(name + "/" * os.path.isdir(os.path.join(folder, name)) for name in shown)

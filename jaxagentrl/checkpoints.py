@@ -66,6 +66,7 @@ def save(
 
     Raises:
         TypeError: `host` holds what JSON would lose, or `state` something that is no array.
+        CheckpointError: it cannot be written; the checkpoints before it are as they were.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, expected at least 1: the newest checkpoint always stays")
@@ -84,8 +85,15 @@ def save(
         remove_leftovers(directory)
         temporary.mkdir()
     hosts.wait("checkpoint_begin")
-    with ocp.Checkpointer(_handler()) as checkpointer:
-        checkpointer.save(temporary / "state", args=ocp.args.PyTreeSave(arrays))
+    try:
+        with ocp.Checkpointer(_handler()) as checkpointer:
+            checkpointer.save(temporary / "state", args=ocp.args.PyTreeSave(arrays))
+    except Exception as error:  # a plain one is what TensorStore raises where the disk is full
+        reason = str(error).splitlines()[:1] or [type(error).__name__]
+        raise CheckpointError(
+            f"the checkpoint {folder} cannot be written ({reason[0][:300]}). Those before it are whole: make room, and "
+            "the same command continues from the last one."
+        ) from error
     # On a drive that is shared a process may not see yet what another one has written.
     files = hosts.gather(_files(temporary / "state"))[0]
     checksums = hosts.gather(_checksums(temporary / "state", hosts.share(files)))
@@ -115,7 +123,8 @@ def restore(directory: str | os.PathLike, like: Any) -> tuple[Any, dict[str, Any
     Args:
         directory: the folder given to `save`.
         like: a pytree of arrays or `jax.ShapeDtypeStruct` with the structure, shapes, types and
-            (where set) shardings that the result shall have.
+            (where set) shardings that the result shall have. Without one a leaf is on the default device and not
+            bound to it, as what was computed there is: bound ones are other programs to jax.
 
     Returns:
         (state, host), bit for bit what was saved, or None when there is no checkpoint. Every file is
@@ -144,7 +153,8 @@ def restore(directory: str | os.PathLike, like: Any) -> tuple[Any, dict[str, Any
     values = {}
     for name, leaf in expected.items():
         if name in large:
-            values[name] = arrays["large"][name]
+            found = arrays["large"][name]
+            values[name] = found if isinstance(found, jax.Array) else jax.device_put(found)
         else:
             values[name] = _unpack(arrays["packed"], record["leaves"][name], _sharding(leaf))
     treedef = jax.tree_util.tree_structure(like)
@@ -155,6 +165,12 @@ def latest_step(directory: str | os.PathLike) -> int | None:
     """The step of the newest complete checkpoint, None when there is none."""
     complete = _complete(pathlib.Path(directory).absolute())
     return _read_record(complete[-1][1])["step"] if complete else None
+
+
+def latest_host(directory: str | os.PathLike) -> dict[str, Any]:
+    """What `save` was given as `host` with the newest complete checkpoint; empty when there is none."""
+    complete = _complete(pathlib.Path(directory).absolute())
+    return _read_record(complete[-1][1])["host"] if complete else {}
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
@@ -221,8 +237,7 @@ def _sharding(leaf: Any) -> Any:
 def _read_arrays(
     folder: pathlib.Path, large: Mapping[str, Any], *, packed: bool
 ) -> dict[str, Any]:
-    """Reads the Orbax part; large leaves land directly in their shardings."""
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    """Reads the Orbax part; large leaves land directly in their shardings, and are numpy's without one."""
     restore_args: dict[str, Any] = {}
     item: dict[str, Any] = {}
     if large:
@@ -230,8 +245,9 @@ def _read_arrays(
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in large.items()
         }
         restore_args["large"] = {
-            name: ocp.ArrayRestoreArgs(
-                sharding=_sharding(leaf) or default, global_shape=leaf.shape, dtype=leaf.dtype)
+            name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+            if _sharding(leaf) is None
+            else ocp.ArrayRestoreArgs(sharding=_sharding(leaf), global_shape=leaf.shape, dtype=leaf.dtype)
             for name, leaf in large.items()
         }
     if packed:

@@ -82,24 +82,28 @@ def play(
     waiting = collections.deque(range(len(tasks)))
     turns: dict[int, int] = {}
     won = failures = 0
-    while waiting or turns:
-        while waiting and len(turns) < max_in_flight:
-            index = waiting.popleft()
-            turns[index] = 0
-            pool.reset(index, tasks[index])
-        for index, answer in pool.poll():
-            failed = isinstance(answer, EnvFailure)
-            ended = isinstance(answer, StepResult) and (answer.terminated or answer.truncated)
-            if failed or ended or turns[index] == max_turns:
-                failures += failed
-                won += not failed and answer.info.won
-                del turns[index]
-                pool.release(index)
-                advance(1)
-                continue
-            command = policy(tasks[index], turns[index], answer.info.admissible_commands)
-            turns[index] += 1
-            pool.step(index, command)
+    try:
+        while waiting or turns:
+            while waiting and len(turns) < max_in_flight:
+                index = waiting.popleft()
+                turns[index] = 0
+                pool.reset(index, tasks[index])
+            for index, answer in pool.poll():
+                failed = isinstance(answer, EnvFailure)
+                ended = isinstance(answer, StepResult) and (answer.terminated or answer.truncated)
+                if failed or ended or turns[index] == max_turns:
+                    failures += failed
+                    won += not failed and answer.info.won
+                    del turns[index]
+                    pool.release(index)
+                    advance(1)
+                    continue
+                command = policy(tasks[index], turns[index], answer.info.admissible_commands)
+                turns[index] += 1
+                pool.step(index, command)
+    finally:
+        for index in turns:
+            pool.release(index)
     return won, len(tasks) - failures, failures
 
 

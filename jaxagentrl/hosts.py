@@ -54,6 +54,9 @@ def start(
             f"--coordinator must be host:port of process 0, such as {coordinator.partition(':')[0] or 'host0'}:1234 "
             f"with any port that is free there, got {coordinator!r}."
         )
+    # jax would catch SIGTERM for whoever asks whether there was one: nobody here does, and the process would go on.
+    if "jax_enable_preemption_service" in jax.config.values:
+        jax.config.update("jax_enable_preemption_service", False)
     options = {"shutdown_timeout_seconds": _LEAVING_S}
     known = inspect.signature(jax.distributed.initialize).parameters  # jax 0.8 has no such option
     try:

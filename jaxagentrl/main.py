@@ -3,6 +3,7 @@
 import atexit
 import difflib
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -21,7 +22,7 @@ from ml_collections import config_flags
 
 from envs_host.games import GenerationError
 from envs_host.pool import PoolError
-from jaxagentrl import demos, hosts, interrupts, metrics, settings, train
+from jaxagentrl import demos, hosts, interrupts, metrics, settings, train, workdir
 
 
 # What ends a run with a sentence.
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> None:
     except _TOLD as error:
         if _DEBUG.value:
             raise
-        sys.exit(f"error: {error}\n(--debug shows where)")
+        sys.exit(f"error: {error}\n({_keep_traceback(error)} shows where)")
     except jax.errors.JaxRuntimeError:
         if jax.process_count() == 1:
             raise
@@ -94,6 +95,22 @@ def main(argv: list[str]) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(1)
+
+
+def _keep_traceback(error: Exception) -> str:
+    """Writes it beside the run, if that has begun: what ended after hours is not soon seen again. Returns what shows
+    where the error came from."""
+    folder = pathlib.Path(_WORKDIR.value).expanduser()
+    # A folder that is refused may be another run's.
+    if isinstance(error, workdir.WorkdirError) or not (folder / "config.json").is_file():
+        return "--debug"
+    number = f"_{jax.process_index()}" if jax.distributed.is_initialized() else ""
+    kept = folder / f"error{number}.txt"
+    try:
+        kept.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+    except OSError:  # it may be the reason, as of a full disk
+        return "--debug"
+    return str(kept)
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -13,6 +13,8 @@ import sys
 # no piece above 64 MB, whatever `keep` asks for.
 _TUNABLES = {"glibc.malloc.hugetlb": "1", "glibc.malloc.arena_max": "1"}
 
+_STARTED = "JAXAGENTRL_STARTED_AGAIN"
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -26,7 +28,8 @@ def use_huge_ones() -> None:
         return
     given = os.environ.get("GLIBC_TUNABLES", "")
     missing = [f"{name}={value}" for name, value in _TUNABLES.items() if name not in given]
-    if missing:
+    if missing and _STARTED not in os.environ:  # once: some interpreters are not given the setting
+        os.environ[_STARTED] = "1"
         os.environ["GLIBC_TUNABLES"] = ":".join([*filter(None, [given]), *missing])
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

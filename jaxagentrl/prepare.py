@@ -7,6 +7,7 @@ same things again.
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
@@ -82,6 +83,8 @@ def games(
             cache_dir=env["cache_dir"],
             num_workers=env["num_workers"],
         )
+        if bad := [task.name for task in report.tasks if not 0 < task.max_score < math.inf]:
+            raise ValueError(f"the task {bad[0]} of splits.{name} has no max_score above 0, by which scores are divided.")
         if others := sorted({task.env for task in report.tasks} - {"", env["name"]}):
             raise ValueError(f"env.name is {env['name']!r}, but splits.{name} has tasks of {', '.join(others)}.")
         made[name] = report.tasks
@@ -235,9 +238,11 @@ def drawn(options: Mapping[str, Any], vocab_size: int) -> decoder.DecoderConfig:
 
 
 def stages_ahead(config: Mapping[str, Any], workdir: Workdir) -> tuple[plan.Stage, ...]:
-    """Where a run stands, and what comes after that. One that is in RL has imitation behind it; one that
-    trains nothing evaluates."""
-    if checkpoints.latest_step(workdir.checkpoints / "rl") is not None:
+    """The stages that a run has still to go through; one that trains nothing evaluates."""
+    has_imitated = checkpoints.latest_host(workdir.checkpoints / "sft").get("is_evaluated", False)
+    if checkpoints.latest_step(workdir.checkpoints / "rl") is not None or (
+        has_imitated and config["rl"]["num_iterations"] > 0
+    ):
         return ("RL",)
     steps = {"imitation": config["sft"]["num_steps"], "RL": config["rl"]["num_iterations"]}
     return tuple(stage for stage, count in steps.items() if count) or ("evaluation",)

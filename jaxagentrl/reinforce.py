@@ -448,8 +448,8 @@ def _facts(batch, credit, turn_rewards, trajectories, work, used) -> dict[str, f
     groups: dict[int, list[float]] = {}
     for trajectory, value in zip(trajectories, returns, strict=True):
         groups.setdefault(trajectory.group, []).append(value)
-    deviations = [float(np.std(values)) for values in groups.values()]
-    # Of sums of the same rewards in another order, see `advantages.center`.
+    deviations = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in groups.values()]
+    # Of sums of the same rewards in another order, see `group_advantages.center`.
     rounding = [group_advantages.ROUNDING * max(map(abs, values)) for values in groups.values()]
     is_flat = [max(v) - min(v) <= least for v, least in zip(groups.values(), rounding, strict=True)]
     places = sum(int(stack.count) * math.prod(stack.shape) for stack in work)

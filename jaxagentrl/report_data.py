@@ -2,7 +2,7 @@
 
 The keys looked for: `eval/*` of the held-out evaluations wherever they stand (phase "baseline" is
 the untrained model, "eval" the model after imitation, "rl" during RL), `eval.t<temperature>/*`
-beside them, `random/*` and `walkthrough/*` of phase "baseline", `loss/action` of phase "sft",
+and `eval_<x>/*` of further splits beside them, `random/*` and `walkthrough/*` of phase "baseline", `loss/action` of phase "sft",
 `rollout/*` of phase "rl".
 """
 
@@ -25,6 +25,7 @@ _TIMES = (
 )
 
 _OTHER_TEMPERATURE = re.compile(r"(eval\.t([\d.e-]+))/episodes")
+_OTHER_SPLIT = re.compile(r"(eval_(\w+))/episodes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Run:
         agents: random and walkthrough agent, as far as they were measured.
         evaluations: of the model, in time order.
         other_temperatures: evaluations at the stages' ends at temperatures beside eval.temperature.
+        other_splits: those of further held-out splits, test_<x>, by x.
     """
 
     root: pathlib.Path
@@ -71,6 +73,7 @@ class Run:
     agents: dict[str, Evaluation]
     evaluations: list[Evaluation]
     other_temperatures: dict[float, list[Evaluation]]
+    other_splits: dict[str, list[Evaluation]]
 
     def phase(self, name: str) -> list[metrics.Line]:
         return [line for line in self.lines if line["phase"] == name]
@@ -139,7 +142,7 @@ def read(root: str | os.PathLike) -> Run:
     lines = metrics.read(path)
     config = root / "config.json"
     content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    run = Run(root, content, lines, {}, [], {})
+    run = Run(root, content, lines, {}, [], {}, {})
     for line in lines:
         if line["phase"] == "baseline":
             for name in ("random", "walkthrough"):
@@ -157,6 +160,9 @@ def read(root: str | os.PathLike) -> Run:
                     run.other_temperatures.setdefault(temperature, []).append(
                         _evaluation(run, line, prefix, told, stage)
                     )
+                if found := _OTHER_SPLIT.fullmatch(key):
+                    told = f"{name}, test_{found[2]}"
+                    run.other_splits.setdefault(found[2], []).append(_evaluation(run, line, found[1], told, stage))
     return run
 
 

@@ -58,7 +58,8 @@ def page(run: Run, curves_png: bytes) -> str:
 
 def _evaluation_table(run: Run) -> str:
     rows = []
-    others = [e for evaluations in run.other_temperatures.values() for e in evaluations]
+    further = (*run.other_temperatures.values(), *run.other_splits.values())
+    others = [e for evaluations in further for e in evaluations]
     for evaluation in [*run.agents.values(), *run.evaluations, *others]:
         values = evaluation.values
         rows.append((

@@ -430,6 +430,7 @@ def unused(config: Config) -> list[str]:
         "export_dtype": not (config["lora"]["rank"] > 0 and config["lora"]["export"] == "separate")
         or config["model"]["directory"] is None,
         "sft": config["sft"]["num_steps"] > 0,
+        **dict.fromkeys(("reward.invalid_penalty", "reward.intermediate_scale"), rl["num_iterations"] > 0),
         "rollout.temperature": rl["num_iterations"] > 0,
         "rl": rl["num_iterations"] > 0,
         "sft.optimizer.final_fraction": config["sft"]["optimizer"]["decay_steps"] is not None,
@@ -445,7 +446,7 @@ def unused(config: Config) -> list[str]:
         "rl.discount": name in ("gae", "turn_gae", "reinforce_plus_plus")
         or (name == "rewards_to_go_group" and rl["advantage"]["turn_horizon"] == "episode"),
         "rl.skip_zero_signal": reinforce.skips_rows(rl) or not rl["skip_zero_signal"],
-        "reward.no_end_of_turn_penalty": rollout["cut_turns"] == "end",
+        "reward.no_end_of_turn_penalty": rollout["cut_turns"] == "end" and rl["num_iterations"] > 0,
         "rl.loss.clip_low": clips,
         "rl.loss.clip_high": clips,
         "rl.loss.dual_clip": clips and surrogate != "cispo",

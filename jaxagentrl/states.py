@@ -64,7 +64,9 @@ def restore(
     return state, {"stage": "start", "step": 0, "is_over": False, "lines": 0, "sampler": {}}
 
 
-def reference(folder: workdir.Workdir, state: TrainState) -> learner.Params:
+def reference(
+    folder: workdir.Workdir, state: TrainState, mesh: jax.sharding.Mesh | None
+) -> learner.Params:
     """The frozen policy that RL started from: kept once, beside the checkpoints.
 
     Under adapters it is the adapters of then, over the model that is there anyway.
@@ -83,7 +85,7 @@ def reference(folder: workdir.Workdir, state: TrainState) -> learner.Params:
         kept = jax.tree.map(jnp.copy, kept)
         checkpoints.save(kept_in, step=0, state=kept, host={}, keep=1)
         return kept
-    restored, _ = checkpoints.restore(kept_in, kept)
+    restored, _ = checkpoints.restore(kept_in, sharding.abstract(kept, mesh))
     return restored
 
 

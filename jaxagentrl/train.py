@@ -45,11 +45,11 @@ from jaxagentrl.types import TrainState
 # "Memory that is kept").
 _ROOM_TO_KEEP = 4
 
-# Keys that cannot change a result, only how fast it comes (a mesh: up to rounding), and where it ends.
-FREE_KEYS = (
-    "compilation_cache_dir", "env.cache_dir", "env.num_workers", "memory_limit_gb", "mesh", "pool",
-    "rl.num_iterations",
-)
+# Keys that each process of a run may have for itself: they say how fast a result comes, not which. (`pool` has limits
+# as well, beyond which episodes count as failures of their environment and are dropped.)
+OWN_KEYS = ("compilation_cache_dir", "env.cache_dir", "env.num_workers", "memory_limit_gb", "pool")
+# Keys that a run may be continued with other values of. A mesh changes results by rounding.
+FREE_KEYS = (*OWN_KEYS, "mesh", "rl.num_iterations")
 
 
 def run(config: Mapping[str, Any], directory: str) -> None:
@@ -119,9 +119,17 @@ def _run(config: Mapping[str, Any], folder: workdir.Workdir) -> None:
 
 
 def _keep_compiled_programs(directory: str | None) -> None:
-    """Lets jax find again what an earlier process compiled; None compiles everything anew."""
+    """Lets jax find again what an earlier process compiled; None leaves that to jax's own setting."""
     if directory is not None:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(directory).expanduser()))
+        folder = pathlib.Path(directory).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"compilation_cache_dir is {directory!r}, which cannot be made ({error.strerror}): give a folder that "
+                "may be written to, or None."
+            ) from error
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         # The default keeps only what took a second, but a run has dozens of smaller programs.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
@@ -129,6 +137,7 @@ def _keep_compiled_programs(directory: str | None) -> None:
 
 def _open(root: pathlib.Path, config: Mapping[str, Any]) -> workdir.Workdir:
     """The run's folder; other processes than the first keep their records in a folder within."""
+    _check_processes_agree(config)
     if hosts.is_first():
         folder = workdir.open_workdir(root, config, free_keys=FREE_KEYS)
         for stage in folder.checkpoints.glob("*"):
@@ -139,6 +148,27 @@ def _open(root: pathlib.Path, config: Mapping[str, Any]) -> workdir.Workdir:
     own = root / "processes" / f"{jax.process_index():03d}"
     folder = workdir.open_workdir(own, config, free_keys=FREE_KEYS)
     return dataclasses.replace(folder, shared_root=root)
+
+
+def _check_processes_agree(config: Mapping[str, Any]) -> None:
+    """A flag that one process was not given would make a run of two configs, which nothing shows.
+
+    Raises:
+        ValueError: in all processes.
+    """
+    shared = {
+        path: value
+        for path, value in settings.flat(config)
+        if not any(workdir.is_under(path, key) for key in OWN_KEYS)
+    }
+    first, *others = hosts.gather(shared)
+    for index, other in enumerate(others, 1):
+        if differing := sorted(path for path in first.keys() | other.keys() if first.get(path) != other.get(path)):
+            path = differing[0]
+            raise ValueError(
+                f"the processes of this run have different configs: {', '.join(differing)}. {path} is "
+                f"{first.get(path)!r} in process 0 and {other.get(path)!r} in process {index}: give all the same flags."
+            )
 
 
 def _check_end(root: pathlib.Path, num_iterations: int) -> None:
@@ -256,7 +286,7 @@ def _reinforce(
 ) -> TrainState:
     """Reinforcement learning from iteration host["step"] on."""
     config, setup, rl = session.config, session.setup, session.config["rl"]
-    reference = states.reference(session.folder, state) if programs.needs_reference else {}
+    reference = states.reference(session.folder, state, setup.mesh) if programs.needs_reference else {}
     sampler = tasks.Sampler(setup.splits["train"], seed=config["seed"])
     if host["sampler"]:
         sampler.restore(host["sampler"])

@@ -272,7 +272,7 @@ def _write_or_compare_config(
         )
     differences = [
         line for line in _differences(content["config"], config, "")
-        if not any(_is_under(line.split(":", 1)[0], key) for key in free_keys)
+        if not any(is_under(line.split(":", 1)[0], key) for key in free_keys)
     ]
     if differences and not _has_begun(root):
         if (root / "tokenizer").exists():  # made by the other config
@@ -376,7 +376,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _is_under(key: str, prefix: str) -> bool:
+def is_under(key: str, prefix: str) -> bool:
     return key == prefix or key.startswith(prefix + ".")
 
 

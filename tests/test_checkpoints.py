@@ -329,3 +329,28 @@ def test_saving_a_small_state_is_quick(tmp_path):
         checkpoints.save(tmp_path, step=step, state=state, host={})
         times.append(time.perf_counter() - start)
     assert min(times) < 0.5
+
+
+def test_a_restored_state_is_called_by_the_program_of_a_fresh_one(tmp_path):
+    """Arrays that are bound to a device would be another program to jax, compiled in the middle of a run."""
+    state = make_state()
+    checkpoints.save(tmp_path / "c", step=12, state=state, host=HOST)
+    restored, _ = checkpoints.restore(tmp_path / "c", jax.eval_shape(lambda: state))
+    assert restored.params["big"].nbytes > checkpoints._PACK_LIMIT_BYTES
+    program = jax.jit(lambda state: jax.tree.map(jnp.copy, state), donate_argnums=0)
+    program(program(state))
+    program(program(restored))
+    assert program._cache_size() == 1
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path, monkeypatch):
+    state = make_state()
+    checkpoints.save(tmp_path / "c", step=1, state=state, host=HOST)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.ocp.Checkpointer, "save", full)
+    with pytest.raises(checkpoints.CheckpointError, match="cannot be written .*No space left.*make room"):
+        checkpoints.save(tmp_path / "c", step=2, state=state, host=HOST)
+    assert checkpoints.latest_step(tmp_path / "c") == 1

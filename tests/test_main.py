@@ -157,3 +157,24 @@ main.run()
     stopped = run("-c", code)
     assert stopped.returncode == 1 and stopped.stdout.splitlines() == ["ended"]
     assert stopped.stderr.splitlines()[-1] == "stopped; the same command continues from the last checkpoint"
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_where_an_error_came_from_is_kept_beside_a_run_that_has_begun(has_begun, monkeypatch, tmp_path):
+    def fails(config, directory):
+        if has_begun:
+            (tmp_path / "config.json").write_text("{}")
+        raise ValueError("of three things one is missing")
+
+    monkeypatch.setattr(main.train, "run", fails)
+    config = types.SimpleNamespace(value=types.SimpleNamespace(to_dict=dict))
+    monkeypatch.setattr(main, "_CONFIG", config)
+    with flagsaver.flagsaver(workdir=str(tmp_path)), pytest.raises(SystemExit) as raised:
+        main.main(["main"])
+    kept = tmp_path / "error.txt"
+    assert str(raised.value) == (
+        f"error: of three things one is missing\n({kept if has_begun else '--debug'} shows where)"
+    )
+    assert kept.exists() == has_begun
+    if has_begun:
+        assert ", in fails" in kept.read_text()

@@ -190,6 +190,10 @@ def test_a_run_prepares_for_the_stages_that_it_has_ahead(tmp_path):
 
     for given, stages in ahead.items():
         assert prepare.stages_ahead(config(*given), workdir) == stages
+    over = {"step": 2, "is_over": True, "is_evaluated": True}
+    checkpoints.save(tmp_path / "sft", step=2, state={"x": jax.numpy.zeros(1)}, host=over)
+    assert prepare.stages_ahead(config(2, 1), workdir) == ("RL",)  # given iterations after its end
+    assert prepare.stages_ahead(config(2, 0), workdir) == ("imitation",)
     checkpoints.save(tmp_path / "rl", step=0, state={"x": jax.numpy.zeros(1)}, host={"step": 0})
     for given in ahead:
         assert prepare.stages_ahead(config(*given), workdir) == ("RL",)

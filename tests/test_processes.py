@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -116,6 +117,32 @@ def test_two_processes_of_two_devices(alone, tmp_path, smoke_games):
     assert not (workdir / "processes" / "001" / "model").exists()
 
 
+def run_two(program: str, while_running=None) -> list[tuple[int, str]]:
+    """(exit status, output) of two processes of this program, which gets the coordinator and its number."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"localhost:{probe.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, coordinator, str(number)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        if while_running is not None:
+            while_running(processes)
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
 ONE_FAILS = """
 import sys
 from jaxagentrl import hosts
@@ -129,27 +156,47 @@ hosts.gather("a part")
 
 def test_where_one_process_ends_the_others_do_too():
     """With jax's own setting all would wait for five minutes."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ONE_FAILS, coordinator, str(number)],
-            cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
+    (first, _), (second, output) = run_two(ONE_FAILS)
+    assert first and second and "error: no space left" in output
+
+
+WAITS = """
+import sys, time
+from jaxagentrl import hosts
+hosts.start(sys.argv[1], 2, int(sys.argv[2]))
+print("started", flush=True)
+time.sleep(100)
+"""
+
+
+def test_processes_end_when_they_are_told_to():
+    """As Slurm and Kubernetes tell them, by SIGTERM, which jax would catch."""
+
+    def terminate(processes):
         for process in processes:
-            process.kill()
-    assert all(process.returncode for process in processes)
-    assert "error: no space left" in outputs[1]
+            while process.stdout.readline() != "started\n":
+                assert process.poll() is None
+        for process in processes:
+            process.terminate()
+
+    assert [status for status, _ in run_two(WAITS, terminate)] == [-signal.SIGTERM] * 2
+
+
+DIFFER = """
+import sys
+from jaxagentrl import hosts, train
+hosts.start(sys.argv[1], 2, int(sys.argv[2]))
+number = int(sys.argv[2])
+train._check_processes_agree({"seed": 0, "pool": {"num_workers": number}})
+print("agreed", flush=True)
+train._check_processes_agree({"seed": number, "pool": {"num_workers": 1}})
+"""
+
+
+def test_processes_of_different_configs_are_refused():
+    for status, output in run_two(DIFFER):
+        assert status == 1 and "agreed" in output
+        assert "different configs: seed. seed is 0 in process 0 and 1 in process 1" in output
 
 
 @pytest.mark.parametrize("coordinator", ["host0", "host0:", ":1234", "host0:http", "host0:70000"])

@@ -250,3 +250,19 @@ def test_episodes_are_shown_without_a_tokenizer(root):
 def test_folder_without_a_run(tmp_path):
     with pytest.raises(ValueError, match="no metrics.jsonl"):
         report.write(tmp_path)
+
+
+def test_further_splits_stand_in_the_table_and_on_the_page(tmp_path):
+    make_run(tmp_path)
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    for line, won in ((lines[31], 84), (lines[-1], 120)):
+        assert "eval/episodes" in line
+        line.update(metrics.success_metrics("eval_seen", won, 150))
+        line.update(metrics.success_metrics("eval_seen.t0", won, 150))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = report_data.read(tmp_path)
+    assert [e.name for e in run.other_splits["seen"]] == ["after imitation, test_seen", "after RL (80 iterations), test_seen"]
+    assert list(run.other_splits) == ["seen"] and run.last("rl").success == 0.63
+    told = table_text(tmp_path)
+    assert "test_seen" in told and "120/150" in told and "84/150" not in told
+    assert "after imitation, test_seen" in report_page.page(run, b"")
