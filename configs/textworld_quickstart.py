@@ -25,7 +25,7 @@ def optional(value: int | float) -> ml_collections.FieldReference:
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
-    # Compiled programs outlive the process; None compiles everything anew.
+    # Compiled programs outlive the process; None leaves that to jax's own setting.
     config.compilation_cache_dir = "~/.cache/jaxagentrl/compiled"
     config.env = dict(
         name="textworld",

@@ -1,9 +1,8 @@
 """Trajectories to `TrajectoryBatch`: group ids, length buckets, padding. Numpy.
 
-Compiled programs want few shapes and no padding. `length_groups` sorts a set of trajectories into
-batches of the same token budget (long and few rows, or short and many), `to_batch` builds one.
-Denominators are global and the learner's business: it adds up the batches of a set before it
-divides.
+Compiled programs want few shapes and no padding. `length_groups` sorts the rows of a batch into
+micro-batches of the same token budget (long and few rows, or short and many), `to_batch` builds one.
+The weights of tokens in a loss are computed before, over the whole batch (`losses.aggregation_weights`).
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ from jaxagentrl.turns import Waiting
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A program on what is held of a wave: (held, the others) → (held, result)."""
+    """A compiled program and all of its arguments but the wave's device state, which it is given and returns."""
 
     program: Any  # of jax.jit, all arguments by keyword
     arguments: dict[str, Any]  # all but `held`

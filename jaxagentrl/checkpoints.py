@@ -1,13 +1,13 @@
 """Saves and restores a run: the device state by Orbax, the host state as JSON, as one unit.
 
-    checkpoints/000007_step_350/
+    checkpoints/<stage>/000007_step_350/
       checkpoint.json     format version, step, host state, name, shape and type of every leaf,
                           checksum of every file
       state/              an Orbax checkpoint: large leaves one by one, small ones packed
 
 A checkpoint is written under a name that `restore` ignores and renamed when it is complete, so a
 kill at any moment leaves the old one or the new one. Folders are numbered in the order of saving:
-the latest is the highest number, whatever the step counts (imitation and RL count separately).
+the latest is the highest number, whatever the step counts. Imitation and RL have folders of their own.
 
 Orbax spends about 3 ms per array however small, so leaves of at most 4 MiB that live whole on every
 device are packed as bytes into one array, and nothing is compressed (trained weights shrink by a

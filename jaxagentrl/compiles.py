@@ -27,9 +27,9 @@ def count_here() -> int:
 
 
 class Account:
-    """What jax compiled in some calls, expected or not (other parameters than those of a warm-up, in their
-    dtype, say, compile everything anew), and how long those calls took. Calls of several threads that
-    compile at the same time count once.
+    """Counts what jax compiled during the wrapped calls, expected or not (parameters of another dtype than
+    those of the warm-up, say), and the seconds of calls that compiled; those of several threads at the same
+    time count once.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """Calls of compiled programs from a thread of their own, so that the host goes on meanwhile.
 
 A call of a program with a loop is not asynchronous on GPUs: XLA reads the loop's condition on the host, so
-that the call returns when the loop is over. Decoding is such a loop. Called by the thread that plays the
-episodes it would keep it from the other waves' environments. On CPU every wave has such a thread of its
+that the call returns when the loop is over. Decoding is such a loop: called from the main
+thread, it would keep that from stepping the environments of other waves. On CPU every wave has such a thread of its
 own: programs that are called from different threads run side by side.
 """
 

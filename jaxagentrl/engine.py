@@ -82,7 +82,7 @@ class Engine:
         self.max_turn_tokens = max_turn_tokens
         self._vocab_size = config.vocab_size
         self.stop_ids = frozenset(int(token) for token in stop_ids)
-        self._counters = [Counters() for _ in range(num_waves)]  # a wave's thread adds to its own
+        self._counters = [Counters() for _ in range(num_waves)]  # also the wave's thread adds to these, while it is launched
         self._compiled = compiles.Account()
         self._queues = dispatch.for_waves(num_waves)
         self._shapes = shapes.of_wave(
@@ -284,7 +284,7 @@ class Engine:
     def _decode_turns(
         self, params: decoder.Params, wave: int, slots: Sequence[int]
     ) -> tuple[dict[int, TurnSample], float, float]:
-        """In the wave's thread, which has the wave to itself until it is received: samples the turns of
+        """In the wave's thread, while the host leaves the wave's rows alone, until it receives it: samples the turns of
         these slots. Returns those that ended, when the device was done, and when its samples were here.
 
         Rows that are done cost nothing for long: a call ends once those that are left fit fewer rows, and
@@ -370,7 +370,7 @@ class Engine:
         self._reached[wave, slot] = max(self._reached[wave, slot], length)
 
     def _shortest(self, reached: np.ndarray) -> np.ndarray:
-        """To how many positions rows can be cut at the most that were written so far; see `kv_cache.Ring`."""
+        """The fewest positions that rows written so far can be cut to; see `kv_cache.Ring.shortest`."""
         return np.zeros_like(reached) if self._ring is None else self._ring.shortest(reached)
 
     def _check_settled(self, wave: int) -> None:

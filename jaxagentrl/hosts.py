@@ -8,7 +8,6 @@ processes.
 """
 
 import functools
-import inspect
 import itertools
 import os
 import pickle
@@ -55,17 +54,14 @@ def start(
             f"with any port that is free there, got {coordinator!r}."
         )
     # jax would catch SIGTERM for whoever asks whether there was one: nobody here does, and the process would go on.
-    if "jax_enable_preemption_service" in jax.config.values:
-        jax.config.update("jax_enable_preemption_service", False)
-    options = {"shutdown_timeout_seconds": _LEAVING_S}
-    known = inspect.signature(jax.distributed.initialize).parameters  # jax 0.8 has no such option
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
             local_device_ids=_device_ids(os.environ),
-            **{name: value for name, value in options.items() if name in known},
+            shutdown_timeout_seconds=_LEAVING_S,
         )
     except ValueError as error:
         raise ValueError(
@@ -116,7 +112,7 @@ def is_first() -> bool:
 
 
 def share(items: Sequence[Any]) -> Sequence[Any]:
-    """This process's part of items that all processes know: a stretch, equal up to one."""
+    """This process's part of items that all processes know: a contiguous slice; their lengths differ by one at most."""
     index, count = jax.process_index(), jax.process_count()
     return items[len(items) * index // count : len(items) * (index + 1) // count]
 

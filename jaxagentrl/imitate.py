@@ -137,7 +137,7 @@ def split(
         rows: rows of the batch to work on.
         lengths: tokens of every real row of the batch.
         shape: (B, width) of the batch's arrays.
-        most_rows: that any step has. The shapes of what is returned, and with them the program, are
+        most_rows: an upper bound of `len(rows)` over all steps. The shapes of what is returned, and with them the program, are
             the same whichever rows, and however few, these are (but for `Packed.max_segments`).
         contexts: of `contexts_of`; rows of several contexts are always packed, each context by
             itself, in rows of the smallest length that holds the longest. How many there are is not

@@ -63,7 +63,7 @@ class Targets:
     old_values: Array
     ref_logprobs: Array  # zeros when no reference is used
     weights: Array  # of action tokens in the global loss
-    mean_weights: Array  # of action tokens in what is told as a mean over them, whatever the loss weighs
+    mean_weights: Array  # of action tokens in metrics that are means over them: 1 / their number
     value_weights: Array  # of the tokens whose value is trained
     observation_weights: Array  # of prompt and observation tokens in the auxiliary loss
 

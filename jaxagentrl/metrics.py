@@ -106,7 +106,7 @@ class Writer:
 
     @property
     def run_seconds(self) -> float:
-        """Time this run has worked, restarts included, work that was lost by a kill not."""
+        """Time since preparation that this run has worked, restarts included, work that was lost by a kill not."""
         return self._seconds_before + time.monotonic() - self._opened
 
     def flush(self) -> None:

@@ -16,8 +16,9 @@ LEAST = 8
 class Copy(NamedTuple):
     """What a row takes over: the first `length` positions of row `source`, which holds or will hold them.
 
-    All that the row wants, only if the source then ends there, too: what comes next is sampled from the
-    hidden state of the last token, which is kept of no other. Otherwise that token is left to compute.
+    That may be all that the row wants only if the source ends there, too: the next token is sampled from the
+    hidden state of the last one, and only a row's own last one is kept. Otherwise the row computes its last
+    token itself.
     """
 
     source: int
@@ -77,8 +78,8 @@ def find(
 
     Args:
         ids: [S, M] int32, what rows hold and, behind it, what they are to append.
-        computing: rows that have something to append, in the order in which they are thought of: a row
-            may take from those before it what they have yet to compute.
+        computing: rows that have something to append, by priority: a row may wait for what those before it
+            have yet to compute, and copy it.
         further: tokens that must be saved for rows to wait for a part of what another computes and
             append the rest after it, which takes further calls of extend.
 

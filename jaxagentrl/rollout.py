@@ -4,7 +4,7 @@ Slots are split in waves. While the device decodes one wave, worker processes st
 of the others; a slot freed by a finished episode is taken at once by the next, whose environment was
 reset ahead of time.
 
-What is to be played (`episodes`) is public here too.
+`episodes`, which says what is to be played, is re-exported.
 """
 
 import collections

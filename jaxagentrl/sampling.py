@@ -150,8 +150,8 @@ def make_extend(config: decoder.DecoderConfig) -> Extend:
     """Program that appends tokens [R, W] to the cache rows `slots` [R], and keeps the hidden states of
     the last ones, from which `decode` samples the next.
 
-    Rows that are padding name a slot out of range. The argument `held` is donated. Beside it comes
-    the rows' new lengths [R], which the host may wait for when `held` is donated on.
+    Rows that are padding name a slot out of range. The argument `held` is donated. The rows' new
+    lengths [R] are returned beside it: the host can wait for them after `held` was donated to the next call.
 
     On a mesh that splits slots and rows into shards, those of a shard are for slots of its own and number
     them from 0 (`shards`).
@@ -190,8 +190,8 @@ def make_fork():
     """Program that copies the first `filled` positions of cache rows `sources` [R] to `targets` [R], and
     the hidden states that `extend` kept.
 
-    A target out of range is padding. The argument `held` is donated. Beside it comes something
-    the host may wait for. On a mesh rows are as those of `make_extend`: none is copied to another shard.
+    A target out of range is padding. The argument `held` is donated. An array that the
+    host can wait for is returned beside it. On a mesh rows are as those of `make_extend`: none is copied to another shard.
     """
 
     def copy(held, sources, targets, *, filled):

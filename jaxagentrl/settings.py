@@ -32,8 +32,8 @@ from jaxagentrl import (
 from jaxagentrl.chat import PROMPT_STYLES
 from jaxagentrl.models import decoder, lora, sharding
 
-# Every key, by section; "?" marks those that may be None, which docs/config.md explains. What stands in
-# one of `_WHOLE` is not ours to say.
+# Every key, by section; "?" marks those that may be None, which docs/config.md explains. What is in
+# those of `_WHOLE` is checked elsewhere.
 _OPTIMIZER = (
     "learning_rate warmup_steps decay_steps? final_fraction b1 b2 weight_decay max_grad_norm moment_dtype"
 )

@@ -25,7 +25,7 @@ class Shards(NamedTuple):
         return slot // self.size
 
     def place(self, slot: int) -> int:
-        """The slot's number within its shard. `size` is none's, for rows that are padding."""
+        """The slot's number within its shard. Padding rows name `size`, which is out of range."""
         return slot % self.size
 
     def rows(self, slots: Iterable[int], num_rows: int) -> list[int]:

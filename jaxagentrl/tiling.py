@@ -101,7 +101,7 @@ def tile(
     shapes = [(bucket(w, width_buckets), bucket(length, filled_buckets)) for w, length in rows]
     order = _line(shapes, shards)
     shapes, shards = [shapes[row] for row in order], [shards[row] for row in order]
-    # A call that ends elsewhere than full or before another shape could take one more row for nothing.
+    # Calls end where they are full or where the shape changes: any other could take one more row for nothing.
     changes = [i for i in range(1, len(order)) if shapes[i] != shapes[i - 1]]
     # Of each shard, where in the line its rows from the current one on are, the next one last.
     places: list[list[int]] = [[] for _ in range(num_shards)]

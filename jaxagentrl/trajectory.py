@@ -32,9 +32,8 @@ class Turn:
         score: the environment's score after the action.
         anchor: key of the state the action was taken in, equal for equal states, see `anchor_of`;
             None if unknown.
-        fresh: the prompt opens a new context: the model saw nothing of the episode but what
-            `prompt_ids` holds. True of turns before which the context slid; an episode's first turn
-            is one anyway.
+        fresh: before this turn the context slid: the model saw nothing of the episode but what
+            `prompt_ids` holds. False for an episode's first turn, which has nothing before it.
     """
 
     prompt_ids: np.ndarray

@@ -2,7 +2,8 @@
 
 Shapes stay as they are, so that nothing recompiles: a dropped row becomes a padding row, it does
 not vanish. Every filter counts what it dropped, and a batch of which nothing is left says so in
-`Filtered.is_empty` instead of becoming a batch of zeros.
+`Filtered.is_empty` instead of becoming a batch of zeros. For users of the library: a run has `reward.*`
+and `rl.skip_zero_signal` instead.
 """
 
 import dataclasses

@@ -25,7 +25,7 @@ PyTree = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrajectoryBatch:
-    """One trajectory per row; nothing else crosses from host to device."""
+    """One trajectory per row: what estimators and losses read."""
 
     tokens: Array  # [B, L] int32, exactly the ids the sampler consumed and produced
     valid_mask: Array  # [B, L] bool, False on padding

@@ -73,8 +73,8 @@ def _apart(
     arguments: Any,
     results: Any,
 ) -> Callable:
-    """`program` by the devices along these axes of the mesh in use, each with its part of the arrays. It
-    finds them out of use, and those of size 1: where no axis is left, kernels need not be split."""
+    """`program` by the devices along these axes of the mesh in use, each with its part of the arrays. Inside,
+    these axes and all of size 1 are manual: where no other is left, kernels see plain local arrays."""
     sizes = sharding.axes_in_use()
     if math.prod(sizes.get(axis, 1) for axis in axes) == 1:
         return program
@@ -88,7 +88,7 @@ def _apart(
         in_specs=in_specs,
         out_specs=out_specs,
         axis_names=taken,
-        check_vma=False,  # loops would have to say over which axes what they begin with will vary
+        check_vma=False,  # else each loop would have to declare over which axes its carry varies
     )
 
 

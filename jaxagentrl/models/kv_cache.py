@@ -102,7 +102,7 @@ class Ring:
     window: int
 
     def shortest(self, reached: np.ndarray) -> np.ndarray:
-        """To how many positions rows can be cut at the most, so that a token behind sees all that it should.
+        """The fewest positions that rows can be cut to with the next token's whole window still in the ring.
 
         Args:
             reached: [...], the positions that were written of each row, cut or not.

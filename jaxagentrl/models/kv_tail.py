@@ -49,7 +49,7 @@ def write(
 ) -> Tail:
     """With a token's keys and values [R, K, E] at `positions` [R], in the rows that are active [R].
 
-    All of these have had as many tokens in this call; others had fewer, and keep what they have.
+    All active rows have had the same number of tokens in this call; the others keep what they have.
     """
     step = jnp.max(jnp.where(is_active, positions - tail.begins, 0))
 

@@ -163,7 +163,7 @@ def row_shards_in_use() -> int:
 
 
 def head_shards_in_use() -> int:
-    """Parts that attention heads are split into by the mesh in use, if it divides their number."""
+    """Size of `tensor` on the mesh in use: heads are split into so many parts if it divides their number."""
     return axes_in_use().get("tensor", 1)
 
 
