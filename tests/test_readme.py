@@ -3,6 +3,9 @@
 import pathlib
 import re
 
+import numpy as np
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -11,6 +14,15 @@ def test_the_library_example_runs(capsys):
     (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(source, "README.md", "exec"), {})
     assert "0." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_loop_by_hand_learns(capsys):
+    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.DOTALL)
+    exec(compile(source, "library.md", "exec"), {})
+    lines = re.findall(r"reward (\S+) sampler gap (\S+)", capsys.readouterr().out)
+    rewards, gaps = np.array(lines, float).T
+    assert len(rewards) == 40 and rewards[0] < 0.2 and rewards[-1] > 0.9 and gaps.max() < 1e-5
 
 
 def test_all_files_that_it_names_exist():
