@@ -2,9 +2,9 @@
 
     {"name": "sum-3", "params": {"numbers": [1, 2]}, "objective": "Add them.", "walkthrough": ["3"]}
 
-The fields are `Task`'s. `name` must be given, the others may be left out: `max_score` is 1.0 then, `digest` is of the
-line, `seed` a part of it, the rest is empty. A `file` is sought beside the file of tasks. What `Task.to_json` writes
-is such a line, too.
+The fields are `Task`'s. `name` must be given, the others may be left out: `max_score` is 1.0 then, `digest` (which
+seeds what is sampled for the task) is of name, params, file and seed, `seed` a part of it, the rest is empty. A `file`
+is sought beside the file of tasks. What `Task.to_json` writes is such a line, too.
 """
 
 import dataclasses
@@ -75,7 +75,8 @@ def _task(line: str, folder: str) -> Task:
         expected, is_right = _HELD[name]
         if not is_right(value):
             raise ValueError(f"`{name}` must be {expected}, got {value!r}")
-    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+    identity = {key: given.get(key) for key in ("name", "params", "file", "seed")}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     values: dict[str, Any] = _DEFAULTS | {"digest": digest} | given
     values["seed"] = given.get("seed", int(values["digest"][:12], 16))
     values["file"] = values["file"] and os.path.join(folder, os.path.expanduser(values["file"]))

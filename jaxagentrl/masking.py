@@ -126,32 +126,6 @@ def masked_mean_and_var(
     return mean + shift, divide(squares, count - ddof)
 
 
-def positions(valid_mask: Array) -> Array:
-    """Position of each valid token in its row, counted from 0; 0 on padding.
-
-    >>> positions(jnp.array([False, True, True, False]))
-    Array([0, 0, 1, 0], dtype=int32)
-    """
-    chex.assert_type(valid_mask, bool)
-    counted = jnp.cumsum(valid_mask, axis=-1, dtype=jnp.int32) - 1
-    return jnp.where(valid_mask, counted, 0)
-
-
-def segment_mask(segment_ids: Array) -> Array:
-    """Which token may attend to which in packed rows: same segment, and not to the future.
-
-    Args:
-        segment_ids: [..., L] int, −1 on padding.
-
-    Returns:
-        [..., L, L] bool, entry (t, s) True where token t may attend to token s.
-    """
-    length = segment_ids.shape[-1]
-    same = segment_ids[..., :, None] == segment_ids[..., None, :]
-    causal = jnp.broadcast_to(jnp.tri(length, dtype=bool), same.shape)
-    return same & causal & (segment_ids >= 0)[..., :, None]
-
-
 def zero_carry(rows: list[Array]) -> Array:
     """[...] zeros to start a scan over the last axis of [..., L] rows.
 

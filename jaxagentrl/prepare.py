@@ -83,10 +83,6 @@ def games(
             cache_dir=env["cache_dir"],
             num_workers=env["num_workers"],
         )
-        if bad := [task.name for task in report.tasks if not 0 < task.max_score < math.inf]:
-            raise ValueError(f"the task {bad[0]} of splits.{name} has no max_score above 0, by which scores are divided.")
-        if others := sorted({task.env for task in report.tasks} - {"", env["name"]}):
-            raise ValueError(f"env.name is {env['name']!r}, but splits.{name} has tasks of {', '.join(others)}.")
         made[name] = report.tasks
         for told in report.notices:
             progress.notice(f"{name}: {told}")
@@ -162,6 +158,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
         only=_needed_splits(config, stages),
     )
     _check_games(config["sft"], splits)
+    _check_tasks(config["env"]["name"], splits)
     workdir.record("games", {name: _fingerprint(split) for name, split in splits.items()})
     with make_pool(config) as pool:
         replays = _replays(splits.get("demo", []), pool)
@@ -208,6 +205,14 @@ def _check_games(sft: Mapping[str, Any], splits: Mapping[str, Sequence[Task]]) -
             f"sft.batch_size is {sft['batch_size']}, but of the games of splits.demo there are only {there}: give it "
             "more seeds, or lower the batch size."
         )
+
+
+def _check_tasks(env: str, splits: Mapping[str, Sequence[Task]]) -> None:
+    for name, split in splits.items():
+        if bad := [task.name for task in split if not 0 < task.max_score < math.inf]:
+            raise ValueError(f"the task {bad[0]} of splits.{name} has no max_score above 0, by which scores are divided.")
+        if others := sorted({task.env for task in split} - {"", env}):  # a file of tasks need not name it
+            raise ValueError(f"env.name is {env!r}, but splits.{name} has tasks of {', '.join(others)}.")
 
 
 def _check_model(config: Mapping[str, Any]) -> None:

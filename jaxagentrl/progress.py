@@ -143,7 +143,8 @@ class LineDisplay:
                 state["note"] = state["note"] if note is None else note
                 now = self._clock()
                 wait = _LINE_SECONDS if state["shown"] else _QUIET_SECONDS
-                if now - state["last"] >= wait and self._may_print(now):
+                is_last = total is not None and state["done"] >= total  # its line follows, with the end
+                if now - state["last"] >= wait and not is_last and self._may_print(now):
                     self._print(_bar_line(title, total, state, now - start))
                     state.update(last=now, shown=True)
 

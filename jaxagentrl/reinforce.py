@@ -445,24 +445,32 @@ def tree_length(config: Mapping[str, Any]) -> int:
 def _facts(batch, credit, turn_rewards, trajectories, work, used) -> dict[str, float]:
     """What the batch was like: signal, padding, and what of it was computed once for several."""
     returns = np.array([float(np.sum(r)) for r in turn_rewards])
-    groups: dict[int, list[float]] = {}
-    for trajectory, value in zip(trajectories, returns, strict=True):
-        groups.setdefault(trajectory.group, []).append(value)
-    deviations = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in groups.values()]
-    # Of sums of the same rewards in another order, see `group_advantages.center`.
-    rounding = [group_advantages.ROUNDING * max(map(abs, values)) for values in groups.values()]
-    is_flat = [max(v) - min(v) <= least for v, least in zip(groups.values(), rounding, strict=True)]
     places = sum(int(stack.count) * math.prod(stack.shape) for stack in work)
     tokens = computed = sum(trajectories[row].num_tokens for row in used)
     if isinstance(work[0], trees.Trees):
         computed = work[0].num_nodes()
     credit = credit[batch.action_mask]
-    return {
+    return _signal_of_groups(trajectories, returns) | {
         "batch/reward_mean": float(np.mean(returns)),
-        "batch/group_std_mean": float(np.mean(deviations)),
-        "batch/groups_without_signal": float(np.mean(is_flat)),
         "batch/advantage_std": float(np.std(credit)),
         "batch/padding_share": 1.0 - computed / max(1, places),
         "batch/shared_share": (tokens - computed) / max(1, tokens),
         "batch/rows_used_share": len(used) / len(trajectories),
+    }
+
+
+def _signal_of_groups(trajectories: Sequence[Trajectory], returns: Sequence[float]) -> dict[str, float]:
+    """How returns differ within groups (sample std); nothing where no group has two members."""
+    groups: dict[int, list[float]] = {}
+    for trajectory, value in zip(trajectories, returns, strict=True):
+        groups.setdefault(trajectory.group, []).append(value)
+    if max(map(len, groups.values())) == 1:
+        return {}
+    deviations = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in groups.values()]
+    # Of sums of the same rewards in another order, see `group_advantages.center`.
+    rounding = [group_advantages.ROUNDING * max(map(abs, values)) for values in groups.values()]
+    is_flat = [max(v) - min(v) <= least for v, least in zip(groups.values(), rounding, strict=True)]
+    return {
+        "batch/group_std_mean": float(np.mean(deviations)),
+        "batch/groups_without_signal": float(np.mean(is_flat)),
     }

@@ -193,11 +193,6 @@ class Trajectory:
         """Whether a limit ended the episode. False for an environment failure, which is neither."""
         return self.stop_reason not in (StopReason.DONE, StopReason.ENV_FAILURE)
 
-    @property
-    def episode_return(self) -> float:
-        """Sum of the environment's rewards, not normalized."""
-        return float(sum(turn.reward for turn in self.turns))
-
     def token_fields(self) -> dict[str, np.ndarray]:
         """The per-token fields of `TrajectoryBatch` that need nothing but the record, unpadded.
 

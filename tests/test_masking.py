@@ -103,15 +103,6 @@ def test_clean():
     np.testing.assert_array_equal(jax.grad(total)(X), MASK)
 
 
-def test_positions_and_segment_mask():
-    valid = np.array([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0]], bool)
-    np.testing.assert_array_equal(masking.positions(valid), [[0, 0, 1, 0, 2], [0] * 5])
-    got = masking.segment_mask(np.array([0, 0, 1, -1], np.int32))
-    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
-    np.testing.assert_array_equal(got, expected)
-    assert masking.segment_mask(np.zeros((2, 4), np.int32)).shape == (2, 4, 4)
-
-
 def test_turn_ends_are_closed_and_counted():
     acts = np.array([[1, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], bool)
     ends = np.array([[1, 0, 1, 0, 0, 1], [1, 0, 0, 0, 0, 0]], bool)

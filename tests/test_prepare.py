@@ -2,6 +2,7 @@
 what it holds."""
 
 import contextlib
+import dataclasses
 import pathlib
 import re
 import runpy
@@ -10,6 +11,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from records import make_task
 
 from jaxagentrl import checkpoints, engine, plan, prepare, progress, states, tokenizer
 from jaxagentrl.models import decoder, pretrained, rope, sharding
@@ -234,3 +236,12 @@ def test_a_wrong_folder_is_found_before_games_are_made(monkeypatch, tmp_path, se
     monkeypatch.setattr(prepare, "games", lambda *_: pytest.fail("games were made"))
     with contextlib.ExitStack() as stack, pytest.raises(ValueError, match=f"{named}.*not exist"):
         stack.enter_context(prepare.everything(config, workdir=None))
+
+
+def test_tasks_that_cannot_be_scored_or_are_of_another_environment_are_refused():
+    good = make_task()
+    prepare._check_tasks("textworld", {"test": [good, dataclasses.replace(good, env="")]})
+    with pytest.raises(ValueError, match="game-s1 of splits.train has no max_score above 0"):
+        prepare._check_tasks("textworld", {"train": [dataclasses.replace(good, max_score=0.0)]})
+    with pytest.raises(ValueError, match="env.name is 'a:B', but splits.test has tasks of textworld"):
+        prepare._check_tasks("a:B", {"test": [good]})

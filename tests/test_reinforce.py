@@ -508,3 +508,13 @@ def test_reinforcement_learns_a_bandit_through_the_engine():
         )
         assert measured["policy/sampler_gap_max"] < 1e-4
     assert np.mean(success[:3]) < 0.3 and np.mean(success[-5:]) > 0.8, success
+
+
+def test_the_signal_of_groups_is_their_sample_std():
+    def of(groups, returns):
+        made = [make_trajectory([make_turn([5], [8])], group=group) for group in groups]
+        return reinforce._signal_of_groups(made, returns)
+
+    found = of([0, 0, 0, 0, 1, 1], [1.0, 0.0, 0.0, 0.0, 2.0, 2.0])
+    assert found == {"batch/group_std_mean": pytest.approx(0.25), "batch/groups_without_signal": 0.5}
+    assert of([0, 1, 2], [1.0, 0.0, 2.0]) == {}  # no group has anybody to be compared with

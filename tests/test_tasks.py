@@ -1,6 +1,5 @@
 """Splits never overlap; samplers draw every task once per epoch and resume exactly."""
 
-import collections
 import dataclasses
 import json
 
@@ -99,41 +98,3 @@ def test_a_state_of_something_else_is_refused():
         tasks.Sampler(pool, seed=5).restore(state | {"position": 7})
     with pytest.raises(ValueError, match="no tasks"):
         tasks.Sampler([], seed=0)
-
-
-def make_mixture(weights, seed=0):
-    samplers = {
-        name: tasks.Sampler(make_tasks(*range(5), prefix=name), seed=1) for name in ("easy", "hard")
-    }
-    return tasks.Mixture(samplers, weights, seed=seed)
-
-
-def test_a_mixture_follows_its_weights():
-    drawn = names(make_mixture({"easy": 3.0, "hard": 1.0}).take(2000))
-    share = collections.Counter(name.split("-")[0] for name in drawn)["easy"] / 2000
-    assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 2000) ** 0.5
-    only_hard = names(make_mixture({"easy": 0, "hard": 1}).take(50))
-    assert {name.split("-")[0] for name in only_hard} == {"hard"}
-
-
-def test_a_mixture_resumes_exactly_with_its_weights():
-    mixture = make_mixture({"easy": 1.0, "hard": 1.0})
-    mixture.take(13)
-    mixture.set_weights({"easy": 0.1, "hard": 0.9})
-    mixture.take(4)
-    state = json.loads(json.dumps(mixture.state()))
-    expected = names(mixture.take(40))
-    restored = make_mixture({"easy": 1.0, "hard": 1.0})
-    restored.restore(state)
-    assert names(restored.take(10)) + names(restored.take(30)) == expected
-    with pytest.raises(tasks.StateError, match="another task set or seed"):
-        make_mixture({"easy": 1.0, "hard": 1.0}, seed=1).restore(state)
-
-
-def test_bad_weights_are_named():
-    for weights in ({"easy": 1.0}, {"easy": 1.0, "hrad": 1.0}):
-        with pytest.raises(ValueError, match="expected one for each of"):
-            make_mixture(weights)
-    for easy, hard in ((0, 0), (-1, 2), (float("inf"), 1)):
-        with pytest.raises(ValueError, match="weights must be 0 or more"):
-            make_mixture({"easy": easy, "hard": hard})

@@ -197,7 +197,7 @@ def test_a_model_is_evaluated_without_what_training_needs(finished, cache, tmp_p
     assert "continuing after sft step 0" in told and plan_of + "RL" in told
     lines = comparable(tmp_path / "new")
     assert lines[0] == line and [each["phase"] for each in lines] == ["baseline", "rl"]
-    assert lines[1]["policy/sampler_gap_max"] <= 1e-4 and set(facts()) == {"demo", "train", "test"}
+    assert lines[1]["policy/sampler_gap_max"] <= 1e-4 and set(facts()) == {"train", "test"}
 
 
 def smoke_config() -> dict:

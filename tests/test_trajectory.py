@@ -39,7 +39,6 @@ def test_an_episode_without_turns_is_empty():
     made = make_trajectory([], stop_reason=StopReason.TOKEN_LIMIT, won=False)
     assert made.tokens.tolist() == [] and made.tokens.dtype == np.int32
     assert all(len(values) == 0 for values in made.token_fields().values())
-    assert made.episode_return == 0.0
 
 
 @pytest.mark.parametrize("reason", list(StopReason))
@@ -47,11 +46,6 @@ def test_terminated_truncated_and_broken_are_three_things(reason):
     made = make_trajectory([make_turn([5], [8])], stop_reason=reason)
     assert made.terminated == (reason is StopReason.DONE)
     assert made.truncated == (reason not in (StopReason.DONE, StopReason.ENV_FAILURE))
-
-
-def test_return_is_the_sum_of_the_turns_rewards():
-    made = make_trajectory([make_turn([5], [8], reward=1.0), make_turn([5], [8], reward=0.5)])
-    assert made.episode_return == 1.5
 
 
 def test_json_round_trip_is_exact():

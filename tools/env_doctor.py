@@ -156,19 +156,25 @@ def examine(
 ) -> Findings:
     """Plays and measures."""
     findings = Findings()
-    scripts = [_record(env, task, options, number, max_turns, findings)
+    said = sorted({command for task in tasks for command in task.walkthrough})
+    if envs_host.takes(env, "admissible_commands"):
+        options = options | {"admissible_commands": True}
+    elif not said:
+        raise ValueError(f"--env={env} has no option admissible_commands, and no task a walkthrough: there is nothing to say.")
+    scripts = [_record(env, task, options, number, max_turns, said, findings)
                for number, task in enumerate(tasks)]
     _remembered(env, tasks, scripts, options, findings)
     _walkthroughs(env, tasks, options, findings)
     _nonsense(env, tasks[0], options, findings)
-    _memory(env, tasks, scripts, options, num_episodes, findings)
+    _memory(env, tasks, scripts, options, num_episodes, said, findings)
     _processes(env, tasks, scripts, options, findings)
     return findings
 
 
-def _record(env, task, options, number, max_turns, findings):
-    """A random episode from a fresh environment, without any memory of answers: its script."""
-    live = envs_host.make(env, **options | {"admissible_commands": True})
+def _record(env, task, options, number, max_turns, said, findings):
+    """A random episode from a fresh environment, without any memory of answers: its script. Where the environment
+    lists no commands, of those that walkthroughs say."""
+    live = envs_host.make(env, **options)
     rng = random.Random(number)
     began = time.perf_counter()
     result = live.reset(task)
@@ -176,9 +182,9 @@ def _record(env, task, options, number, max_turns, findings):
     script, answers = [], [result]
     for _ in range(max_turns):
         findings.longest = max(findings.longest, result.observation, key=len)
-        if not result.info.admissible_commands:
+        if not (commands := result.info.admissible_commands or said):
             break
-        command = rng.choice(result.info.admissible_commands)
+        command = rng.choice(commands)
         began = time.perf_counter()
         result = live.step(command)
         findings.first_steps.append(time.perf_counter() - began)
@@ -193,7 +199,7 @@ def _record(env, task, options, number, max_turns, findings):
 
 def _remembered(env, tasks, scripts, options, findings):
     """The same commands again: equal answers, and how fast when they were given before."""
-    live = envs_host.make(env, **options | {"admissible_commands": True})
+    live = envs_host.make(env, **options)
     for task, (script, answers) in zip(tasks, scripts, strict=True):
         again = [live.reset(task)]
         for command in script:
@@ -234,10 +240,10 @@ def _nonsense(env, task, options, findings):
                 print(f"{text!r}: {answer.message}", file=sys.stderr)
 
 
-def _memory(env, tasks, scripts, options, num_episodes, findings):
+def _memory(env, tasks, scripts, options, num_episodes, said, findings):
     """Growth of this process over episodes of new commands, the first half left out as warm-up."""
     process = psutil.Process()
-    live = envs_host.make(env, **options | {"admissible_commands": True})
+    live = envs_host.make(env, **options)
     halfway = process.memory_info().rss
     for number in range(num_episodes):
         if number == num_episodes // 2:
@@ -245,8 +251,9 @@ def _memory(env, tasks, scripts, options, num_episodes, findings):
         which = number % len(tasks)
         rng, result = random.Random(1000 + number), live.reset(tasks[which])
         for _ in scripts[which][0]:
-            if result.info.admissible_commands and not (result.info.won or result.info.lost):
-                result = live.step(rng.choice(result.info.admissible_commands))
+            commands = result.info.admissible_commands or said
+            if commands and not (result.info.won or result.info.lost):
+                result = live.step(rng.choice(commands))
     live.close()
     findings.memory_mb = process.memory_info().rss / 2**20
     half = num_episodes - num_episodes // 2
@@ -255,7 +262,7 @@ def _memory(env, tasks, scripts, options, num_episodes, findings):
 
 def _processes(env, tasks, scripts, options, findings):
     """Two worker processes at once give the same answers, and a killed one is replayed."""
-    with EnvPool(env, options | {"admissible_commands": True}, num_workers=2,
+    with EnvPool(env, options, num_workers=2,
                  step_limit_s=max(60.0, _longest_step(env, options)), reset_limit_s=120.0, worker_memory_mb=8000.0) as pool:
         collected = {number: [] for number in range(len(tasks))}
         for number, task in enumerate(tasks):
