@@ -27,6 +27,7 @@ from jaxagentrl import (
     rules,
     sampling,
     tokenizer,
+    turns,
     windowed,
 )
 from jaxagentrl.chat import PROMPT_STYLES
@@ -237,8 +238,9 @@ def _check_values(config: Config) -> None:
         ("seed", lambda seed: 0 <= seed < 2**32, "0 or more and below 2**32"),
         *((key, _above(0), "more than 0") for key in (
             "pool.step_limit_s", "pool.reset_limit_s", "pool.worker_memory_mb", "lora.alpha",
-            "memory_limit_gb", "rollout.temperature",
+            "memory_limit_gb",
         )),
+        ("rollout.temperature", _at_least(turns.COLDEST), f"{turns.COLDEST} or more"),
         ("sft.target_loss", _above(0), "above 0 (imitation ends at that loss), or None"),
         ("prompt.style", styles.__contains__, f"one of {', '.join(styles)}"),
         ("tokenizer.names", tokenizer.NAMES.__contains__, f"one of {', '.join(tokenizer.NAMES)}"),
@@ -251,10 +253,11 @@ def _check_values(config: Config) -> None:
         if value is not None and not is_right(value):
             raise ValueError(f"{path} must be {expected}, got {value!r}.")
     temperatures = (config["eval"]["temperature"], *config["eval"]["other_temperatures"])
-    if min(temperatures) < 0.0 or len(set(temperatures)) != len(temperatures):
+    is_possible = all(value == 0 or value >= turns.COLDEST for value in temperatures)
+    if not is_possible or len(set(temperatures)) != len(temperatures):
         raise ValueError(
-            f"eval.temperature and eval.other_temperatures are {temperatures}, expected different "
-            "numbers from 0 (greedy) on: drop the double or negative one."
+            f"eval.temperature and eval.other_temperatures are {temperatures}, expected different numbers, each 0 "
+            f"(greedy) or {turns.COLDEST} and more: drop the double, negative or tiny one."
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxagentrl.prefixes import Copy
 
-_COLDEST = 1e-6  # logits divided by less leave float32
+COLDEST = 1e-6  # lowest temperature but 0: logits divided by less leave float32
 
 @dataclasses.dataclass(frozen=True)
 class TurnRequest:
@@ -49,8 +49,8 @@ def check(request: TurnRequest, *, num_slots: int, most: int, vocab_size: int) -
         )
     if new.dtype.kind not in "iu" or new.min() < 0 or new.max() >= vocab_size:
         raise ValueError(f"slot {slot}: ids must be integers from 0 to {vocab_size - 1}, got {new[:20]} ({new.dtype}).")
-    if not (request.temperature == 0 or _COLDEST <= request.temperature < np.inf):
-        raise ValueError(f"slot {slot}: temperature is {request.temperature}, expected 0 (greedy) or {_COLDEST} and more.")
+    if not (request.temperature == 0 or COLDEST <= request.temperature < np.inf):
+        raise ValueError(f"slot {slot}: temperature is {request.temperature}, expected 0 (greedy) or {COLDEST} and more.")
     if not (request.top_k >= 0 and 0 <= request.top_p <= 1 and 0 <= request.min_p <= 1):
         raise ValueError(
             f"slot {slot}: top_k is {request.top_k}, top_p {request.top_p}, min_p {request.min_p}, expected top_k from 0 "
