@@ -221,7 +221,7 @@ def smoke_config() -> dict:
         ("sft.save_every", 3, "no multiple of sft.log_every = 2"),
         ("sft.target_loss", -1.0, "sft.target_loss must be above 0"),
         ("eval.other_temperatures", (0.4, 1.0), "drop the double"),
-        ("eval.other_temperatures", (-1.0,), "negative one"),
+        ("eval.other_temperatures", (-1.0,), "negative or tiny one"),
         ("splits.test", (40001, 8), "share the seeds"),
         ("namings.train", 0, "namings must give"),
         ("env.params.theme", "house", "namings.demo is 2"),
