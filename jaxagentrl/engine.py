@@ -248,11 +248,8 @@ class Engine:
 
     def over(self) -> list[int]:
         """The waves whose launch is over: to receive them takes no time."""
-        return [
-            wave
-            for wave, launched in enumerate(self._launched)
-            if launched is not None and launched.decoding.done()
-        ]
+        launched = enumerate(self._launched)
+        return [wave for wave, each in launched if each is not None and each.decoding.done()]
 
     def receive(self, wave: int) -> Mapping[int, TurnSample]:
         """Waits for the wave's launch; returns slot → sample for every turn that ended."""
