@@ -19,9 +19,6 @@ from envs_host.types import Task
 
 FAMILY = "tasks"
 
-_DEFAULTS = {
-    "env": "", "params": {}, "file": "", "objective": "", "max_score": 1.0, "walkthrough": [], "digest": None, "seed": None
-}
 _HELD = {  # field: (what it must be, how that is seen)
     "name": ("a text that is not empty", lambda x: isinstance(x, str) and x),
     "env": ("a text", lambda x: isinstance(x, str)),
@@ -77,7 +74,9 @@ def _task(line: str, folder: str) -> Task:
             raise ValueError(f"`{name}` must be {expected}, got {value!r}")
     identity = {key: given.get(key) for key in ("name", "params", "file", "seed")}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    values: dict[str, Any] = _DEFAULTS | {"digest": digest} | given
-    values["seed"] = given.get("seed", int(values["digest"][:12], 16))
+    values: dict[str, Any] = {
+        "env": "", "params": {}, "file": "", "digest": digest, "objective": "", "max_score": 1.0, "walkthrough": []
+    } | given
+    values.setdefault("seed", int(values["digest"][:12], 16))
     values["file"] = values["file"] and os.path.join(folder, os.path.expanduser(values["file"]))
     return Task.from_json(values)

@@ -267,22 +267,16 @@ def make_step(
         work: Work,
         frozen: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
-        grads, metrics = _sums_over_data(loss_fn, state.params, frozen, batch, targets, work)
+        sums, work = _over_data(functools.partial(_sums, loss_fn), work)
+        grads, metrics = sums(state.params, frozen, batch, targets, work)
         state, applied = _apply(optimizer, state, grads)
         return state, metrics | applied
 
     return step
 
 
-def _sums_over_data(
-    loss_fn: Callable[..., Any],
-    params: Params,
-    frozen: Params | None,
-    batch: TrajectoryBatch,
-    targets: Targets,
-    work: Work,
-) -> tuple[Params, Metrics]:
-    """`_sums`, by every part of the mesh along `data` for its rows of each micro-batch.
+def _over_data(sums: Callable[..., Any], work: Work) -> tuple[Callable[..., Any], Work]:
+    """`_sums` by every part of the mesh along `data`, for its rows of each micro-batch; and `work` in such parts.
 
     Their gradients are summed once a step: the compiler would sum them in every layer of every micro-batch.
     For that the batch, which is small, is whole in every part. Where rows do not divide, the compiler decides,
@@ -291,21 +285,19 @@ def _sums_over_data(
     axes = sharding.axes_in_use()
     parts = axes.get("data", 1)
     if parts == 1 or any(stack.shape[0] % parts for stack in work) or min(axes.values()) > 1:
-        return _sums(loss_fn, params, frozen, batch, targets, work)
+        return sums, work
 
     def of_part(*arguments: Any) -> tuple[Params, Metrics]:
-        grads, metrics = _sums(loss_fn, *arguments)
+        grads, metrics = sums(*arguments)
         joined = {
-            key: (jax.lax.pmax if key.endswith("_max") else jax.lax.psum)(value, "data")
+            key: (jax.lax.pmax if _is_largest(key) else jax.lax.psum)(value, "data")
             for key, value in metrics.items()
         }
         return jax.lax.psum(grads, "data"), joined
 
     work, dimensions = zip(*(stack.in_parts(parts) for stack in work))
-    whole = (None, None, None, None)
-    return by_device.over_data(of_part, (*whole, dimensions), (None, None))(
-        params, frozen, batch, targets, work
-    )
+    arguments = (None, None, None, None, dimensions)  # of parameters, frozen ones, batch and targets all
+    return by_device.over_data(of_part, arguments, (None, None)), work
 
 
 def _sums(
@@ -383,6 +375,11 @@ def _apply(
 def _join(total: Metrics, new: Metrics) -> Metrics:
     """Sums over micro-batches; the largest of what ends in "_max"."""
     return {
-        key: (jnp.maximum if key.endswith("_max") else jnp.add)(total[key], value)
+        key: (jnp.maximum if _is_largest(key) else jnp.add)(total[key], value)
         for key, value in new.items()
     }
+
+
+def _is_largest(metric: str) -> bool:
+    """Whether a metric is joined by its largest value, and not by its sum."""
+    return metric.endswith("_max")

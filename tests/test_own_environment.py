@@ -37,8 +37,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def run(folder, *arguments, **options):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+def run(folder, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the folder is where the commands are given
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=600, env=environment
     )

@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder of a tokenizer, to count an observation's tokens")
     parser.add_argument("--cache_dir", help="where games are kept; by default a temporary folder")
     args = parser.parse_args()
+    sys.path.append(os.getcwd())  # where `python -m jaxagentrl.main` finds an environment of one's own, too
     try:
         _check_env(args.env, args.options)
         with tempfile.TemporaryDirectory() as scratch:
