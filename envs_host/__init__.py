@@ -4,14 +4,8 @@ import importlib
 import inspect
 from typing import Any
 
+from envs_host.registry import ENVIRONMENTS
 from envs_host.types import TextEnv
-
-# Name -> "module:class". Modules are imported when first made: each needs its own library.
-ENVIRONMENTS = {
-    "alfworld": "envs_host.alfworld:AlfworldEnv",
-    "swe": "envs_host.swe:SweEnv",
-    "textworld": "envs_host.textworld:TextWorldEnv",
-}
 
 # Of options; other annotations are the environment's own matter.
 _TYPES = {
@@ -79,12 +73,12 @@ def check_here(name: str, options: dict[str, Any]) -> None:
 
 
 def _class_of(name: str) -> type:
-    target = name if ":" in name else ENVIRONMENTS.get(name)
-    if target is None:
+    if ":" not in name and name not in ENVIRONMENTS:
         raise ValueError(
             f"environment {name!r} is unknown: take one of {sorted(ENVIRONMENTS)}, or name a class "
             "of your own as 'package.module:Class'."
         )
+    target = name if ":" in name else ENVIRONMENTS[name].played_by
     module, _, attribute = target.partition(":")
     try:
         members = vars(importlib.import_module(module))

@@ -28,17 +28,12 @@ from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from envs_host import alfworld_engine, swe_problem, textworld_engine
+from envs_host import registry
 from envs_host.arrival import PARTIAL
 from envs_host.processes import Child
 from envs_host.specs import Spec, forget_repositories
 from envs_host.types import GameFileError, Task
 
-_DIGEST = {
-    "textworld": textworld_engine.digest,
-    "alfworld": alfworld_engine.digest,
-    "swe": swe_problem.digest,
-}
 _SCRATCH = "jaxagentrl-games-"
 _STALE_S = 3600.0
 _LINE_EVERY_S = 10.0
@@ -145,7 +140,8 @@ def _load(spec: Spec, cache_dir: str) -> Task | str | None:
         task = Task.from_json(record["task"] | {"file": story_path})
         with open(sidecar_path, "rb") as sidecar:
             intact = hashlib.sha256(sidecar.read()).hexdigest() == record["sidecar_digest"]
-        return task if intact and _DIGEST[spec.env](story_path) == task.digest else None
+        digest = registry.find(registry.ENVIRONMENTS[spec.env].digest)
+        return task if intact and digest(story_path) == task.digest else None
     except (FileNotFoundError, GameFileError, ValueError, KeyError, TypeError):
         return None
 

@@ -10,16 +10,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from envs_host import arrival
+from envs_host.registry import ENVIRONMENTS
 from envs_host.specs import SetAside, Spec
 from envs_host.types import GameFileError
-
-# Each has `prepare()`, once per process, and `build(spec, game path, description path) -> Task`,
-# which raises `SetAside`. Imported when first needed: each needs its own library.
-_MAKERS = {
-    "textworld": "envs_host.textworld_maker",
-    "alfworld": "envs_host.alfworld_maker",
-    "swe": "envs_host.swe_maker",
-}
 
 
 def work(connection: Connection, cache_dir: str, scratch: str) -> None:
@@ -37,7 +30,7 @@ def work(connection: Connection, cache_dir: str, scratch: str) -> None:
         except EOFError:
             return
         if spec.env not in makers:
-            makers[spec.env] = importlib.import_module(_MAKERS[spec.env])
+            makers[spec.env] = importlib.import_module(ENVIRONMENTS[spec.env].maker)
             makers[spec.env].prepare()
         complaint = None
         with tempfile.TemporaryDirectory() as folder:

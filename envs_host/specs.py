@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from envs_host import swe_workspace
+from envs_host.registry import ENVIRONMENTS
 from envs_host.types import GameFileError
 
-# Raise it when the same spec would give another entry in the cache.
-_CACHE_FORMAT = {"textworld": 1, "alfworld": 1, "swe": 2}
-_SUFFIX = {"textworld": ".z8", "alfworld": ".tw-pddl", "swe": ".swe.json"}
 _REQUIRED = object()
 _MOST_COIN_ROOMS = 100  # Of TextWorld 1.7's challenge.
 
@@ -175,7 +173,7 @@ class Spec:
     @functools.cached_property
     def key(self) -> str:
         """Where the cache keeps it."""
-        content = [_CACHE_FORMAT[self.env], self._version(), self.family, sorted(self.params), self.seed]
+        content = [ENVIRONMENTS[self.env].cache_format, self._version(), self.family, sorted(self.params), self.seed]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
     def _version(self) -> str:
@@ -194,7 +192,7 @@ class Spec:
     def paths(self, cache_dir: str) -> tuple[str, str, str]:
         """Absolute paths of the entry in a cache: game, description, record."""
         stem = os.path.join(os.path.abspath(cache_dir), self.key)
-        return stem + _SUFFIX[self.env], stem + ".json", stem + ".task.json"
+        return stem + ENVIRONMENTS[self.env].suffix, stem + ".json", stem + ".task.json"
 
 
 @functools.cache
