@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxagentrl import metrics
 from jaxagentrl.report_data import Evaluation, Run
@@ -55,7 +55,7 @@ def _draw_success(axes: Axes, run: Run) -> None:
         if name in run.agents and run.agents[name].episodes:
             agent = run.agents[name]
             axes.axhline(agent.success, color=color, linestyle=style,
-                         label=f"{agent.name} ({100 * agent.success:.0f} %)")
+                         label=f"{agent.name} ({100 * agent.success:.1f} %)")
             axes.axhspan(agent.low, agent.high, color=color, alpha=0.08, linewidth=0)
     _mark_stages(axes, run)
     axes.set_xlim(left=0)
@@ -102,6 +102,7 @@ def _draw_imitation(axes: Axes, run: Run) -> None:
         axes.legend(frameon=False)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("nats per token")
     axes.grid(alpha=0.2)
 
@@ -124,6 +125,7 @@ def _draw_rollouts(axes: Axes, run: Run) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(min(0.0, low), max(1.0, high))
     axes.set_xlabel("iteration")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.2)
     axes.legend(frameon=False, loc="best")
 
