@@ -101,7 +101,8 @@ FAMILIES: dict[str, dict[str, _Parameter]] = {
         "files": _Parameter("*.py", "{}", str),
         "tests": _Parameter(None, "{}", str),
         "python": _Parameter(None, "{}", pathlib.Path),
-        "expert": _Parameter("reader", "{}", ("reader", "direct")),
+        "expert": _Parameter("reader", "{}", ("reader", "direct", "looker")),
+        "window_lines": _Parameter(None, "{}", _FROM_1),
     },
 }
 
@@ -238,6 +239,11 @@ def _check_makeable(family: str, params: dict[str, Any]) -> None:
         raise ValueError(
             f"tw-cooking: take is {params['take']}, but of recipe = {params['recipe']} ingredients no more can "
             "lie elsewhere: lower the first or raise the second."
+        )
+    if family == "swe-bugs" and params["window_lines"] and params["expert"] != "looker":
+        raise ValueError(
+            f"swe-bugs: window_lines is {params['window_lines']}, but only the expert \"looker\" goes by what a window "
+            f"shows, and expert is {params['expert']!r}: set one of them otherwise."
         )
     if family == "custom" and params["ambiguous_instructions"]:
         raise ValueError(

@@ -50,7 +50,7 @@ class SweEnv:
         python: str | None = None,
         test_limit_s: float = 60.0,
         test_memory_mb: int = 4096,
-        window_lines: int = 40,
+        window_lines: int = swe_text.WINDOW_LINES,
     ):
         """Makes an environment without an episode.
 
@@ -376,12 +376,11 @@ class SweEnv:
         self._undo.append((self._work.name(path), before))
 
     def _around(self, line: int) -> str:
-        return self._shown(line - self._num_shown // 3)
+        return self._shown(swe_text.line_above(line, self._num_shown))
 
     def _shown(self, first: int) -> str:
         text = self._work.read(self._open)
-        last_window = len(split_lines(text)) - self._num_shown + 1
-        self._first = max(1, min(first, last_window))
+        self._first = swe_text.first_line(first, self._num_shown, len(split_lines(text)))
         return swe_text.window(self._open, text, self._first, self._num_shown)
 
 

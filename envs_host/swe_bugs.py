@@ -31,7 +31,7 @@ class Bug(NamedTuple):
         before, after: its text, without the line end.
         kind: one of `KINDS`.
         function: name of the function that it is in, with those and the classes around it.
-        function_line: where that begins.
+        body_line: where the code of that begins, below what documents it.
     """
 
     line: int
@@ -39,7 +39,7 @@ class Bug(NamedTuple):
     after: str
     kind: str
     function: str
-    function_line: int
+    body_line: int
 
 
 def find(source: str) -> list[Bug]:
@@ -78,7 +78,7 @@ class _Finder(ast.NodeVisitor):
         self.found: list[Bug] = []
         # Python counts columns in bytes.
         self._lines = [line.rstrip("\r\n").encode() for line in split_lines(source)]
-        self._inside: list[tuple[str, int]] = []  # Classes and functions around, with their lines.
+        self._inside: list[tuple[str, int]] = []  # Classes and functions around, and where their code begins.
         self._depth = 0  # How many of them are functions.
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
@@ -91,7 +91,8 @@ class _Finder(ast.NodeVisitor):
         self._enter(node, is_function=True)
 
     def _enter(self, node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, *, is_function: bool) -> None:
-        self._inside.append((node.name, node.lineno))
+        is_documented = len(node.body) > 1 and ast.get_docstring(node) is not None
+        self._inside.append((node.name, node.body[is_documented].lineno))
         self._depth += is_function
         for statement in node.body:
             self.visit(statement)

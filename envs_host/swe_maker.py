@@ -12,6 +12,7 @@ import json
 import os
 import random
 import time
+from typing import Any
 
 from envs_host import swe, swe_bugs, swe_installed, swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
 from envs_host.specs import SetAside, Spec
@@ -83,7 +84,7 @@ def build(spec: Spec, problem_path: str, description_path: str) -> Task:
         digest=swe_problem.digest(problem_path),
         objective=_objective(os.path.basename(repository), noticed, run),
         max_score=1.0,
-        walkthrough=_walkthrough(path, bug, noticed[0], params["expert"]),
+        walkthrough=_walkthrough(path, bug, noticed[0], params, len(swe_workspace.split_lines(source))),
     )
     _play_through(task, limits)
     return task
@@ -143,12 +144,26 @@ def _objective(name: str, noticed: list[str], run: TestRun) -> str:
     return f"The last change to {name} was a mistake: {len(noticed)} of its tests fail.\n{told}\nRepair the code."
 
 
-def _walkthrough(path: str, bug: swe_bugs.Bug, test: str, expert: str) -> tuple[str, ...]:
-    """What a repair can look like: the "reader" looks for the failing test first, both know the line."""
+def _walkthrough(
+    path: str, bug: swe_bugs.Bug, test: str, params: dict[str, Any], num_lines: int
+) -> tuple[str, ...]:
+    """What a repair can look like. The "looker" opens the file where the code of the function begins, and goes
+    down until it sees the mistake. The others know the line; the "reader" looks at the failing test first."""
+    edit = (f"edit {bug.line}:{bug.line}\n{bug.before}", "submit")
+    if params["expert"] == "looker":
+        return (*_looking(path, bug, params["window_lines"] or swe_text.WINDOW_LINES, num_lines), *edit)
     name = test.partition("[")[0].rpartition("::")[2]
     reading = (f"open {test.partition('::')[0]}", f"search_file def {name}", f"test {test}")
-    repair = (f"open {path} {bug.line}", f"edit {bug.line}:{bug.line}\n{bug.before}", "submit")
-    return repair if expert == "direct" else (*reading, *repair)
+    repair = (f"open {path} {bug.line}", *edit)
+    return repair if params["expert"] == "direct" else (*reading, *repair)
+
+
+def _looking(path: str, bug: swe_bugs.Bug, num_shown: int, num_lines: int) -> tuple[str, ...]:
+    """How a mistake comes into sight from where the code of its function begins."""
+    first, moves = swe_text.line_above(bug.body_line, num_shown), 0
+    while (first := swe_text.first_line(first, num_shown, num_lines)) + num_shown <= bug.line:
+        first, moves = first + num_shown, moves + 1
+    return (f"open {path} {bug.body_line}", *["down"] * moves)
 
 
 def _play_through(task: Task, limits: Limits) -> None:

@@ -25,6 +25,7 @@ undo: takes back the last edit
 test [FILE or ID]: runs the tests
 submit: ends the work; the tests decide"""
 
+WINDOW_LINES = 40  # by default
 MAX_LINE = 200
 MAX_FOUND = 20
 MAX_LISTED = 100
@@ -130,6 +131,16 @@ def file_and_line(words: str) -> tuple[str, int]:
     """The file of `open`, and the line, 1 if there is none."""
     path, _, line = words.rpartition(" ")
     return (path.rstrip(), int(line)) if path and _NUMBER.fullmatch(line) else (words, 1)
+
+
+def line_above(line: int, num_shown: int) -> int:
+    """Line that a window around `line` begins with, if the file is long enough."""
+    return line - num_shown // 3
+
+
+def first_line(first: int, num_shown: int, num_lines: int) -> int:
+    """Line that a window from `first` on begins with: at the end of a file it is as long as elsewhere."""
+    return max(1, min(first, num_lines - num_shown + 1))
 
 
 def window(path: str, text: str, first: int, num_lines: int) -> str:

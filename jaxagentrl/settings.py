@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 import envs_host
-from envs_host import collect, naming, swe_tests
+from envs_host import collect, naming, swe_tests, swe_text
 from jaxagentrl import (
     optimizer,
     prepare,
@@ -305,6 +305,7 @@ def _check_games(config: Config) -> None:
         if is_asked and not envs_host.takes(config["env"]["name"], option):
             raise ValueError(f"{said}, but environment {config['env']['name']!r} has no option {option} to ask it by.")
     _check_limits(config)
+    _check_windows(config, params)
     is_right = set(namings) == {"demo", "train"} and all(_is(count, "an integer") for count in namings.values())
     if not is_right or min(namings.values()) < 1:
         raise ValueError(
@@ -328,6 +329,18 @@ def _check_limits(config: Config) -> None:
                 f"pool.step_limit_s is {config['pool']['step_limit_s']}, but a step may run tests for "
                 f"env.options.test_limit_s = {needed} seconds: make the first longer by what else a step takes, 10 "
                 "seconds say."
+            )
+
+
+def _check_windows(config: Config, params: Mapping[str, Mapping[str, Any]]) -> None:
+    """A walkthrough that goes down until it sees the mistake would otherwise edit what was not shown."""
+    shown = config["env"]["options"].get("window_lines", swe_text.WINDOW_LINES)
+    for split, games in params.items():
+        taken = games.get("window_lines") or swe_text.WINDOW_LINES
+        if games.get("expert") == "looker" and taken != shown:
+            raise ValueError(
+                f"the expert 'looker' of {split} takes windows to have {taken} lines (env.params.window_lines), but "
+                f"they have {shown} (env.options.window_lines): make them equal."
             )
 
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 import envs_host
-from envs_host import games, swe, swe_installed, swe_maker, swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
+from envs_host import games, swe, swe_bugs, swe_installed, swe_maker, swe_problem, swe_scratch, swe_tests, swe_text, swe_workspace
 from envs_host.pool import EnvPool
 from envs_host.specs import SetAside, Spec
 from envs_host.types import EnvFailure, GameFileError, ResetResult, Task
@@ -804,6 +804,34 @@ def test_mistakes_are_planted_by_seed(tmp_path, capfd):
     # Another state of the repository is another game.
     (tmp_path / "shelf" / "shelf" / "text.py").write_text(repositories.TEXT + "\n")
     assert games.generate(specs[:1], cache_dir=str(tmp_path / "cache"), progress=False).generated == 1
+
+
+@pytest.mark.parametrize("num_shown", [1, 5, 16, 40, 1000])
+def test_the_looker_edits_a_line_when_it_sees_it(tmp_path, num_shown):
+    source = (ROOT / "envs_host" / "games.py").read_text()
+    repositories.make(tmp_path / "shelf", repositories.FILES | {"shelf/long.py": source})
+    env = swe.SweEnv(sandbox="none", window_lines=num_shown)
+    env.reset(_task(tmp_path))
+    bugs, begun = swe_bugs.find(source), set()
+    for bug in bugs:
+        walked = swe_maker._looking("shelf/long.py", bug, num_shown, source.count("\n"))
+        windows = [env.step(command).observation for command in walked]
+        seen = [f"\n{bug.line}:{bug.before}" in window for window in windows]
+        assert seen == [False] * (len(seen) - 1) + [True]
+        begun.add(walked[0])
+    # Where it begins is known from the function, and not from the mistake.
+    assert begun == {f"open shelf/long.py {bug.body_line}" for bug in bugs}
+    env.close()
+
+
+def test_the_lookers_repair_is_a_game(tmp_path):
+    repository = str(repositories.make(tmp_path / "shelf"))
+    spec = dict(family="swe-bugs", repository=repository, files="shelf/ordering.py", expert="looker", window_lines=1, seed=0)
+    made = games.generate([spec | {"seed": seed} for seed in range(4)], cache_dir=str(tmp_path / "cache"), progress=False)
+    assert made.tasks and all(task.walkthrough[0] in ("open shelf/ordering.py 6", "open shelf/ordering.py 15") for task in made.tasks)
+    assert any("down" in task.walkthrough for task in made.tasks)
+    with pytest.raises(ValueError, match="window_lines is 1, but only the expert \"looker\""):
+        Spec.parse(spec | {"expert": "direct"})
 
 
 def test_mistakes_that_no_test_notices_are_set_aside(tmp_path):

@@ -66,7 +66,15 @@ def test_only_functions_and_single_lines():
 def test_the_place_is_named():
     source = "class A:\n    def f(self):\n        def g():\n            return 1 < 2\n        return g\n"
     bug = swe_bugs.find(source)[0]
-    assert (bug.function, bug.function_line, bug.line) == ("A.f.g", 3, 4)
+    assert (bug.function, bug.body_line, bug.line) == ("A.f.g", 4, 4)
+
+
+def test_a_functions_code_begins_below_what_documents_it():
+    source = 'def f(a, b=1):\n    """What it does.\n\n    More of it.\n    """\n    c = a\n    return c < b\n'
+    bugs = swe_bugs.find(source)
+    assert {bug.body_line for bug in bugs} == {6}
+    assert [bug.line for bug in bugs if bug.kind == "comparison"] == [7]
+    assert swe_bugs.find('def f(a=1):\n    """Nothing else."""\n') == []
 
 
 def test_what_is_no_other_program():

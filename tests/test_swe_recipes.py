@@ -39,6 +39,16 @@ def test_a_sandbox_that_is_not_there_is_found_out_before_tasks_are_made(tmp_path
         train.run(config, str(tmp_path / "run"))
 
 
+def test_a_looker_that_sees_other_windows_is_refused():
+    config = tiny("swe_quickstart")
+    settings.check(config)
+    config["env"]["options"]["window_lines"] = 12
+    with pytest.raises(ValueError, match="'looker' of demo takes windows to have 16 .* they have 12"):
+        settings.check(config)
+    config["splits"] = {name: (*split, {"expert": "direct", "window_lines": None}) for name, split in config["splits"].items()}
+    settings.check(config)
+
+
 @pytest.mark.slow
 def test_the_practitioners_recipe(tmp_path, instance):
     """Instances in SWE-Gym's form; GRPO, with KL in the loss and thoughts of a system message."""
