@@ -246,6 +246,7 @@ def center(
     chex.assert_rank([scores, group_ids], 1)
     chex.assert_equal_shape([scores, group_ids])
     chex.assert_type([scores, group_ids], [float, int])
+    group_ids = masking.as_ids(group_ids)
     inside = masking.in_group(group_ids, num_groups=num_groups)
     ids = group_ids if counted is None else jnp.where(counted, group_ids, -1)
     size = masking.group_count(ids, num_groups=num_groups, axis_name=axis_name)

@@ -202,7 +202,7 @@ def istar(
     per_turn, present = turn_returns(
         step_rewards, discounts, action_mask, turn_ids, num_turns=num_turns, horizon="turn"
     )
-    step_groups = jnp.where(present, jnp.broadcast_to(group_ids[:, None], present.shape), -1)
+    step_groups = jnp.where(present, masking.as_ids(group_ids)[:, None], -1)
 
     def compared(x, ids):
         if baseline == "leave_one_out":

@@ -964,3 +964,16 @@ def test_an_empty_batch_has_no_credit():
     nothing = np.zeros((0, 4), np.float32)
     found = advantages.turn_gae(nothing, nothing, nothing, nothing > 0, nothing > 0, gae_lambda=1.0)
     assert found.shape == (0, 4)
+
+
+def test_turns_that_are_missing_join_no_group_of_unsigned_ids():
+    """−1, which is no group, is 255 in eight bits."""
+    rewards = np.array([[1.0, 4.0], [2.0, 0.0], [5.0, 6.0], [8.0, 0.0]], np.float32)
+    mask, turns = rewards > 0, np.tile(np.arange(2), (4, 1))
+
+    def credit(groups):
+        return advantages.istar(rewards[:, 0], rewards, mask, turns, groups, num_groups=256)
+
+    wanted = credit(np.array([0, 0, 255, 255]))
+    assert np.abs(wanted).max() > 0
+    np.testing.assert_array_equal(credit(np.array([0, 0, 255, 255], np.uint8)), wanted)
