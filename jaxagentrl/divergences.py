@@ -28,8 +28,8 @@ def kl(
         k3_straight_through     value of k3, gradient of k2; the one to put in the *loss*
 
     http://joschu.net/blog/kl-approx.html; on the gradients https://arxiv.org/abs/2512.21852. All of
-    this holds on-policy, for the expectation over tokens drawn from π. The exponent is clamped to
-    ±20. For use as a loss call `kl_loss`, which refuses k1.
+    this holds on-policy, for the expectation over tokens drawn from π. In k3 a u below −20 counts as
+    −20. For use as a loss call `kl_loss`, which refuses k1.
 
     Args:
         logprobs: [..., L] float, current policy.
@@ -46,8 +46,10 @@ def kl(
     logprobs, ref_logprobs = masking.clean([logprobs, ref_logprobs], action_mask, differentiable=1)
     u = logprobs - ref_logprobs
     k2 = 0.5 * jnp.square(u)
+    # Both terms of the bounded u: the slope of the second alone would drive the policies further apart.
+    bounded = jnp.maximum(u, -MAX_LOG_RATIO)
     # exp(−u) − 1 would leave nothing of k3 but rounding where the policies are close.
-    k3 = jnp.expm1(jnp.clip(-u, -MAX_LOG_RATIO, MAX_LOG_RATIO)) + u
+    k3 = jnp.expm1(-bounded) + bounded
     estimates = {
         "k1": u,
         "k2": k2,

@@ -142,6 +142,9 @@ def split(
         contexts: of `contexts_of`; rows of several contexts are always packed, each context by
             itself, in rows of the smallest length that holds the longest. How many there are is not
             known beforehand: these steps share a few programs.
+
+    Raises:
+        ValueError: the batch is not as wide as the bucket of its longest row.
     """
     if packing or contexts is not None:
         length = max(length_buckets)
@@ -165,6 +168,11 @@ def split(
         tokens_per_batch=tokens_per_part,
         row_multiple=row_multiple,
     )
+    if groups and (longest := max(group.length for group in groups)) > shape[1]:
+        raise ValueError(
+            f"shape: the batch is {shape[1]} tokens wide, but its longest rows are worked off as {longest}: make it as "
+            f"wide as one of the length buckets {tuple(length_buckets)}."
+        )
     stacks = []
     # No row of the batch is longer than its width.
     for length in sorted((size for size in set(length_buckets) if size <= shape[1]), reverse=True):

@@ -77,6 +77,8 @@ def token_logprobs(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1, or None")
     batch, length, width = hidden.shape
+    if not batch * length:
+        return jnp.zeros((batch, length)), jnp.zeros((batch, length))
     shards = 1 if batch % row_shards else row_shards
     held = batch // shards * length  # positions of a device
     size = min(chunk_size or largest_chunk(unembedding.shape[1]), held)

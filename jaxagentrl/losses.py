@@ -239,7 +239,7 @@ def entropy(logits: Array) -> Array:
         [...] float32.
     """
     logits = jnp.asarray(logits).astype(jnp.float32)
-    possible = logits > -jnp.inf
+    possible = logits != -jnp.inf
     # Large and finite: its p log p and the slope of that are 0, where −∞ would give NaN.
     logprobs = jax.nn.log_softmax(jnp.where(possible, logits, -1e30), axis=-1)
     return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)

@@ -289,7 +289,7 @@ def potential_shaping(
         step, final + masking.zero_carry([potentials]), [potentials, present]
     )
     gammas = masking.take_positions(discounts, last)
-    change = gammas * following - potentials
+    change = gammas * masking.zero_off(following, gammas != 0) - potentials
     spread = masking.spread_turns(change, turn_ids, action_mask)
     return masking.zero_off(rewards, action_mask) + _on_last(spread, last, turn_ids, action_mask)
 

@@ -65,6 +65,14 @@ def test_cutting_rows_to_their_length_changes_nothing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, cut)
 
 
+def test_a_batch_as_wide_as_no_bucket_loses_no_rows():
+    with pytest.raises(ValueError, match=r"is 24 tokens wide, but its longest rows are worked off as 32: .* \(8, 16, 32\)"):
+        imitate.split(
+            np.arange(3), np.array([5, 20, 8]), shape=(3, 24), most_rows=3, length_buckets=(8, 16, 32),
+            tokens_per_part=32, row_multiple=1, packing=False,
+        )
+
+
 def test_imitation_rows_cover_every_epoch_and_depend_on_the_step_alone():
     rows = [imitate.step_rows(10, batch_size=3, seed=4, step=step) for step in range(6)]
     for epoch in (rows[:3], rows[3:]):

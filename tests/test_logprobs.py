@@ -249,6 +249,13 @@ def test_devices_wait_for_each_other_once():
     assert len(summed) == 1 and whole.count(" while(") == 2
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_a_batch_without_tokens_has_none(shape):
+    hidden, unembedding = jnp.zeros((*shape, 4)), jnp.zeros((4, 8))
+    for found in logprobs.token_logprobs(hidden, unembedding, jnp.zeros(shape, jnp.int32)):
+        assert found.shape == shape and found.dtype == jnp.float32
+
+
 def test_sums_over_chunks_are_float32():
     """A thousand chunks of one token, computed in bfloat16: their sum is as exact as one chunk's."""
     rng = np.random.default_rng(4)

@@ -244,6 +244,8 @@ def test_entropy():
     # Half of log p weighs each: p = (.25, .75).
     got = losses.entropy(jnp.log(jnp.array([0.25, 0.75])))
     assert got == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75), rel=1e-6)
+    # NaN is no impossible token.
+    assert np.isnan(losses.entropy(jnp.array([jnp.nan, 0.0, -jnp.inf])))
 
 
 # --- KL ----------------------------------------------------------------------------------------
@@ -319,6 +321,15 @@ def test_kl_keeps_its_digits_where_the_policies_are_close(estimator):
     assert np.all(np.asarray(got) >= 0)
     # A rounding of expm1, 2⁻²⁴ u or so, is all that is lost.
     np.testing.assert_array_less(np.abs(got - expected), 2.0**-22 * np.abs(wide) + 1e-30)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "k3_straight_through"])
+def test_kl_never_drives_policies_apart(estimator):
+    """However far apart they are: beyond the bound of the exponent, too."""
+    u = np.float32([-300, -21, -19, -1, 1, 19, 21, 300])
+    slope = jax.grad(lambda u: jnp.sum(losses.kl(u, jnp.zeros_like(u), estimator=estimator)))(u)
+    assert np.all(np.isfinite(slope)) and np.all(np.asarray(slope) * u >= 0)
+    assert np.all(np.asarray(slope)[2:] * u[2:] > 0)
 
 
 def test_no_gradient_reaches_what_is_held_fixed():

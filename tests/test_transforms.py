@@ -200,6 +200,11 @@ def test_potential_shaping_golden():
         REWARDS, discounts, MASK, TURNS, potentials, np.array([7, 7], np.float32)
     )
     np.testing.assert_allclose(got, [[0, 1.5, 0, 2.5], [0, 1, 0, 0]])
+    # Of a state that is none, Φ need not be known.
+    again = transforms.potential_shaping(
+        REWARDS, discounts, MASK, TURNS, potentials, np.array([7, np.nan], np.float32)
+    )
+    np.testing.assert_array_equal(again, got)
 
 
 @jax.jit
