@@ -89,6 +89,8 @@ def save(
         with ocp.Checkpointer(_handler()) as checkpointer:
             checkpointer.save(temporary / "state", args=ocp.args.PyTreeSave(arrays))
     except Exception as error:  # a plain one is what TensorStore raises where the disk is full
+        if hosts.may_be_of_another(error):
+            raise
         reason = str(error).splitlines()[:1] or [type(error).__name__]
         raise CheckpointError(
             f"the checkpoint {folder} cannot be written ({reason[0][:300]}). Those before it are whole: make room, and "
@@ -148,6 +150,8 @@ def restore(directory: str | os.PathLike, like: Any) -> tuple[Any, dict[str, Any
     try:
         arrays = _read_arrays(folder / "state", large, packed=len(large) < len(expected))
     except Exception as error:  # a plain one is what TensorStore raises where it cannot decode
+        if hosts.may_be_of_another(error):
+            raise
         reason = str(error).splitlines()[:1] or [type(error).__name__]
         raise CheckpointError(_damaged(folder, f"it cannot be read ({reason[0][:200]})")) from error
     values = {}

@@ -62,7 +62,7 @@ def explained_variance_per_turn(
         [T] float32; 0 where the returns of a turn do not vary.
     """
     values, returns = masking.clean([values, returns], action_mask, differentiable=0)
-    ids = jnp.where(action_mask, turn_ids, -1).reshape(-1)
+    ids = jnp.where(action_mask, masking.as_ids(turn_ids), -1).reshape(-1)
 
     def squares(x):
         centered, _ = center(x.reshape(-1), ids, num_turns, axis_name)
@@ -306,7 +306,7 @@ def credit_by_turn(
     chex.assert_equal_shape([advantages, action_mask, turn_ids])
     chex.assert_type([advantages, action_mask, turn_ids], [float, bool, int])
     credit = jnp.asarray(advantages).reshape(-1)
-    ids = jnp.where(action_mask, turn_ids, -1).reshape(-1)
+    ids = jnp.where(action_mask, masking.as_ids(turn_ids), -1).reshape(-1)
 
     def per_turn(x):
         return masking.group_sum(x, ids, num_groups=num_turns, axis_name=axis_name)

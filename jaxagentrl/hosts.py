@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,11 @@ from jaxagentrl.models import sharding
 # Seconds that a process which ends waits for the others to end, too: one of them may have an error that they do not
 # know of. jax's 300 would have all hosts stand still for as long.
 _LEAVING_S = 30
+
+# What is said by those who wait for others: Gloo and NCCL, jax's own service, connections.
+_OF_COLLECTIVES = re.compile(
+    r"Gloo|NCCL|[Bb]arrier|[Cc]oordination|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (?:reset|closed|refused)"
+)
 
 
 def start(
@@ -104,6 +110,16 @@ def connect(mesh: Mesh | None) -> None:
                 check_vma=False,
             )
             jax.block_until_ready(jax.jit(total)(np.float32(1)))
+
+
+def may_be_of_another(error: BaseException) -> bool:
+    """Whether an error may be another process's, which has ended: that is what those that wait for it get.
+
+    It is not always a `JaxRuntimeError`: jax, Orbax and TensorStore also raise plain ValueErrors with its text.
+    """
+    if jax.process_count() == 1:
+        return False
+    return isinstance(error, jax.errors.JaxRuntimeError) or _OF_COLLECTIVES.search(str(error)) is not None
 
 
 def is_first() -> bool:

@@ -73,18 +73,16 @@ def main(argv: list[str]) -> None:
         if _DISTRIBUTED.value or any(value is not None for value in given):
             hosts.start(*given)
         train.run(config, _WORKDIR.value)
-    except _TOLD as error:
-        if _DEBUG.value:
+    except (jax.errors.JaxRuntimeError, *_TOLD) as error:
+        if hosts.may_be_of_another(error):
+            traceback.print_exc()
+            sys.exit(
+                "error: of a device, or because another process has ended: its output says why. The same commands, of "
+                "all processes, continue from the last checkpoint"
+            )
+        if _DEBUG.value or isinstance(error, jax.errors.JaxRuntimeError):
             raise
         sys.exit(f"error: {error}\n({_keep_traceback(error)} shows where)")
-    except jax.errors.JaxRuntimeError:
-        if jax.process_count() == 1:
-            raise
-        traceback.print_exc()
-        sys.exit(
-            "error: of a device, or because another process has ended: its output says why. The same commands, of all "
-            "processes, continue from the last checkpoint"
-        )
     except KeyboardInterrupt:
         said = "stopped; the same command continues from the last checkpoint"
         if jax.distributed.is_initialized():

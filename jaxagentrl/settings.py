@@ -150,7 +150,8 @@ def check(config: Config) -> None:
             f"rl.tasks_per_iteration is {config['rl']['tasks_per_iteration']}, which "
             f"{jax.process_count()} processes cannot share equally: make it a multiple."
         )
-    sharding.make_mesh(**config["mesh"])
+    if (mesh := sharding.make_mesh(**config["mesh"])) is not None:
+        sharding.decoding_mesh(mesh)
 
 
 def can_be_added(path: str) -> bool:

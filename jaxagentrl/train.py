@@ -138,13 +138,20 @@ def _keep_compiled_programs(directory: str | None) -> None:
 def _open(root: pathlib.Path, config: Mapping[str, Any]) -> workdir.Workdir:
     """The run's folder; other processes than the first keep their records in a folder within."""
     _check_processes_agree(config)
+    folder = refused = None
     if hosts.is_first():
-        folder = workdir.open_workdir(root, config, free_keys=FREE_KEYS)
-        for stage in folder.checkpoints.glob("*"):
-            checkpoints.remove_leftovers(stage)
-        hosts.wait("workdir")
+        try:
+            folder = workdir.open_workdir(root, config, free_keys=FREE_KEYS)
+            for stage in folder.checkpoints.glob("*"):
+                checkpoints.remove_leftovers(stage)
+        except workdir.WorkdirError as error:
+            refused = error
+    # What one refuses all refuse: the others would wait for it, and end with another error.
+    refused = hosts.gather(refused)[0]
+    if refused is not None:
+        raise refused
+    if folder is not None:
         return folder
-    hosts.wait("workdir")
     own = root / "processes" / f"{jax.process_index():03d}"
     folder = workdir.open_workdir(own, config, free_keys=FREE_KEYS)
     return dataclasses.replace(folder, shared_root=root)

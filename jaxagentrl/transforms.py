@@ -236,7 +236,7 @@ def normalize_dense_rewards(
     """
     chex.assert_type([rewards, max_scores, action_mask], [float, float, bool])
     chex.assert_equal_shape([rewards, action_mask])
-    chex.assert_equal_shape([max_scores, rewards[:, 0]])
+    chex.assert_shape(max_scores, rewards.shape[:1])
     known = (max_scores > 0) & jnp.isfinite(max_scores)
     scale = masking.divide(1.0, masking.zero_off(max_scores, known))
     unknown = jnp.any(action_mask, axis=1) & ~known
@@ -274,7 +274,7 @@ def potential_shaping(
     chex.assert_equal_shape([rewards, discounts, action_mask, turn_ids])
     rows = [rewards, discounts, action_mask, turn_ids, potentials, final_potentials]
     chex.assert_type(rows, [float, float, bool, int, float, float])
-    chex.assert_equal_shape([potentials[:, 0], final_potentials])
+    chex.assert_shape(final_potentials, potentials.shape[:1])
     num_turns = potentials.shape[1]
     last = masking.turn_last_position(turn_ids, action_mask, num_turns=num_turns)
     present = last >= 0

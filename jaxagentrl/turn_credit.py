@@ -247,7 +247,7 @@ def turn_returns(
     turn_rewards = masking.turn_sum(rewards, turn_ids, action_mask, num_turns=num_turns)
     if horizon == "turn":
         return turn_rewards, present
-    gammas = masking.take_positions(discounts, last)
+    gammas = masking.take_positions(jnp.asarray(discounts).astype(jnp.float32), last)
     return returns_to_go(turn_rewards, gammas, present), present
 
 

@@ -977,3 +977,11 @@ def test_turns_that_are_missing_join_no_group_of_unsigned_ids():
     wanted = credit(np.array([0, 0, 255, 255]))
     assert np.abs(wanted).max() > 0
     np.testing.assert_array_equal(credit(np.array([0, 0, 255, 255], np.uint8)), wanted)
+
+
+def test_wide_discounts_are_taken():
+    """Under `jax_enable_x64`, where they would stay float64 beside rewards in float32."""
+    rewards, mask, turns = np.diag([1.0, 0, 0, 0])[:2], np.ones((2, 4), bool), np.tile([0, 0, 1, 1], (2, 1))
+    with jax.enable_x64(True):
+        found = advantages.rewards_to_go_group(rewards, np.ones((2, 4)), mask, turns, np.zeros(2, int), num_groups=1)
+    assert found.dtype == np.float32 and np.abs(found).max() > 0

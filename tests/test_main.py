@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from jaxagentrl import main, settings
+from jaxagentrl import hosts, main, settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -79,23 +79,33 @@ def test_none_of_a_number_has_any_spelling_and_none_of_a_text_may_be_a_value(par
     assert config["learner"]["remat"] == "none"
 
 
+# As jax raises them, and Orbax.
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_an_error_of_the_devices_may_be_another_process_that_has_ended(num_processes, monkeypatch):
-    given = {"_DEBUG", "_DISTRIBUTED", "_COORDINATOR", "_NUM_PROCESSES", "_PROCESS_ID", "_WORKDIR"}
+def test_an_error_of_the_devices_may_be_another_process_that_has_ended(num_processes, kind, monkeypatch):
+    given = {"_DEBUG", "_DISTRIBUTED", "_COORDINATOR", "_NUM_PROCESSES", "_PROCESS_ID"}
     for name in given:
         monkeypatch.setattr(main, name, types.SimpleNamespace(value=None))
+    monkeypatch.setattr(main, "_WORKDIR", types.SimpleNamespace(value="nowhere"))
     monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=types.SimpleNamespace(to_dict=dict)))
     monkeypatch.setattr(main.interrupts, "raise_where_heard", lambda: None)
     monkeypatch.setattr(jax, "process_count", lambda: num_processes)
 
     def fails(config, directory):
-        raise jax.errors.JaxRuntimeError("Gloo AllGather failed: Connection closed by peer")
+        raise kind("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
 
     monkeypatch.setattr(main.train, "run", fails)
-    expected = {1: (jax.errors.JaxRuntimeError, "closed by peer"), 2: (SystemExit, "another process has ended")}
+    # Of one process it is no other's: told, or raised where it has no message of ours.
+    alone = SystemExit if kind is ValueError else kind
+    expected = {1: (alone, "closed by peer"), 2: (SystemExit, "another process has ended")}
     error, said = expected[num_processes]
     with pytest.raises(error, match=said):
         main.main(["main"])
+
+
+def test_an_error_of_ones_own_is_told_where_there_are_others(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert not hosts.may_be_of_another(ValueError("rl.group_size is 0, expected at least 1"))
 
 
 def test_the_command_line_of_a_shell_ends_with_the_sentence():

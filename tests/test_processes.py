@@ -117,14 +117,14 @@ def test_two_processes_of_two_devices(alone, tmp_path, smoke_games):
     assert not (workdir / "processes" / "001" / "model").exists()
 
 
-def run_two(program: str, while_running=None) -> list[tuple[int, str]]:
+def run_two(program: str, while_running=None, arguments=()) -> list[tuple[int, str]]:
     """(exit status, output) of two processes of this program, which gets the coordinator and its number."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         coordinator = f"localhost:{probe.getsockname()[1]}"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program, coordinator, str(number)],
+            [sys.executable, "-c", program, coordinator, str(number), *arguments],
             cwd=ROOT,
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
             stdout=subprocess.PIPE,
@@ -183,20 +183,25 @@ def test_processes_end_when_they_are_told_to():
 
 
 DIFFER = """
-import sys
-from jaxagentrl import hosts, train
-hosts.start(sys.argv[1], 2, int(sys.argv[2]))
-number = int(sys.argv[2])
+import pathlib, sys
+from jaxagentrl import hosts, train, workdir
+coordinator, number, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+hosts.start(coordinator, 2, number)
 train._check_processes_agree({"seed": 0, "pool": {"num_workers": number}})
-print("agreed", flush=True)
+try:
+    train._open(folder, {"seed": 1})
+except workdir.WorkdirError as error:
+    print("refused:", error, flush=True)
 train._check_processes_agree({"seed": number, "pool": {"num_workers": 1}})
 """
 
 
-def test_processes_of_different_configs_are_refused():
-    for status, output in run_two(DIFFER):
-        assert status == 1 and "agreed" in output
-        assert "different configs: seed. seed is 0 in process 0 and 1 in process 1" in output
+def test_what_one_process_refuses_all_refuse(tmp_path):
+    """Another config than the others', and a workdir, which the first alone looks into: nobody waits for it."""
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    for status, output in run_two(DIFFER, arguments=[str(tmp_path)]):
+        assert status == 1 and "different configs: seed. seed is 0 in process 0 and 1 in process 1" in output
+        assert f"refused: {tmp_path} holds parts of a run" in output
 
 
 @pytest.mark.parametrize("coordinator", ["host0", "host0:", ":1234", "host0:http", "host0:70000"])

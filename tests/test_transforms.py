@@ -207,6 +207,13 @@ def test_potential_shaping_golden():
     np.testing.assert_array_equal(again, got)
 
 
+def test_rows_without_tokens_are_shaped():
+    nothing, ids = np.zeros((2, 0), np.float32), np.zeros((2, 0), np.int32)
+    shaped = transforms.potential_shaping(nothing, nothing, nothing > 0, ids, nothing, np.ones(2, np.float32))
+    normalized, unknown = transforms.normalize_dense_rewards(nothing, np.ones(2, np.float32), nothing > 0)
+    assert shaped.shape == normalized.shape == (2, 0) and unknown == 0
+
+
 @jax.jit
 def returns_before_and_after(rewards, discounts, mask, turn_ids, potentials, final):
     shaped = transforms.potential_shaping(rewards, discounts, mask, turn_ids, potentials, final)
