@@ -29,11 +29,10 @@ def get_config() -> ml_collections.ConfigDict:
             repository="repositories/toolz-1.0.0",
             files="toolz/[dfi]*.py",  # dicttoolz, functoolz, itertoolz
             tests="toolz/tests",
-            expert="looker",
-            window_lines=16,
+            expert="direct",
         ),
         cache_dir="~/.cache/jaxagentrl/swe",
-        options=dict(sandbox="bubblewrap", window_lines=16, test_limit_s=5.0),
+        options=dict(sandbox="bubblewrap", window_lines=12, test_limit_s=5.0),
         num_workers=2,
     )
     config.namings = dict(demo=1, train=1)
@@ -42,14 +41,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.update(num_layers=4)
     config.sampling.update(
         num_slots=64,
-        max_length=960,
+        max_length=640,
         max_turn_tokens=48,
-        filled_buckets=(160, 320, 640, 960),
-        width_buckets=(48, 224),
+        filled_buckets=(160, 320, 640),
+        width_buckets=(48, 160),
     )
-    config.rollout.update(max_turns=8, max_refusals=None)
+    config.rollout.update(max_turns=6, max_refusals=None)
     config.reward.update(kind="intermediate", intermediate_scale=0.25)
-    config.learner.update(length_buckets=(320, 480, 640, 960), tokens_per_part=3840, tree_length=0)
+    config.learner.update(length_buckets=(320, 480, 640), tokens_per_part=2560, tree_length=0)
     config.sft.update(num_steps=600, target_loss=0.08, observation_weight=0.5, log_every=20, save_every=100)
     config.rl.update(num_iterations=60, tasks_per_iteration=16, group_size=8, num_minibatches=4)
     config.rl.update(eval_every=20, save_every=10)

@@ -85,6 +85,7 @@ WRONG = (
     ("bench_trees.py /nope", "/nope holds no config.json: name the workdir"),
     ("plot_rollout.py /nope x.png", "/nope is no file that bench_rollout.py --record wrote"),
     ("plot_rollout.py README.md x.png", "README.md is no file that bench_rollout.py --record wrote"),
+    ("bench_rollout.py --alike --turns 1", "--alike times the turns after the first"),
     ("bench_rollout.py --slots 3", "--slots must be a multiple of --waves, got 3 and 2"),
     ("mutate_core.py --at foo:1 losses:20", "--at: there is no mutant at foo:1"),
 )

@@ -41,12 +41,14 @@ def test_a_sandbox_that_is_not_there_is_found_out_before_tasks_are_made(tmp_path
 
 def test_a_looker_that_sees_other_windows_is_refused():
     config = tiny("swe_quickstart")
-    settings.check(config)
-    config["env"]["options"]["window_lines"] = 12
-    with pytest.raises(ValueError, match="'looker' of demo takes windows to have 16 .* they have 12"):
+    config["env"]["params"]["expert"] = "looker"
+    with pytest.raises(ValueError, match="'looker' of demo takes windows to have 40 .* they have 12"):
         settings.check(config)
-    config["splits"] = {name: (*split, {"expert": "direct", "window_lines": None}) for name, split in config["splits"].items()}
+    config["env"]["params"]["window_lines"] = 12
     settings.check(config)
+    config["splits"]["demo"] = (0, 280, {"window_lines": 16})
+    with pytest.raises(ValueError, match="'looker' of demo takes windows to have 16"):
+        settings.check(config)
 
 
 @pytest.mark.slow

@@ -448,6 +448,8 @@ def main() -> int:
             f"--dtype {args.dtype} is for our sampler alone: it goes with --per-turn, --alike or --spread (and "
             "bench_environments.py), the others play in float32."
         )
+    if args.alike and args.turns == 1:
+        parser.error("--alike times the turns after the first: give --turns at least 2.")
     if args.slots is None and args.spread:
         args.slots = 32
     if args.waves < 1 or (args.slots or 0) % args.waves:
