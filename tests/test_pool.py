@@ -363,8 +363,8 @@ def test_a_poll_ends_for_what_another_thread_has_to_tell():
             pool.wake()
 
         thread = threading.Thread(target=tell)
-        thread.start()
         began = time.monotonic()
+        thread.start()
         assert pool.poll(until=told.is_set) == [] and told.is_set()
         assert 0.1 <= time.monotonic() - began < 0.9
         assert pool.poll(until=told.is_set) == []  # at once
