@@ -38,10 +38,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # The files that take longest, most of it in processes of their own.
-_FIRST = (
-    "test_processes.py", "test_train.py", "test_quickstart_notebook.py", "test_benches.py", "test_own_environment.py",
-    "test_swe_recipes.py",
-)  # fmt: skip
+_FIRST = ("test_processes.py", "test_train.py", "test_quickstart_notebook.py")
 
 
 def pytest_collection_modifyitems(items):
