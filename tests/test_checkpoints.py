@@ -343,6 +343,24 @@ def test_a_restored_state_is_called_by_the_program_of_a_fresh_one(tmp_path):
     assert program._cache_size() == 1
 
 
+@pytest.mark.parametrize("method", ["save", "restore"])
+def test_a_checkpoint_is_not_blamed_for_another_process(tmp_path, monkeypatch, method):
+    """Which has died while all of them wrote or read it: the checkpoint is whole, and the disk not full."""
+    state = make_state()
+    checkpoints.save(tmp_path / "c", step=1, state=state, host=HOST)
+
+    def fails(*_, **__):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+
+    monkeypatch.setattr(checkpoints.ocp.Checkpointer, method, fails)
+    monkeypatch.setattr(checkpoints.hosts, "may_be_of_another", lambda error: "Gloo" in str(error))
+    with pytest.raises(ValueError, match="^UNKNOWN: Gloo"):
+        if method == "save":
+            checkpoints.save(tmp_path / "c", step=2, state=state, host=HOST)
+        else:
+            checkpoints.restore(tmp_path / "c", state)
+
+
 def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path, monkeypatch):
     state = make_state()
     checkpoints.save(tmp_path / "c", step=1, state=state, host=HOST)

@@ -154,6 +154,19 @@ def test_the_kinds_are_those_of_the_quick_start():
         assert kind == "a dict" or kind in kinds[section.get_type(key)], path
 
 
+def test_a_mesh_that_no_process_can_sample_on_is_refused(monkeypatch):
+    """Before games are made: a tensor group must not span processes."""
+
+    def spans(mesh):
+        raise settings.sharding.ShardingError(f"mesh.tensor is {mesh.shape['tensor']}, of several processes")
+
+    config = load("textworld_smoke.py") | {"mesh": dict(data=1, fsdp=1, tensor=2)}
+    settings.check(config)
+    monkeypatch.setattr(settings.sharding, "decoding_mesh", spans)
+    with pytest.raises(ValueError, match="mesh.tensor is 2"):
+        settings.check(config)
+
+
 def test_infinity_is_no_bound():
     endless = dict.fromkeys(settings._ENDLESS, float("inf"))
     settings.check(changed("textworld_quickstart.py", **endless))
