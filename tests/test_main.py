@@ -108,6 +108,17 @@ def test_an_error_of_ones_own_is_told_where_there_are_others(monkeypatch):
     assert not hosts.may_be_of_another(ValueError("rl.group_size is 0, expected at least 1"))
 
 
+def test_garbage_is_collected_in_a_run_but_for_what_was_imported(tmp_path):
+    config = tmp_path / "asks.py"
+    config.write_text(
+        "import gc\n"
+        "def get_config():\n"
+        "    raise ValueError(f'collecting: {gc.isenabled()}, of imports: {gc.get_freeze_count() < 100_000}')\n"
+    )
+    failed = run("-m", "jaxagentrl.main", "--workdir=nowhere", f"--config={config}")
+    assert "collecting: True, of imports: False" in failed.stderr, failed.stderr
+
+
 def test_the_command_line_of_a_shell_ends_with_the_sentence():
     failed = run("-m", "jaxagentrl.main", "--workdir=nowhere", "--config=configs/textworld_smoke.py", "--config.rl.grup_size=4")
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
