@@ -19,6 +19,8 @@ import runpy
 
 import ml_collections
 
+from jaxagentrl import methods
+
 # One token each, so that what a test room has and the demonstrations have not can be copied.
 _NAMES = (
     "alarmclock apple armchair baseballbat basketball bathtubbasin bed book bowl box bread "
@@ -33,7 +35,7 @@ _NAMES = (
 ).split()
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(method: str = "") -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
     config.env = dict(
@@ -75,4 +77,4 @@ def get_config() -> ml_collections.ConfigDict:
         learning_rate=4e-4, warmup_steps=5, decay_steps=40, final_fraction=0.25
     )
     config.eval.update(temperature=0.0, other_temperatures=())
-    return config
+    return methods.apply(config, method)

@@ -20,8 +20,10 @@ import runpy
 
 import ml_collections
 
+from jaxagentrl import methods
 
-def get_config() -> ml_collections.ConfigDict:
+
+def get_config(method: str = "") -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
     config.env = dict(
@@ -93,4 +95,4 @@ def get_config() -> ml_collections.ConfigDict:
         learning_rate=1e-6, warmup_steps=0, decay_steps=None, b2=0.999, weight_decay=0.01
     )
     config.eval.update(temperature=0.4, other_temperatures=())
-    return config
+    return methods.apply(config, method)

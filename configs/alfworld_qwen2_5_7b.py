@@ -19,8 +19,10 @@ import runpy
 
 import ml_collections
 
+from jaxagentrl import methods
 
-def get_config() -> ml_collections.ConfigDict:
+
+def get_config(method: str = "") -> ml_collections.ConfigDict:
     # The paper trains both worlds alike.
     textworld = pathlib.Path(__file__).with_name("textworld_qwen2_5_1_5b.py")
     config = runpy.run_path(str(textworld))["get_config"]()
@@ -45,4 +47,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.sft.update(num_steps=18)
     # 1,000 games in batches of 256, 90 passes.
     config.rl.update(num_iterations=352, eval_every=20, save_every=20)
-    return config
+    return methods.apply(config, method)

@@ -23,9 +23,10 @@ import runpy
 import ml_collections
 
 from envs_host import swe_text
+from jaxagentrl import methods
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(method: str = "") -> ml_collections.ConfigDict:
     textworld = pathlib.Path(__file__).with_name("textworld_qwen2_5_1_5b.py")
     config = runpy.run_path(str(textworld))["get_config"]()
     config.env = dict(
@@ -66,4 +67,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.rl.advantage.update(name="group_normalized", group_scale="std", whiten=False)
     config.rl.loss.update(value_coefficient=0.0)
     config.rl.kl.update(placement="loss", estimator="k3", coefficient=0.001)
-    return config
+    return methods.apply(config, method)

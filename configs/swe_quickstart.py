@@ -18,8 +18,10 @@ import runpy
 
 import ml_collections
 
+from jaxagentrl import methods
 
-def get_config() -> ml_collections.ConfigDict:
+
+def get_config(method: str = "") -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
     config.env = dict(
@@ -53,4 +55,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.rl.update(num_iterations=60, tasks_per_iteration=16, group_size=8, num_minibatches=4)
     config.rl.update(eval_every=20, save_every=10)
     config.rl.optimizer.update(learning_rate=3e-4, warmup_steps=12, decay_steps=240)
-    return config
+    return methods.apply(config, method)

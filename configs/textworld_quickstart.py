@@ -16,13 +16,15 @@ Expected on two CPU cores: see the table in README.md.
 
 import ml_collections
 
+from jaxagentrl import methods
+
 
 def optional(value: int | float) -> ml_collections.FieldReference:
     """A number that a config built on this one may set to None, and the command line to a number."""
     return ml_collections.FieldReference(value, field_type=type(value))
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(method: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     # Compiled programs outlive the process; None leaves that to jax's own setting.
@@ -190,4 +192,4 @@ def get_config() -> ml_collections.ConfigDict:
     )
     # As arXiv 2510.01132 validates; at the stages' ends also greedily and as RL samples.
     config.eval = dict(temperature=0.4, other_temperatures=(0.0, 1.0))
-    return config
+    return methods.apply(config, method)

@@ -14,7 +14,7 @@ Its other pillars, as changes to this:
     imitation first --config.splits.demo='(40001, 60)' --config.sft.num_steps=12 and 400 games for RL
     dense reward    --config.reward.kind=dense, on games of another family in a config built on this:
                     env.params = dict(family="tw-simple", rewards="dense", goal="detailed")
-    RLOO, GRPO      docs/config.md, with rl.group_size 2 or more: of one episode there is no baseline
+    RLOO, GRPO      --config=configs/textworld_qwen2_5_1_5b.py:grpo, in groups of eight: of one there is no baseline
 
 Not run with these weights so far; for two to eight accelerators of 80 GB. What is checked on a CPU is this
 config with random weights of a tiny shape (tests/test_textworld_recipe.py).
@@ -25,8 +25,10 @@ import runpy
 
 import ml_collections
 
+from jaxagentrl import methods
 
-def get_config() -> ml_collections.ConfigDict:
+
+def get_config(method: str = "") -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
     config.env.params.update(theme="house")
@@ -79,4 +81,4 @@ def get_config() -> ml_collections.ConfigDict:
         learning_rate=1e-6, warmup_steps=0, decay_steps=None, b2=0.999, weight_decay=0.01
     )
     config.eval.update(temperature=0.4, other_temperatures=())
-    return config
+    return methods.apply(config, method)

@@ -11,8 +11,10 @@ import runpy
 
 import ml_collections
 
+from jaxagentrl import methods
 
-def get_config() -> ml_collections.ConfigDict:
+
+def get_config(method: str = "") -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
     config.splits = dict(demo=(40001, 16), train=(50001, 8), test=(1, 8))
@@ -37,4 +39,4 @@ def get_config() -> ml_collections.ConfigDict:
     # Nobody wins, but some are refused more often than others: that much there is to learn from.
     config.reward.update(invalid_penalty=0.1, no_end_of_turn_penalty=0.1)
     config.rl.optimizer.update(warmup_steps=1, decay_steps=4)
-    return config
+    return methods.apply(config, method)

@@ -24,8 +24,10 @@ import runpy
 
 import ml_collections
 
+from jaxagentrl import methods
 
-def get_config() -> ml_collections.ConfigDict:
+
+def get_config(method: str = "") -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
     config.env.params.update(theme="house")
@@ -54,4 +56,4 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.rl.optimizer.update(learning_rate=3e-5, warmup_steps=2, decay_steps=None)
     config.eval.update(other_temperatures=())
-    return config
+    return methods.apply(config, method)

@@ -25,8 +25,10 @@ import runpy
 
 import ml_collections
 
+from jaxagentrl import methods
 
-def get_config() -> ml_collections.ConfigDict:
+
+def get_config(method: str = "") -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
     world = dict(world_size=2, nb_objects=3, quest_length=4)
@@ -40,4 +42,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.rollout.update(max_turns=24)
     config.sampling.update(max_length=480, filled_buckets=(64, 112, 176, 240, 352, 480))
     config.learner.update(length_buckets=(80, 96, 112, 128, 144, 176, 240, 352, 480))
-    return config
+    return methods.apply(config, method)

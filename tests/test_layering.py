@@ -139,6 +139,7 @@ jaxagentrl.report_curves
 jaxagentrl.report_page
 jaxagentrl.report
 jaxagentrl.prepare
+jaxagentrl.methods
 jaxagentrl.settings
 jaxagentrl.states
 jaxagentrl.playing
@@ -153,7 +154,7 @@ CORE_LIBRARIES = {
 }
 
 # Host records and texts, usable without an accelerator library.
-WITHOUT_JAX = ("chat", "windowed", "trajectory", "episodes", "rewards", "tasks", "tokenizer", "progress", "workdir")
+WITHOUT_JAX = ("chat", "windowed", "trajectory", "episodes", "rewards", "tasks", "tokenizer", "progress", "workdir", "methods")
 
 
 def sources():

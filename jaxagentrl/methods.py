@@ -1,0 +1,150 @@
+"""Published methods, each as what it sets in a config: `--config=configs/textworld_quickstart.py:grpo`.
+
+A method here is what its paper says of rewards, credit, loss and KL, on whatever the config plays and trains: the
+score at the end is the only reward, every episode is in the update, nothing is whitened or weighed but where the
+paper does it. Sizes, rates, schedules and the number of episodes of an iteration stay the config's. Ratios and clips
+matter where an iteration has several optimizer steps; `rl.num_minibatches` = 4 also wants `rl.optimizer.decay_steps`
+times 4.
+
+Flags change what a method has set. In a config of your own:
+
+    from jaxagentrl import methods
+
+    def get_config(method=""):
+        config = ...
+        return methods.apply(config, method)
+"""
+
+_GROUP_SIZE = 8  # where the config's groups are of one episode
+
+
+def ppo(config) -> None:
+    """Token GAE across turns and a critic of its own, as arXiv 2510.01132 trains agents: γ = λ = 1, a game is played once,
+    k1 in the reward, a critic whose rate is ten times the policy's.
+
+    The loss of PPO's own paper (1707.06347) has no reference, dual clip or value clip; its γ would count per token.
+    """
+    _clipped(config)
+    _play_once(config)
+    config.rollout.temperature = 0.7
+    config.rl.discount = 1.0
+    config.rl.critic = "separate"
+    config.rl.critic_learning_rate = 10.0 * config.rl.optimizer.learning_rate
+    config.rl.advantage.update(name="gae", gae_lambda=1.0, whiten=True)
+    config.rl.loss.update(dual_clip=3.0, value_clip=0.5, value_coefficient=1.0)
+    config.rl.kl.update(placement="reward", estimator="k1", coefficient=0.01)
+
+
+def grpo(config) -> None:
+    """arXiv 2402.03300: difference to the group's mean over its standard deviation, mean within each episode first, k3 in
+    the loss with β = 0.04. There groups are of 64."""
+    _clipped(config)
+    _play_in_groups(config)
+    config.rl.advantage.update(name="group_normalized", group_scale="std")
+    config.rl.aggregation = "sequence_mean_token_mean"
+    config.rl.kl.update(placement="loss", estimator="k3", coefficient=0.04)
+
+
+def dr_grpo(config) -> None:
+    """arXiv 2503.20783: GRPO without the standard deviation, without lengths in the denominator and without KL. The
+    constant is the most tokens that an episode may sample."""
+    _clipped(config)
+    _play_in_groups(config)
+    config.rl.advantage.update(name="group_normalized", group_scale="none")
+    config.rl.aggregation = "constant"
+    config.rl.aggregation_constant = float(config.rollout.max_turns * config.sampling.max_turn_tokens)
+
+
+def rloo(config) -> None:
+    """arXiv 2402.14740: the episode as one action, so that its log-probs are summed; the mean of the group's others as its
+    baseline; no ratio, so one optimizer step an iteration; k1 in the reward. β is a choice by task."""
+    _clipped(config)
+    _play_in_groups(config)
+    config.rl.update(num_epochs=1, num_minibatches=1)
+    config.rl.advantage.name = "leave_one_out"
+    config.rl.aggregation = "sequence_mean_token_sum"
+    config.rl.loss.surrogate = "policy_gradient"
+    config.rl.kl.update(placement="reward", estimator="k1", coefficient=0.03)
+
+
+def reinforce_plus_plus(config) -> None:
+    """arXiv 2501.03262: a game is played once, k1 in the reward, rewards-to-go whitened over the batch (by the estimator,
+    so `whiten` is off), PPO's clip."""
+    _clipped(config)
+    _play_once(config)
+    config.rl.discount = 1.0
+    config.rl.advantage.name = "reinforce_plus_plus"
+    config.rl.kl.update(placement="reward", estimator="k1", coefficient=0.01)
+
+
+def gigpo(config) -> None:
+    """arXiv 2505.10978: the episode against its group and each turn against its anchor state, ω = 1, γ = 0.95 per turn, k3
+    in the loss with β = 0.01, 0.1 off an invalid action where a win is 10.
+
+    There an action is invalid by its form, whatever the game makes of it. Answers in tags have one; of others the end is
+    all the form there is, and a turn without it costs 0.01 (docs/study.md, on a penalty for refused commands). The
+    paper reports `group_scale` "std" and "none".
+    """
+    _clipped(config)
+    _play_in_groups(config)
+    penalty = "invalid_penalty" if config.prompt.style == "think_action" else "no_end_of_turn_penalty"
+    config.reward[penalty] = 0.01
+    config.rl.advantage.update(name="gigpo", group_scale="std", turn_discount=0.95, step_weight=1.0)
+    config.rl.kl.update(placement="loss", estimator="k3", coefficient=0.01)
+
+
+METHODS = {method.__name__: method for method in (ppo, grpo, dr_grpo, rloo, reinforce_plus_plus, gigpo)}
+
+
+def apply(config, name: str = ""):
+    """Sets a method in a config.
+
+    Args:
+        config: `ml_collections.ConfigDict`, changed in place.
+        name: one of `METHODS`; "" leaves the config's own.
+
+    Returns:
+        `config`.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    if name and name not in METHODS:
+        raise ValueError(f"--config=<file>:{name} names no published method: it is one of {', '.join(METHODS)}.")
+    if name:
+        METHODS[name](config)
+    return config
+
+
+def _clipped(config) -> None:
+    """What the methods share, and what of a config's own credit they do without."""
+    config.reward.update(kind="single", intermediate_scale=None, invalid_penalty=0.0, no_end_of_turn_penalty=0.0)
+    config.rl.update(
+        critic="none",
+        critic_learning_rate=None,
+        aggregation="token_mean",
+        aggregation_constant=None,
+        observation_weight=0.0,
+        skip_zero_signal=False,
+    )
+    config.rl.advantage.update(whiten=False, negative_weight=1.0, turn_horizon="episode", first_visit=False)
+    config.rl.loss.update(surrogate="clipped", clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.0)
+    config.rl.kl.update(placement="none", coefficient=0.0)
+
+
+def _play_once(config) -> None:
+    """As many episodes of an iteration as there were, each of a game of its own."""
+    config.rl.update(tasks_per_iteration=config.rl.tasks_per_iteration * config.rl.group_size, group_size=1)
+
+
+def _play_in_groups(config) -> None:
+    """As many episodes of an iteration as there were, in groups that have something to compare with."""
+    if config.rl.group_size > 1:
+        return
+    episodes = config.rl.tasks_per_iteration
+    if episodes % _GROUP_SIZE:
+        raise ValueError(
+            f"rl.tasks_per_iteration is {episodes} games played once, which are no groups of {_GROUP_SIZE}: give the config "
+            "an rl.group_size of 2 or more."
+        )
+    config.rl.update(tasks_per_iteration=episodes // _GROUP_SIZE, group_size=_GROUP_SIZE)
