@@ -115,19 +115,22 @@ def _keep_traceback(error: Exception) -> str:
 
 def parse(argv: list[str]) -> list[str]:
     try:
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
         _CONFIG.value.to_dict()  # a file that could not be read says so when it is asked
         return rest
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        # What config_flags raises of a file that is not there, a key that no config has, a value of another type.
+    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        # What absl raises of a flag, and config_flags of a file that is not there, a key that no config has, a value
+        # of another type. What a config file raised itself is the end of a traceback in absl's text.
         if "--debug" in argv:
             raise
         if isinstance(error, AttributeError | KeyError) and (path := _unknown(argv, str(error))):
             sys.exit(f"error: {_without(path)} (docs/config.md has all keys; --debug shows where)")
-        lines = str(error.args[0]).splitlines()
-        said = lines[-1].strip() if isinstance(error, OSError) else " ".join(lines)  # before it is a traceback
-        name = type(error).__name__
-        sys.exit(f"error: {name} in the flags: {said}. docs/config.md has all keys (--debug shows where)")
+        lines = str(error.args[0]).strip().splitlines()
+        is_traceback = isinstance(error, OSError | flags.Error)
+        said = lines[-1].strip() if is_traceback else " ".join(lines)
+        where = "" if isinstance(error, flags.Error) else f"{type(error).__name__} in the flags: "
+        end = "" if said.endswith((".", "?")) else "."
+        sys.exit(f"error: {where}{said}{end} docs/config.md has all keys (--debug shows where)")
 
 
 def _unknown(argv: list[str], said: str) -> str | None:

@@ -52,8 +52,11 @@ def parse(monkeypatch):
         (["--config=configs/textworld_smoke.py", "--config.pool.max_replays=2"],
          ("pool of this config has no max_replays",)),
         (["--config=configs/nope.py"], ("configs/nope.py",)),
+        (["--config=configs/textworld_smoke.py:grop"], ("grop names no published method", "ppo, grpo, dr_grpo")),
+        (["--config=configs/textworld_smoke.py", "--config.rl.group_size=a"], ("--config.rl.group_size=a", "'a'")),
+        (["--confg=configs/textworld_smoke.py"], ("'confg'", "Did you mean: config")),
     ],
-    ids=["key", "its flag", "of the games", "with a default", "file"],
+    ids=["key", "its flag", "of the games", "with a default", "file", "method", "value", "flag"],
 )
 def test_flags_that_cannot_work_get_one_sentence(parse, arguments, named):
     with pytest.raises(SystemExit) as ended:
@@ -61,8 +64,17 @@ def test_flags_that_cannot_work_get_one_sentence(parse, arguments, named):
     said = str(ended.value)
     assert said.startswith("error: ") and "\n" not in said
     assert all(name in said for name in (*named, "docs/config.md"))
-    with pytest.raises((AttributeError, KeyError, OSError, ValueError, TypeError)):
+    with pytest.raises((flags.Error, AttributeError, KeyError, OSError, ValueError, TypeError)):
         parse(*arguments, "--debug")
+
+
+def test_flags_change_what_a_method_has_set(parse):
+    config = parse(
+        "--config=configs/textworld_smoke.py:grpo", "--config.rl.kl.coefficient=0.001", "--config.rl.loss.dual_clip=3.0"
+    )
+    assert config["rl"]["advantage"]["name"] == "group_normalized"
+    assert config["rl"]["kl"] == {"placement": "loss", "estimator": "k3", "coefficient": 0.001}
+    assert config["rl"]["loss"]["dual_clip"] == 3.0
 
 
 def test_none_is_a_value(parse):
