@@ -107,6 +107,10 @@ def test_what_cannot_be_compared_gets_a_sentence(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare_runs.py", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="none has no metrics.jsonl"):
         runpy.run_path(str(TOOL), run_name="__main__")
+    for kept in (tmp_path / "a" / "trajectories").glob("eval_*.jsonl"):
+        kept.write_text("")
+    with pytest.raises(ValueError, match="jsonl has no episode: the environments of that evaluation all failed"):
+        tool["read"](roots[:1])
     (tmp_path / "b" / "config.json").unlink()
     with pytest.raises(ValueError, match="b has no config.json of a run"):
-        tool["read"](roots)
+        tool["read"](roots[1:])

@@ -102,7 +102,8 @@ def read(roots: list[str], split: str | None = None) -> list[Setting]:
         split: x of `splits.test_<x>`; None is `splits.test`.
 
     Raises:
-        ValueError: a folder is no workdir, has no config, has not played the split to a stage's end, or is the same run as another.
+        ValueError: a folder is no workdir, has no config, has not played the split to a stage's end, or no episode of
+            it, or is the same run as another.
     """
     found: dict[str, Setting] = {}
     for root in map(pathlib.Path, roots):
@@ -129,6 +130,8 @@ def _last_stage(root: pathlib.Path, prefix: str) -> tuple[str, dict[tuple[str, s
         if path.exists():
             with open(path, encoding="utf-8") as file:
                 records = [json.loads(line) for line in file]
+            if not records:
+                raise ValueError(f"{path} has no episode: the environments of that evaluation all failed.")
             return stage, {(of["task"]["name"], of["task"]["digest"]): of["won"] for of in records}
     raise ValueError(
         f"{root} has no {prefix}_<stage>.jsonl in trajectories/: no stage of it has ended yet, "
