@@ -39,7 +39,7 @@ from jaxagentrl.workdir import Workdir
 class Setup:
     """Made by `everything`; read by the training loops."""
 
-    splits: Mapping[str, Sequence[Task]]  # "test", every "test_<x>", and for training "demo" and "train"
+    splits: Mapping[str, Sequence[Task]]  # as `together`: "test", every "test_<x>", and for training "demo" and "train"
     pool: EnvPool
     replays: Sequence[demos.Replay]  # walkthroughs of "demo"
     chat_format: chat.ChatFormat
@@ -92,11 +92,24 @@ def games(
         made[name] = tasks.without(made[name], seen)
         seen += made[name]
     tasks.check_splits(made)
-    return made | {
-        name: [naming.renamed(task, number) for number in range(count) for task in made[name]]
-        for name, count in namings.items()
-        if name in made
+    return {
+        name: [naming.renamed(task, number) for number in range(namings.get(kind(name), 1)) for task in split]
+        for name, split in made.items()
     }
+
+
+def kind(split: str) -> str:
+    """What a split is for: "train_rooms" is a further one of the kind "train"."""
+    return split.partition("_")[0]
+
+
+def together(splits: Mapping[str, Sequence[Task]]) -> dict[str, Sequence[Task]]:
+    """Splits of one kind as one: all demonstrations, all games of RL. Held-out splits stay apart."""
+    united: dict[str, Sequence[Task]] = {}
+    for name, split in splits.items():
+        united_name = name if kind(name) == "test" else kind(name)
+        united[united_name] = [*united.get(united_name, ()), *split]
+    return united
 
 
 def needs_demonstrations(config: Mapping[str, Any]) -> bool:
@@ -107,9 +120,9 @@ def needs_demonstrations(config: Mapping[str, Any]) -> bool:
 def _needed_splits(config: Mapping[str, Any], stages: tuple[plan.Stage, ...]) -> set[str]:
     needed = {*config["splits"]}
     if not needs_demonstrations(config):
-        needed -= {"demo"}
+        needed = {name for name in needed if kind(name) != "demo"}
     if stages == ("evaluation",):
-        needed -= {"train"}
+        needed = {name for name in needed if kind(name) != "train"}
     return needed
 
 
@@ -135,7 +148,7 @@ def split_params(env: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str,
 
 def held_out(splits: Mapping[str, Any]) -> dict[str, str]:
     """The held-out splits -> the prefix of their metrics: "eval" of "test", "eval_x" of "test_x"."""
-    return {name: "eval" + name[4:] for name in splits if name.startswith("test")}
+    return {name: "eval" + name[4:] for name in splits if kind(name) == "test"}
 
 
 def seed_ranges(splits: Mapping[str, Any]) -> dict[str, range]:
@@ -160,6 +173,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
     _check_games(config["sft"], splits)
     _check_tasks(config["env"]["name"], splits)
     workdir.record("games", {name: _fingerprint(split) for name, split in splits.items()})
+    splits = together(splits)
     with make_pool(config) as pool:
         replays = _replays(splits.get("demo", []), pool)
         loaded = _tokenizer(config, replays, workdir)
@@ -199,7 +213,7 @@ def _check_games(sft: Mapping[str, Any], splits: Mapping[str, Sequence[Task]]) -
             f"there is no game in {', '.join(f'splits.{name}' for name in empty)}: of all of its seeds the game was set "
             "aside, or is in a split before it; change the seeds or env.params."
         )
-    there = len(splits.get("demo", ()))
+    there = len(together(splits).get("demo", ()))
     if sft["num_steps"] and sft["batch_size"] > there:
         raise ValueError(
             f"sft.batch_size is {sft['batch_size']}, but of the games of splits.demo there are only {there}: give it "

@@ -280,14 +280,11 @@ def _check_games(config: Config) -> None:
                 f"games have otherwise, got {split!r}."
             )
     ranges = prepare.seed_ranges(config["splits"])
-    further = [name for name in ranges if name.startswith("test_")]
-    found, needed = set(ranges) - set(further), {"train", "test"}
-    if prepare.needs_demonstrations(config):
-        needed |= {"demo"}
-    if found | {"demo"} != {"demo", "train", "test"} or needed - found:
+    needed = {"train", "test"} | ({"demo"} if prepare.needs_demonstrations(config) else set())
+    if {prepare.kind(name) for name in ranges} - {"demo", "train", "test"} or needed - set(ranges):
         raise ValueError(
-            "splits must be demo, train and test, and further held-out ones as test_<name> (demo may be missing where "
-            f"sft.num_steps is 0 and tokenizer.directory is given), got {sorted(ranges)}."
+            "splits must be demo, train and test, and further ones of their kinds as train_<name> (demo may be missing "
+            f"where sft.num_steps is 0 and tokenizer.directory is given), got {sorted(ranges)}."
         )
     params, namings = prepare.split_params(config["env"], config["splits"]), config["namings"]
     for games in params.values():
@@ -313,11 +310,12 @@ def _check_games(config: Config) -> None:
             "namings must give demo and train a number of at least 1 each (held-out games are played "
             f"as they are), got {dict(namings)}."
         )
-    for split, count in namings.items():
-        if count > 1 and split in params and params[split].get("theme") != naming.THEME:
+    for split, games in params.items():
+        count = namings.get(prepare.kind(split), 1)
+        if count > 1 and games.get("theme") != naming.THEME:
             raise ValueError(
-                f"namings.{split} is {count}, but only TextWorld games of the theme {naming.THEME!r} "
-                "have names that mean nothing: set it to 1."
+                f"namings.{prepare.kind(split)} is {count}, but only TextWorld games of the theme {naming.THEME!r} "
+                f"have names that mean nothing, which splits.{split} is not of: set it to 1."
             )
 
 
@@ -376,7 +374,9 @@ def _check_trees(config: Config) -> None:
 
 
 def _check_imitation(config: Config) -> None:
-    sft, num_demos = config["sft"], len(prepare.seed_ranges(config["splits"]).get("demo", ()))
+    sft = config["sft"]
+    ranges = prepare.seed_ranges(config["splits"])
+    num_demos = sum(len(seeds) for name, seeds in ranges.items() if prepare.kind(name) == "demo")
     if sft["num_steps"] and sft["batch_size"] > num_demos:
         raise ValueError(
             f"sft.batch_size is {sft['batch_size']} but splits.demo has {num_demos} "

@@ -173,6 +173,27 @@ def test_a_folder_of_games_that_cannot_be_made_is_named(tmp_path):
         prepare.games(env, config["splits"], config["namings"])
 
 
+def test_further_splits_are_trained_on_with_the_first_of_their_kind(smoke_games):
+    env = smoke_config()["env"] | {"cache_dir": str(smoke_games)}
+    splits = {
+        "demo": (40001, 1), "demo_rooms": (60001, 1, {"world_size": 3}),
+        "train": (50001, 2), "train_rooms": (60101, 1, {"world_size": 3}), "train_long": (60201, 1, {"quest_length": 5}),
+        "test": (1, 1), "test_rooms": (1001, 1, {"world_size": 3}),
+    }  # fmt: skip
+    made = prepare.games(env, splits, {"demo": 1, "train": 2})
+    assert {name: len(split) for name, split in made.items()} == {
+        "demo": 1, "demo_rooms": 1, "train": 4, "train_rooms": 2, "train_long": 2, "test": 1, "test_rooms": 1
+    }
+    united = prepare.together(made)
+    assert list(united) == ["demo", "train", "test", "test_rooms"]
+    assert united["test"] == made["test"] and len(united["demo"]) == 2
+    worlds = [(task.params["world_size"], task.params["quest_length"]) for task in united["train"]]
+    assert worlds == [(2, 4)] * 4 + [(3, 4)] * 2 + [(2, 5)] * 2
+    assert prepare._needed_splits(smoke_config() | {"splits": splits}, ("evaluation",)) == {
+        "demo", "demo_rooms", "test", "test_rooms"  # a tokenizer is trained
+    }
+
+
 def test_games_that_are_not_there_are_found_out_before_anything_is_learned():
     there = {"demo": [1] * 15, "train": [1], "test": [1]}
     with pytest.raises(ValueError, match="no game in splits.train: of all of its seeds"):
@@ -180,6 +201,9 @@ def test_games_that_are_not_there_are_found_out_before_anything_is_learned():
     with pytest.raises(ValueError, match="sft.batch_size is 16, but of the games of splits.demo there are only 15"):
         prepare._check_games({"num_steps": 2, "batch_size": 16}, there)
     prepare._check_games({"num_steps": 2, "batch_size": 15}, there)
+    prepare._check_games({"num_steps": 2, "batch_size": 16}, there | {"demo_rooms": [1]})
+    with pytest.raises(ValueError, match="no game in splits.train_rooms: of all"):
+        prepare._check_games({"num_steps": 0}, there | {"train_rooms": []})
     prepare._check_games({"num_steps": 0, "batch_size": 16}, {"test": [1]})
 
 

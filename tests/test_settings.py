@@ -115,6 +115,8 @@ def test_the_quick_start_has_every_key_and_the_docs_tell_of_each():
         ("model.rope_theta", "1e6", "model.rope_theta must be a number, got '1e6'"),
         ("model.window_layers", (1, 0), "model.window_layers must be a tuple of True and False"),
         ("splits.test", (True, 100), "splits.test must be"),
+        ("splits.tests", (90_001, 4), r"further ones of their kinds as train_<name> .*'tests'"),
+        ("splits.train_house", (90_001, 4, {"theme": "house"}), "namings.train is 4, .*which splits.train_house is not of"),
         ("reward.intermediate_scale", float("nan"), "reward.intermediate_scale must be finite, got nan"),
         ("reward.invalid_penalty", float("inf"), "reward.invalid_penalty must be finite, got inf"),
         ("rl.advantage.step_weight", float("inf"), "rl.advantage.step_weight must be finite"),
