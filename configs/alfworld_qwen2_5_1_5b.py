@@ -26,6 +26,7 @@ from jaxagentrl import methods
 def get_config(method: str = "") -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
+    config.model.directory = config.tokenizer.directory = "Qwen2.5-1.5B-Instruct"  # where yours is, by the flags above
     config.env = dict(
         name="alfworld",
         params=dict(family="alfworld-data", split="train"),

@@ -26,6 +26,7 @@ def get_config(method: str = "") -> ml_collections.ConfigDict:
     # The paper trains both worlds alike.
     textworld = pathlib.Path(__file__).with_name("textworld_qwen2_5_1_5b.py")
     config = runpy.run_path(str(textworld))["get_config"]()
+    config.model.directory = config.tokenizer.directory = "Qwen2.5-7B-Instruct"  # where yours is, by the flags above
     config.env = dict(
         name="alfworld",
         params=dict(family="alfworld-data", split="train"),

@@ -29,6 +29,7 @@ from jaxagentrl import methods
 def get_config(method: str = "") -> ml_collections.ConfigDict:
     textworld = pathlib.Path(__file__).with_name("textworld_qwen2_5_1_5b.py")
     config = runpy.run_path(str(textworld))["get_config"]()
+    config.model.directory = config.tokenizer.directory = "Qwen3-8B"  # where yours is, by the flags above
     config.env = dict(
         name="swe",
         params=dict(

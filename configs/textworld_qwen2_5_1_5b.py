@@ -31,6 +31,7 @@ from jaxagentrl import methods
 def get_config(method: str = "") -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
+    config.model.directory = config.tokenizer.directory = "Qwen2.5-1.5B-Instruct"  # where yours is, by the flags above
     config.env.params.update(theme="house")
     config.env.update(num_workers=8)
     config.namings = dict(demo=1, train=1)

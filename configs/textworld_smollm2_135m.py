@@ -30,6 +30,7 @@ from jaxagentrl import methods
 def get_config(method: str = "") -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("textworld_quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
+    config.model.directory = config.tokenizer.directory = "SmolLM2-135M-Instruct"  # where yours is, by the flags above
     config.env.params.update(theme="house")
     config.namings = dict(demo=1, train=1)
     config.splits = dict(demo=(40_001, 60), train=(50_001, 256), test=(1, 100))

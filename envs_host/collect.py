@@ -83,8 +83,8 @@ def tasks(
     chosen = order[seeds.start - first : seeds.stop - first]
     if len(chosen) < len(seeds):
         raise ValueError(
-            f"of {params['family']} with these parameters there are {len(order)} tasks, but the splits ask for "
-            f"{seeds.stop - first}: lower the number. {' '.join(found.notices)}".rstrip()
+            f"of {params['family']} with these parameters there are {len(order)} tasks, counted from {first}, but a split asks "
+            f"for {seeds.start} to {seeds.stop - 1}: lower its first seed or its number. {' '.join(found.notices)}".rstrip()
         )
     return Collection(chosen, found.notices)
 

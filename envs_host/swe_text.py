@@ -65,15 +65,15 @@ class Command(NamedTuple):
 
 
 def parse(text: str) -> Command:
-    """Reads a command out of anything a model can write; one in a fenced block is taken out of it.
+    """Reads a command out of anything a model can write: what it begins with, else the first fenced block that begins with one.
 
     Raises:
         Refused: it is none.
     """
     text = text.encode(errors="replace").decode()  # half of a surrogate pair can be neither written nor told
     text = text.replace("\r\n", "\n").lstrip()
-    if text.partition("\n")[0].partition(" ")[0] not in _FORMS and (fenced := _FENCED.search(text)):
-        text = fenced[1].lstrip()
+    if _first_word(text) not in _FORMS and (blocks := [block.lstrip() for block in _FENCED.findall(text)]):
+        text = next((block for block in blocks if _first_word(block) in _FORMS), blocks[0])
     head, _, body = text.partition("\n")
     name, _, words = head.strip().partition(" ")
     words = words.strip()
@@ -88,6 +88,10 @@ def parse(text: str) -> Command:
         if form == "must" and not given:
             raise Refused(f"{name} needs {what}.")
     return Command(name, words, body + "\n" * bool(body and not body.endswith("\n")))
+
+
+def _first_word(text: str) -> str:
+    return text.partition("\n")[0].partition(" ")[0]
 
 
 def _is_one_block(inside: str) -> bool:

@@ -121,7 +121,7 @@ class EnvFailure:
     """The environment failed, not the agent: the episode is to be dropped and counted.
 
     Attributes:
-        reason: "crash", "step time limit", "reset time limit" or "game file".
+        reason: "crash", "step time limit", "reset time limit", "game file" or "not deterministic".
         message: for people.
     """
 

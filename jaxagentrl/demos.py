@@ -116,7 +116,10 @@ def replay(
             while waiting and len(live) < max_in_flight:
                 index = waiting.popleft()
                 if not tasks[index].walkthrough:
-                    raise DemonstrationError(f"task {tasks[index].name} has no walkthrough")
+                    raise DemonstrationError(
+                        f"task {tasks[index].name} has no walkthrough, which imitation and a tokenizer that is trained "
+                        "need: set sft.num_steps to 0 and give model.directory and tokenizer.directory."
+                    )
                 live[index] = []
                 pool.reset(_handle(index), tasks[index])
             for (_, index), result in pool.poll():

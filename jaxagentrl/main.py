@@ -116,6 +116,8 @@ def _keep_traceback(error: Exception) -> str:
 def parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
+        if missing := [f"--{flag.name}" for flag in (_CONFIG, _WORKDIR) if flag.value is None]:
+            sys.exit(f"error: {' and '.join(missing)} must be given: --config=configs/<x>.py --workdir=<folder>")
         _CONFIG.value.to_dict()  # a file that could not be read says so when it is asked
         return rest
     except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
@@ -128,6 +130,8 @@ def parse(argv: list[str]) -> list[str]:
         lines = str(error.args[0]).strip().splitlines()
         is_traceback = isinstance(error, OSError | flags.Error)
         said = lines[-1].strip() if is_traceback else " ".join(lines)
+        if "get_config() takes 0 positional arguments" in said:
+            said += ": that config takes no method; give it a parameter `method` and return methods.apply(config, method)"
         where = "" if isinstance(error, flags.Error) else f"{type(error).__name__} in the flags: "
         end = "" if said.endswith((".", "?")) else "."
         sys.exit(f"error: {where}{said}{end} docs/config.md has all keys (--debug shows where)")
@@ -154,7 +158,6 @@ def _without(path: str) -> str:
 
 
 def run() -> None:
-    flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse)
 
 

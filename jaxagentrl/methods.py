@@ -4,9 +4,9 @@ A method here is what its paper says of rewards, credit, loss and KL, on whateve
 score at the end is the only reward, every episode is in the update, nothing is whitened or weighed but where the
 paper does it. Sizes, rates, schedules and the number of episodes of an iteration stay the config's. Ratios and clips
 matter where an iteration has several optimizer steps; `rl.num_minibatches` = 4 also wants `rl.optimizer.decay_steps`
-times 4.
+times 4; a method that takes one step divides it.
 
-Flags change what a method has set. In a config of your own:
+Flags change what a method has set, and do not change what it is set from: it reads the file. In a config of your own:
 
     from jaxagentrl import methods
 
@@ -28,7 +28,7 @@ def ppo(config) -> None:
     _play_once(config)
     config.rollout.temperature = 0.7
     config.rl.discount = 1.0
-    config.rl.critic = "separate"
+    config.rl.critic = "head" if config.lora.rank else "separate"  # a whole model more is not what adapters are for
     config.rl.critic_learning_rate = 10.0 * config.rl.optimizer.learning_rate
     config.rl.advantage.update(name="gae", gae_lambda=1.0, whiten=True)
     config.rl.loss.update(dual_clip=3.0, value_clip=0.5, value_coefficient=1.0)
@@ -47,12 +47,15 @@ def grpo(config) -> None:
 
 def dr_grpo(config) -> None:
     """arXiv 2503.20783: GRPO without the standard deviation, without lengths in the denominator and without KL. The
-    constant is the most tokens that an episode may sample."""
+    constant is the most tokens that an episode may sample: in its turns, and where it has one context in all."""
     _clipped(config)
     _play_in_groups(config)
     config.rl.advantage.update(name="group_normalized", group_scale="none")
     config.rl.aggregation = "constant"
-    config.rl.aggregation_constant = float(config.rollout.max_turns * config.sampling.max_turn_tokens)
+    tokens = config.rollout.max_turns * config.sampling.max_turn_tokens
+    if config.rollout.context == "end":
+        tokens = min(tokens, config.sampling.max_length)
+    config.rl.aggregation_constant = float(tokens)
 
 
 def rloo(config) -> None:
@@ -60,7 +63,7 @@ def rloo(config) -> None:
     baseline; no ratio, so one optimizer step an iteration; k1 in the reward. β is a choice by task."""
     _clipped(config)
     _play_in_groups(config)
-    config.rl.update(num_epochs=1, num_minibatches=1)
+    _one_step(config)
     config.rl.advantage.name = "leave_one_out"
     config.rl.aggregation = "sequence_mean_token_sum"
     config.rl.loss.surrogate = "policy_gradient"
@@ -81,14 +84,15 @@ def gigpo(config) -> None:
     """arXiv 2505.10978: the episode against its group and each turn against its anchor state, ω = 1, γ = 0.95 per turn, k3
     in the loss with β = 0.01, 0.1 off an invalid action where a win is 10.
 
-    There an action is invalid by its form, whatever the game makes of it. Answers in tags have one; of others the end is
-    all the form there is, and a turn without it costs 0.01 (docs/study.md, on a penalty for refused commands). The
-    paper reports `group_scale` "std" and "none".
+    There an action is invalid by its form, whatever the game makes of it. A turn without its end has none, and costs
+    0.01 (docs/study.md, on a penalty for refused commands; nothing with `rollout.cut_turns` "send", which plays it). Of
+    answers in tags the tags are the form, too. The paper reports `group_scale` "std" and "none".
     """
     _clipped(config)
     _play_in_groups(config)
-    penalty = "invalid_penalty" if config.prompt.style == "think_action" else "no_end_of_turn_penalty"
-    config.reward[penalty] = 0.01
+    config.reward.no_end_of_turn_penalty = 0.01
+    if config.prompt.style == "think_action":
+        config.reward.invalid_penalty = 0.01
     config.rl.advantage.update(name="gigpo", group_scale="std", turn_discount=0.95, step_weight=1.0)
     config.rl.kl.update(placement="loss", estimator="k3", coefficient=0.01)
 
@@ -130,6 +134,15 @@ def _clipped(config) -> None:
     config.rl.advantage.update(whiten=False, negative_weight=1.0, turn_horizon="episode", first_visit=False)
     config.rl.loss.update(surrogate="clipped", clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.0)
     config.rl.kl.update(placement="none", coefficient=0.0)
+
+
+def _one_step(config) -> None:
+    """An iteration is one optimizer step, on a schedule of as many iterations as before."""
+    steps = config.rl.num_epochs * config.rl.num_minibatches
+    config.rl.update(num_epochs=1, num_minibatches=1)
+    config.rl.optimizer.warmup_steps //= steps
+    if config.rl.optimizer.decay_steps is not None:
+        config.rl.optimizer.decay_steps //= steps
 
 
 def _play_once(config) -> None:

@@ -216,8 +216,8 @@ def _check_games(sft: Mapping[str, Any], splits: Mapping[str, Sequence[Task]]) -
     there = len(together(splits).get("demo", ()))
     if sft["num_steps"] and sft["batch_size"] > there:
         raise ValueError(
-            f"sft.batch_size is {sft['batch_size']}, but of the games of splits.demo there are only {there}: give it "
-            "more seeds, or lower the batch size."
+            f"sft.batch_size is {sft['batch_size']}, but of the games of splits.demo, with any demo_<name>, there are only {there}: "
+            "give them more seeds, or lower the batch size."
         )
 
 

@@ -36,8 +36,10 @@ def turn_rewards(
             nothing. TextWorld: its own signal, +1 for a step along the winning policy, −1 for one away
             from it. Keep scale × first distance (length of the quest, lines of the repair) below 1, or
             progress outweighs winning.
-        invalid_penalty: subtracted on each turn whose command the environment refused (0.1 in
-            GiGPO and RAGEN, 0 in the guide).
+        invalid_penalty: subtracted on each turn whose command the environment refused, or in style
+            "think_action" whose answer has the wrong form (0 in the guide). GiGPO takes 0.1 off the
+            latter where a win is 10, so 0.01 here; off the former it taught to win nothing
+            (docs/study.md).
         no_end_of_turn_penalty: subtracted on the last turn of an episode that stopped because an
             action was cut before its end-of-turn token; it takes the place of `invalid_penalty`
             there.

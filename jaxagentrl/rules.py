@@ -21,7 +21,8 @@ class Rules:
             repeats itself would fill its slot with such turns.
         temperature, top_k, top_p, min_p: of sampling; temperature 0 is greedy. Top-k, top-p and
             min-p make the sampler's distribution another than the one that training scores: leave
-            them off (0, 1, 0) in training, where nothing corrects for it.
+            them off (0, 1, 0) in training, or correct for the tokens that could be drawn
+            (`rl.loss.importance_cap`).
         cut_turns: what happens to a turn whose budget ends before it does: "end" ends the episode (no
             end of turn: the turn is kept, its command is not sent); "send" sends what there is, and
             the end-of-turn token comes with the next prompt, where it is not trained.

@@ -379,7 +379,7 @@ def _check_imitation(config: Config) -> None:
     num_demos = sum(len(seeds) for name, seeds in ranges.items() if prepare.kind(name) == "demo")
     if sft["num_steps"] and sft["batch_size"] > num_demos:
         raise ValueError(
-            f"sft.batch_size is {sft['batch_size']} but splits.demo has {num_demos} "
+            f"sft.batch_size is {sft['batch_size']} but splits.demo, with any demo_<name>, has {num_demos} "
             "seeds: lower the first or raise the second."
         )
     if sft["save_every"] % sft["log_every"]:

@@ -28,7 +28,8 @@ class Turn:
         command: what was sent to the environment after cleaning.
         reward: increase of the environment's score that the action brought.
         intermediate_reward: the environment's own progress signal for this step, 0 if it has none.
-        valid_command: False if the environment's parser refused the command.
+        valid_command: False if the environment's parser refused the command, in style "think_action"
+            if the answer has another form, and where the action was cut and not sent.
         score: the environment's score after the action.
         anchor: key of the state the action was taken in, equal for equal states, see `anchor_of`;
             None if unknown.

@@ -68,6 +68,18 @@ def test_flags_that_cannot_work_get_one_sentence(parse, arguments, named):
         parse(*arguments, "--debug")
 
 
+def test_a_config_without_methods_says_how_to_take_them(parse, tmp_path):
+    (tmp_path / "own.py").write_text("import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict()\n")
+    with pytest.raises(SystemExit, match="takes no method; give it a parameter `method` and return methods.apply"):
+        parse(f"--config={tmp_path / 'own.py'}:grpo")
+
+
+def test_what_must_be_given_is_named(monkeypatch):
+    for given, missing in (([], "--config and --workdir"), (["--workdir=x"], "--config")):
+        with flagsaver.flagsaver(), pytest.raises(SystemExit, match=f"error: {missing} must be given: --config=configs"):
+            main.parse(["main", *given])
+
+
 def test_flags_change_what_a_method_has_set(parse):
     config = parse(
         "--config=configs/textworld_smoke.py:grpo", "--config.rl.kl.coefficient=0.001", "--config.rl.loss.dual_clip=3.0"

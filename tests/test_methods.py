@@ -82,7 +82,7 @@ def is_idle(key: str, idle: list[str]) -> bool:
     [
         ("textworld_qwen2_5_1_5b", "ppo", set()),
         ("alfworld_qwen2_5_7b", "ppo", set()),
-        ("alfworld_qwen2_5_1_5b", "gigpo", {"rl.skip_zero_signal", "rl.loss.dual_clip"}),
+        ("alfworld_qwen2_5_1_5b", "gigpo", {"rl.skip_zero_signal", "rl.loss.dual_clip", "reward.no_end_of_turn_penalty"}),
         ("swe_gym_qwen3_8b", "grpo", {"rl.kl.coefficient", "rl.loss.dual_clip", "rl.aggregation"}),
     ],
 )
@@ -99,8 +99,30 @@ def test_without_a_method_a_config_is_its_own():
 
 
 def test_the_constant_is_the_most_tokens_of_an_episode():
-    config = load("alfworld_quickstart", "dr_grpo")
-    assert config.rl.aggregation_constant == config.rollout.max_turns * config.sampling.max_turn_tokens
+    """In the quick start of its turns, in a repository of the one context that they share."""
+    assert load("textworld_quickstart", "dr_grpo").rl.aggregation_constant == 12 * 12
+    assert load("swe_gym_qwen3_8b", "dr_grpo").rl.aggregation_constant == 16_384
+    assert load("alfworld_qwen2_5_1_5b", "dr_grpo").rl.aggregation_constant == 50 * 512  # each with a context of its own
+
+
+def test_a_method_of_one_step_keeps_the_schedules_iterations():
+    own, config = load("swe_quickstart"), load("swe_quickstart", "rloo")
+    assert own.rl.num_minibatches * own.rl.num_epochs == 4 and config.rl.num_minibatches * config.rl.num_epochs == 1
+    assert config.rl.optimizer.decay_steps == own.rl.optimizer.decay_steps // 4 == own.rl.num_iterations
+    assert config.rl.optimizer.warmup_steps == own.rl.optimizer.warmup_steps // 4
+
+
+def test_answers_without_their_form_cost_what_gigpo_says():
+    paid = [values(load(name, "gigpo")) for name in ("textworld_quickstart", "alfworld_qwen2_5_1_5b")]
+    assert [config["reward.no_end_of_turn_penalty"] for config in paid] == [0.01, 0.01]
+    assert [config["reward.invalid_penalty"] for config in paid] == [0.0, 0.01]
+
+
+def test_adapters_get_a_critic_that_they_can_have():
+    config = load("textworld_quickstart")
+    config.lora.rank = 4
+    assert methods.apply(config, "ppo").rl.critic == "head"
+    assert methods.apply(load("textworld_quickstart"), "ppo").rl.critic == "separate"
 
 
 def test_games_that_are_played_once_become_groups():

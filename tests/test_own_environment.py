@@ -128,7 +128,7 @@ def test_a_split_counts_lines_in_their_order(tmp_path):
     params = {"family": "tasks", "path": path}
     found = collect.tasks(params, range(103, 106), **options)
     assert [task.name for task in found.tasks] == ["t3", "t4", "t5"]
-    with pytest.raises(ValueError, match="there are 10 tasks, but the splits ask for 11"):
+    with pytest.raises(ValueError, match="there are 10 tasks, counted from 100, but a split asks for 103 to 110"):
         collect.tasks(params, range(103, 111), **options)
     with pytest.raises(ValueError, match="tasks needs the parameters path; got file, path"):
         collect.tasks(params | {"file": "x"}, range(103, 106), **options)

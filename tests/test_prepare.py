@@ -198,7 +198,7 @@ def test_games_that_are_not_there_are_found_out_before_anything_is_learned():
     there = {"demo": [1] * 15, "train": [1], "test": [1]}
     with pytest.raises(ValueError, match="no game in splits.train: of all of its seeds"):
         prepare._check_games({"num_steps": 0}, there | {"train": []})
-    with pytest.raises(ValueError, match="sft.batch_size is 16, but of the games of splits.demo there are only 15"):
+    with pytest.raises(ValueError, match="sft.batch_size is 16, but of the games of splits.demo, with any demo_<name>, there are only 15"):
         prepare._check_games({"num_steps": 2, "batch_size": 16}, there)
     prepare._check_games({"num_steps": 2, "batch_size": 15}, there)
     prepare._check_games({"num_steps": 2, "batch_size": 16}, there | {"demo_rooms": [1]})

@@ -255,6 +255,7 @@ def test_what_a_submission_writes_over(tmp_path):
          '3:        return text\n4:    return text[: width - 1] + "…"'),
         ("open shelf/__init__.py", "[shelf/__init__.py, empty]"),
         ("So:\n```bash\nls shelf\n```\nThat is it.", "__init__.py\nordering.py\ntext.py"),
+        ("It said\n```\n3 failed\n```\nso\n```bash\nls shelf\n```", "__init__.py\nordering.py\ntext.py"),
         ("create shelf/new.py\n```python\nONE = 1\n```", "[shelf/new.py, lines 1 to 1 of 1]\n1:ONE = 1"),
         ('create a.md\nSay:\n```\nsubmit\n```\n', "[a.md, lines 1 to 4 of 4]\n1:Say:\n2:```\n3:submit\n4:```"),
         ("create c.md\n```\na\n```\nand\n```\nb\n```", "[c.md, lines 1 to 7 of 7]\n1:```\n2:a\n3:```\n4:and\n5:```\n6:b\n7:```"),

@@ -224,7 +224,7 @@ def test_as_a_split(tmp_path, instance):
     one, two = (collect.tasks(params, seeds, **arguments) for seeds in (range(1, 3), range(3, 5)))
     assert {task.name for task in one.tasks + two.tasks} == {"corner__shelf-1", "other-0", "other-1", "other-2"}
     assert "1 instances left out, e.g. lost: there is no clone" in one.notices[0]
-    with pytest.raises(ValueError, match="there are 4 tasks, but the splits ask for 5"):
+    with pytest.raises(ValueError, match="there are 4 tasks, counted from 1, but a split asks for 1 to 5"):
         collect.tasks(params, range(1, 6), **arguments)
     with pytest.raises(ValueError, match="swe-data needs the parameters instances, repositories"):
         collect.tasks({"family": "swe-data"}, range(1), **arguments)
