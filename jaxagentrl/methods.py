@@ -24,7 +24,7 @@ def ppo(config) -> None:
 
     The loss of PPO's own paper (1707.06347) has no reference, dual clip or value clip; its γ would count per token.
     """
-    _clipped(config)
+    _plain(config)
     _play_once(config)
     config.rollout.temperature = 0.7
     config.rl.discount = 1.0
@@ -38,7 +38,7 @@ def ppo(config) -> None:
 def grpo(config) -> None:
     """arXiv 2402.03300: difference to the group's mean over its standard deviation, mean within each episode first, k3 in
     the loss with β = 0.04. There groups are of 64."""
-    _clipped(config)
+    _plain(config)
     _play_in_groups(config)
     config.rl.advantage.update(name="group_normalized", group_scale="std")
     config.rl.aggregation = "sequence_mean_token_mean"
@@ -48,7 +48,7 @@ def grpo(config) -> None:
 def dr_grpo(config) -> None:
     """arXiv 2503.20783: GRPO without the standard deviation, without lengths in the denominator and without KL. The
     constant is the most tokens that an episode may sample: in its turns, and where it has one context in all."""
-    _clipped(config)
+    _plain(config)
     _play_in_groups(config)
     config.rl.advantage.update(name="group_normalized", group_scale="none")
     config.rl.aggregation = "constant"
@@ -61,7 +61,7 @@ def dr_grpo(config) -> None:
 def rloo(config) -> None:
     """arXiv 2402.14740: the episode as one action, so that its log-probs are summed; the mean of the group's others as its
     baseline; no ratio, so one optimizer step an iteration; k1 in the reward. β is a choice by task."""
-    _clipped(config)
+    _plain(config)
     _play_in_groups(config)
     _one_step(config)
     config.rl.advantage.name = "leave_one_out"
@@ -73,7 +73,7 @@ def rloo(config) -> None:
 def reinforce_plus_plus(config) -> None:
     """arXiv 2501.03262: a game is played once, k1 in the reward, rewards-to-go whitened over the batch (by the estimator,
     so `whiten` is off), PPO's clip."""
-    _clipped(config)
+    _plain(config)
     _play_once(config)
     config.rl.discount = 1.0
     config.rl.advantage.name = "reinforce_plus_plus"
@@ -88,7 +88,7 @@ def gigpo(config) -> None:
     0.01 (docs/study.md, on a penalty for refused commands; nothing with `rollout.cut_turns` "send", which plays it). Of
     answers in tags the tags are the form, too. The paper reports `group_scale` "std" and "none".
     """
-    _clipped(config)
+    _plain(config)
     _play_in_groups(config)
     config.reward.no_end_of_turn_penalty = 0.01
     if config.prompt.style == "think_action":
@@ -120,7 +120,7 @@ def apply(config, name: str = ""):
     return config
 
 
-def _clipped(config) -> None:
+def _plain(config) -> None:
     """What the methods share, and what of a config's own credit they do without."""
     config.reward.update(kind="single", intermediate_scale=None, invalid_penalty=0.0, no_end_of_turn_penalty=0.0)
     config.rl.update(
