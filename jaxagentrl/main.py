@@ -67,6 +67,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that the run writes into
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if _WORKDIR.value is None:
+        sys.exit("error: --workdir must be given: a folder that the run writes into and resumes from.")
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
     config = _CONFIG.value.to_dict()
     interrupts.raise_where_heard()
@@ -116,8 +118,8 @@ def _keep_traceback(error: Exception) -> str:
 def parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-        if missing := [f"--{flag.name}" for flag in (_CONFIG, _WORKDIR) if flag.value is None]:
-            sys.exit(f"error: {' and '.join(missing)} must be given: --config=configs/<x>.py --workdir=<folder>")
+        if _CONFIG.value is None:
+            sys.exit("error: --config must be given: --config=configs/<x>.py --workdir=<folder>")
         _CONFIG.value.to_dict()  # a file that could not be read says so when it is asked
         return rest
     except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
