@@ -2,7 +2,6 @@
 and without the effort that pays for long runs only."""
 
 import atexit
-import gc
 import os
 import shutil
 import subprocess
@@ -31,8 +30,6 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     if subprocess.run(probe, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True).returncode == 0:
         os.environ["XLA_FLAGS"] = flags
 
-gc.disable()  # until everything is imported
-
 import jax
 import pytest
 
@@ -47,14 +44,6 @@ _FIRST = ("test_processes.py", "test_train.py", "test_quickstart_notebook.py")
 def pytest_collection_modifyitems(items):
     """The longest files first: what starts last is waited for with the other core idle."""
     items.sort(key=lambda item: item.path.name not in _FIRST)
-
-
-def pytest_collection_finish():
-    """What was imported stays: no collection of garbage goes through it again. Nor, as often as Python would,
-    through what jax remembers of every program that was traced, which grows all the time."""
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
-    gc.enable()
 
 
 @pytest.fixture(scope="session")
