@@ -125,8 +125,9 @@ def is_clipped(
     *,
     clip_low: float,
     clip_high: float,
+    sequence_ids: Array | None = None,
 ) -> Array:
-    """Where a surrogate's clip acts: on the ratio of the token or, GSPO, of its row, and, where the clip
+    """Where a surrogate's clip acts: on the ratio of the token or, GSPO, of its sequence, and, where the clip
     is of an objective, on the side that the advantage would go on to. Dual clip apart.
 
     Args:
@@ -135,6 +136,7 @@ def is_clipped(
         advantages: [B, L] float.
         action_mask: [B, L] bool.
         clip_low, clip_high: as in `losses.clipped_surrogate`.
+        sequence_ids: [B, L] int in [0, L), of GSPO's sequences where a row holds several; None: each is one.
 
     Returns:
         [B, L] bool.
@@ -146,8 +148,11 @@ def is_clipped(
     if surrogate == "policy_gradient":
         return jnp.zeros_like(action_mask)
     if surrogate == "gspo":
-        length = masking.sequence_sum(action_mask.astype(jnp.float32), action_mask)
-        log_ratio = masking.divide(masking.sequence_sum(log_ratio, action_mask), length)
+        summed, length = (
+            masking.sequence_sum(x, action_mask, turn_ids=sequence_ids)
+            for x in (log_ratio, action_mask.astype(jnp.float32))
+        )
+        log_ratio = masking.divide(summed, length)
     ratio = jnp.exp(log_ratio)
     above, below = ratio > 1 + clip_high, ratio < 1 - clip_low
     if surrogate != "cispo":

@@ -60,7 +60,8 @@ def make_rl_loss(
     """Policy-gradient loss of one micro-batch; sums weighted by `Targets.weights`.
 
     Args:
-        surrogate: of `SURROGATES`. "clipped" is that of PPO, GRPO, RLOO and REINFORCE++.
+        surrogate: of `SURROGATES`. "clipped" is that of PPO, GRPO, RLOO and REINFORCE++. The sequence of "gspo"
+            is what the policy reads as one text: the episode or, where that is several contexts, each of them.
         kl_coefficient: of the KL term in the loss; 0 leaves it out.
         importance_cap: C of truncated importance sampling: every token's term is multiplied by
             min(π_old/μ, C), where μ is what the sampler drew it from (`importance`); None leaves that out.
@@ -68,7 +69,7 @@ def make_rl_loss(
             and the scoring pass that would give them is saved. The gradient is the same.
 
     Raises:
-        ValueError: an unknown surrogate; or "gspo" on packed rows, when the step is traced.
+        ValueError: an unknown surrogate.
     """
     clips = {"clip_low": clip_low, "clip_high": clip_high}
     surrogate_loss = _make_surrogate(surrogate, **clips, dual_clip=dual_clip)
@@ -80,15 +81,11 @@ def make_rl_loss(
         params: Params, batch: TrajectoryBatch, targets: Targets, **layout: Any
     ) -> tuple[Array, Metrics]:
         scores = forward_part(params, batch.tokens, _needed(batch, targets), **layout)
-        if surrogate == "gspo" and "segment_ids" in layout:
-            raise ValueError(
-                "surrogate 'gspo' has one ratio for each row, but packed rows hold several trajectories: give the "
-                "step Rows or Trees."
-            )
         mask, weights = batch.action_mask, targets.weights
         old = jax.lax.stop_gradient(scores.logprobs) if old_is_current else targets.old_logprobs
-        per_token = surrogate_loss(scores.logprobs, old, targets.advantages, mask)
-        metrics = _policy_metrics(surrogate, scores, old, batch, targets, **clips)
+        texts = layout.get("segment_ids")  # of a packed row
+        per_token = surrogate_loss(scores.logprobs, old, targets.advantages, mask, texts)
+        metrics = _policy_metrics(surrogate, scores, old, batch, targets, texts, **clips)
         if importance_cap is not None:
             ratios = losses.importance_ratios(old, batch.sampler_logprobs, mask)
             per_token *= losses.truncated_importance_weights(ratios, cap=importance_cap)
@@ -121,23 +118,24 @@ def make_rl_loss(
 def _make_surrogate(
     name: str, *, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> Callable[..., Array]:
-    """(logprobs, old_logprobs, advantages, action_mask), all [B, L] → [B, L] loss of every token."""
+    """(logprobs, old_logprobs, advantages, action_mask, texts), all [B, L] → [B, L] loss of every token. `texts`
+    are the numbers of the texts that a row holds; None: it is one."""
     clips = {"clip_low": clip_low, "clip_high": clip_high}
 
-    def clipped(logprobs: Array, old: Array, advantages: Array, mask: Array) -> Array:
+    def clipped(logprobs: Array, old: Array, advantages: Array, mask: Array, _: Array | None) -> Array:
         return losses.clipped_surrogate(
             logprobs, old, advantages, **clips, dual_clip=dual_clip, action_mask=mask
         )
 
-    def gspo(logprobs: Array, old: Array, advantages: Array, mask: Array) -> Array:
+    def gspo(logprobs: Array, old: Array, advantages: Array, mask: Array, texts: Array | None) -> Array:
         return losses.sequence_surrogate(
-            logprobs, old, advantages, mask, **clips, dual_clip=dual_clip
+            logprobs, old, advantages, mask, **clips, dual_clip=dual_clip, turn_ids=texts
         )
 
-    def cispo(logprobs: Array, old: Array, advantages: Array, mask: Array) -> Array:
+    def cispo(logprobs: Array, old: Array, advantages: Array, mask: Array, _: Array | None) -> Array:
         return losses.cispo(logprobs, old, advantages, **clips, action_mask=mask)
 
-    def policy_gradient(logprobs: Array, _: Array, advantages: Array, mask: Array) -> Array:
+    def policy_gradient(logprobs: Array, _: Array, advantages: Array, mask: Array, __: Array | None) -> Array:
         return losses.policy_gradient(logprobs, advantages, action_mask=mask)
 
     if name not in SURROGATES:
@@ -153,6 +151,7 @@ def _policy_metrics(
     old: Array,
     batch: TrajectoryBatch,
     targets: Targets,
+    texts: Array | None,
     *,
     clip_low: float,
     clip_high: float,
@@ -161,7 +160,7 @@ def _policy_metrics(
     mask, weights = batch.action_mask, targets.mean_weights
     log_ratio = jnp.where(mask, scores.logprobs - old, 0.0)
     is_clipped = diagnostics.is_clipped(
-        surrogate, log_ratio, targets.advantages, mask, clip_low=clip_low, clip_high=clip_high
+        surrogate, log_ratio, targets.advantages, mask, clip_low=clip_low, clip_high=clip_high, sequence_ids=texts
     )
     gap = jnp.where(mask, jnp.abs(old - batch.sampler_logprobs), 0.0)
     return {

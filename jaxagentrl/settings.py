@@ -143,7 +143,6 @@ def check(config: Config) -> None:
     _check_lengths(config)
     _check_trees(config)
     _check_imitation(config)
-    _check_rows(config)
     _check_model(config)
     if config["rl"]["tasks_per_iteration"] % jax.process_count():
         raise ValueError(
@@ -388,23 +387,6 @@ def _check_imitation(config: Config) -> None:
             f"{sft['log_every']}: a line of the log is a mean over the steps since the line before, and "
             "a run that continues from a checkpoint must begin at one."
         )
-
-
-def _check_rows(config: Config) -> None:
-    """GSPO takes a row for one sequence; packing and several contexts put more in it."""
-    if config["rl"]["loss"]["surrogate"] != "gspo":
-        return
-    for path, is_so, instead in (
-        ("rollout.context", config["rollout"]["context"] != "end", "'end'"),
-        # Where there are trees, imitation alone packs.
-        ("learner.packing", config["learner"]["packing"] and not reinforce.tree_length(config), "False"),
-    ):
-        if is_so:
-            section, key = path.split(".")
-            raise ValueError(
-                f"{path} is {config[section][key]!r}, which puts several texts in a row, but "
-                f"rl.loss.surrogate 'gspo' takes a row for one episode: set {path} to {instead}."
-            )
 
 
 def _check_model(config: Config) -> None:

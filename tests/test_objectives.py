@@ -474,10 +474,3 @@ def test_a_policy_that_has_hardly_moved_is_reported_to_have_moved_as_far():
     _, metrics, _ = measure(targets)
     expected = np.sum(targets.mean_weights[mask] * log_ratios**2 / 2)
     np.testing.assert_allclose(metrics["policy/old_kl"], expected, rtol=0.05)
-
-
-def test_ratios_of_whole_rows_are_refused_on_packed_ones():
-    layout = {"positions": np.zeros_like(TOKENS), "segment_ids": np.zeros_like(TOKENS)}
-    loss = objectives.make_rl_loss(MODEL, **PLAIN | {"surrogate": "gspo"})
-    with pytest.raises(ValueError, match="'gspo' has one ratio for each row"):
-        loss(case().params, case().batch, case().targets, **layout)

@@ -210,6 +210,16 @@ def test_what_counts_as_clipped(surrogate, expected):
     assert np.any(turned) == (surrogate == "cispo")
 
 
+def test_clipped_by_texts_where_a_row_holds_several():
+    log_ratio = np.log(np.array([[2.0, 1.0, 0.5, 1.0, 3.0]], np.float32))
+    mask = np.array([[True, True, True, True, False]])
+    got = diagnostics.is_clipped(
+        "gspo", log_ratio, np.ones((1, 5), np.float32), mask,
+        clip_low=0.2, clip_high=0.28, sequence_ids=np.array([[0, 0, 1, 1, -1]]),
+    )
+    np.testing.assert_array_equal(got[0], [True, True, False, False, False])  # √2, and 1/√2 with A > 0
+
+
 @pytest.mark.parametrize("num_minibatches, steps", [(3, 3), (6, 4)])
 def test_rows_without_credit_make_minibatches_smaller(num_minibatches, steps):
     # Four of the six rows have credit: three minibatches of 2, 1 and 1, or, of six, four of one row.

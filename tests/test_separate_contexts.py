@@ -108,6 +108,3 @@ def test_a_config_whose_rows_are_too_short_is_refused():
         settings.check(config)
     config["learner"]["length_buckets"] = (100, 1000)
     settings.check(config)
-    config["rl"]["loss"]["surrogate"] = "gspo"
-    with pytest.raises(ValueError, match="rollout.context is 'last_turns', which puts several"):
-        settings.check(config)

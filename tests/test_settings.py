@@ -250,10 +250,3 @@ def test_a_surrogate_without_a_ratio_is_for_one_update_per_iteration():
         several = changed("textworld_quickstart.py", **{"rl.loss.surrogate": "policy_gradient", path: 2})
         with pytest.raises(ValueError, match="policy_gradient.*right for the first alone"):
             settings.check(several)
-
-
-def test_gspo_packs_imitation_where_rl_has_trees():
-    gspo = {"rl.loss.surrogate": "gspo", "learner.packing": True}
-    settings.check(changed("textworld_quickstart.py", **gspo))
-    with pytest.raises(ValueError, match="learner.packing is True, which puts several texts in a row"):
-        settings.check(changed("textworld_quickstart.py", **gspo | {"learner.tree_length": 0}))

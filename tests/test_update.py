@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_sharding import (
     LENGTH,
     OPTIMIZER,
+    RL,
     ROWS,
     UNTIED,
     assert_close,
@@ -128,6 +129,21 @@ def step_with(work, **options):
     state = learner.TrainState(state.step, state.iteration, state.params, chain.init(state.params))
     step = learner.make_step(objectives.make_sft_loss(UNTIED, **options), chain)
     return step(state, *jax.device_put(data()), work)
+
+
+@pytest.mark.parametrize("surrogate", ["clipped", "gspo"])
+def test_packing_changes_no_gradient_of_rl(surrogate):
+    """Of GSPO, too, whose ratio is one for each text of a row."""
+    loss_fn, chain, outcomes = objectives.make_rl_loss(UNTIED, **RL | {"surrogate": surrogate}), optax.trace(0.0), []
+    packed = packed_rows(**WIDER, tokens_per_part=2 * WIDER["length"], row_multiple=2)
+    assert packed.segment_ids.max() > 1
+    for work in (whole_rows(), (packed,)):
+        state = fresh_state(UNTIED, None)
+        state = dataclasses.replace(state, opt_state=chain.init(state.params))
+        state, metrics = learner.make_step(loss_fn, chain)(state, *jax.device_put(data()), work)
+        outcomes.append(jax.device_get((metrics, state.opt_state.trace)))
+    assert 0 < outcomes[0][0]["policy/clip_fraction"] < 1
+    assert_close(*outcomes)
 
 
 def test_packing_changes_no_gradient():
