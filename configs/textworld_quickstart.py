@@ -99,6 +99,9 @@ def get_config(method: str = "") -> ml_collections.ConfigDict:
         invalid_penalty=0.0,
         no_end_of_turn_penalty=0.0,
         intermediate_scale=optional(0.25),
+        overlong_penalty=0.0,
+        overlong_length=ml_collections.config_dict.placeholder(int),
+        overlong_margin=ml_collections.config_dict.placeholder(int),
     )
     config.learner = dict(
         length_buckets=(80, 96, 112, 128, 144, 176, 240),
@@ -167,6 +170,7 @@ def get_config(method: str = "") -> ml_collections.ConfigDict:
             step_weight=3.0,
             first_visit=False,
         ),
+        filter=dict(name="none", fraction=0.25, max_rounds=10, leave_out=()),
         loss=dict(
             surrogate="clipped",
             clip_low=0.2,

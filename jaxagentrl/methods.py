@@ -1,8 +1,8 @@
 """Published methods, each as what it sets in a config: `--config=configs/textworld_quickstart.py:grpo`.
 
 A method here is what its paper says of rewards, credit, loss and KL, on whatever the config plays and trains: the
-score at the end is the only reward, every episode is in the update, nothing is whitened or weighed but where the
-paper does it. Sizes, rates, schedules and the number of episodes of an iteration stay the config's. Ratios and clips
+score at the end is the only reward, every episode is in the update, nothing is whitened, weighed or filtered but where
+the paper does it. Sizes, rates, schedules and the number of episodes of an iteration stay the config's. Ratios and clips
 matter where an iteration has several optimizer steps; `rl.num_minibatches` = 4 also wants `rl.optimizer.decay_steps`
 times 4; a method that takes one step divides it.
 
@@ -27,11 +27,8 @@ def ppo(config) -> None:
     _plain(config)
     _play_once(config)
     config.rollout.temperature = 0.7
-    config.rl.discount = 1.0
-    config.rl.critic = "head" if config.lora.rank else "separate"  # a whole model more is not what adapters are for
-    config.rl.critic_learning_rate = 10.0 * config.rl.optimizer.learning_rate
-    config.rl.advantage.update(name="gae", gae_lambda=1.0, whiten=True)
-    config.rl.loss.update(dual_clip=3.0, value_clip=0.5, value_coefficient=1.0)
+    _learn_values(config)
+    config.rl.loss.dual_clip = 3.0
     config.rl.kl.update(placement="reward", estimator="k1", coefficient=0.01)
 
 
@@ -52,10 +49,30 @@ def dr_grpo(config) -> None:
     _play_in_groups(config)
     config.rl.advantage.update(name="group_normalized", group_scale="none")
     config.rl.aggregation = "constant"
-    tokens = config.rollout.max_turns * config.sampling.max_turn_tokens
-    if config.rollout.context == "end":
-        tokens = min(tokens, config.sampling.max_length)
-    config.rl.aggregation_constant = float(tokens)
+    config.rl.aggregation_constant = float(_most_tokens(config))
+
+
+def dapo(config) -> None:
+    """arXiv 2503.14476: GRPO with a wider clip above, the mean over all tokens and no KL; games are played until the
+    iteration's groups are all mixed; the last fifth of what an episode may sample costs up to half a win, which is 1 of
+    rewards of −1 and 1 there. Sixteen optimizer steps an iteration there."""
+    _plain(config)
+    _play_in_groups(config)
+    config.rl.advantage.update(name="group_normalized", group_scale="std")
+    config.rl.loss.clip_high = 0.28
+    config.rl.filter.update(name="dynamic_sampling", max_rounds=10)
+    most = _most_tokens(config)
+    config.reward.update(overlong_penalty=0.5, overlong_length=most, overlong_margin=max(1, most // 5))
+
+
+def gspo(config) -> None:
+    """arXiv 2507.18071: one ratio for each text, clipped far closer; the group's mean and standard deviation, mean
+    within each episode first, no KL. Four optimizer steps an iteration there; with one its loss is GRPO's."""
+    _plain(config)
+    _play_in_groups(config)
+    config.rl.advantage.update(name="group_normalized", group_scale="std")
+    config.rl.aggregation = "sequence_mean_token_mean"
+    config.rl.loss.update(surrogate="gspo", clip_low=3e-4, clip_high=4e-4)
 
 
 def rloo(config) -> None:
@@ -97,7 +114,23 @@ def gigpo(config) -> None:
     config.rl.kl.update(placement="loss", estimator="k3", coefficient=0.01)
 
 
-METHODS = {method.__name__: method for method in (ppo, grpo, dr_grpo, rloo, reinforce_plus_plus, gigpo)}
+def starpo_s(config) -> None:
+    """arXiv 2504.20073 (RAGEN): PPO's critic with γ = λ = 1 on groups, of which the quarter whose returns differ most is
+    learned from; no KL, a wider clip above, 0.001 of the entropy, mean within each episode first. Eight games of sixteen
+    episodes there, and the critic's rate is ten times the policy's."""
+    _plain(config)
+    _play_in_groups(config)
+    _learn_values(config)
+    config.rollout.temperature = 1.0
+    config.rl.aggregation = "sequence_mean_token_mean"
+    config.rl.loss.update(clip_high=0.28, entropy_coefficient=0.001)
+    config.rl.filter.update(name="uncertainty", fraction=0.25)
+
+
+METHODS = {
+    method.__name__: method
+    for method in (ppo, grpo, dr_grpo, dapo, gspo, rloo, reinforce_plus_plus, gigpo, starpo_s)
+}
 
 
 def apply(config, name: str = ""):
@@ -123,6 +156,7 @@ def apply(config, name: str = ""):
 def _plain(config) -> None:
     """What the methods share, and what of a config's own credit they do without."""
     config.reward.update(kind="single", intermediate_scale=None, invalid_penalty=0.0, no_end_of_turn_penalty=0.0)
+    config.reward.update(overlong_penalty=0.0, overlong_length=None, overlong_margin=None)
     config.rl.update(
         critic="none",
         critic_learning_rate=None,
@@ -134,6 +168,22 @@ def _plain(config) -> None:
     config.rl.advantage.update(whiten=False, negative_weight=1.0, turn_horizon="episode", first_visit=False)
     config.rl.loss.update(surrogate="clipped", clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.0)
     config.rl.kl.update(placement="none", coefficient=0.0)
+    config.rl.filter.update(name="none", leave_out=())
+
+
+def _learn_values(config) -> None:
+    """GAE over all tokens of an episode, γ = λ = 1, by a critic whose rate is ten times the policy's."""
+    config.rl.discount = 1.0
+    config.rl.critic = "head" if config.lora.rank else "separate"  # a whole model more is not what adapters are for
+    config.rl.critic_learning_rate = 10.0 * config.rl.optimizer.learning_rate
+    config.rl.advantage.update(name="gae", gae_lambda=1.0, whiten=True)
+    config.rl.loss.update(value_clip=0.5, value_coefficient=1.0)
+
+
+def _most_tokens(config) -> int:
+    """That an episode may sample: in its turns, and where it has one context in all."""
+    tokens = config.rollout.max_turns * config.sampling.max_turn_tokens
+    return min(tokens, config.sampling.max_length) if config.rollout.context == "end" else tokens
 
 
 def _one_step(config) -> None:

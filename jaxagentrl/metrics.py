@@ -243,6 +243,20 @@ def of_processes(ledgers: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: joined(key, [ledger[key] for ledger in ledgers]) for key in ledgers[0]}
 
 
+def of_rounds(ledgers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One ledger of sampling that was done one after the other: shares and occupancies are weighed by the seconds,
+    everything else is summed."""
+    seconds = sum(ledger["seconds"] for ledger in ledgers)
+
+    def joined(key: str) -> float:
+        is_part = key.endswith(("_share", "_occupancy"))
+        if not is_part or len(ledgers) == 1:
+            return sum(ledger[key] for ledger in ledgers)
+        return sum(ledger["seconds"] * ledger[key] for ledger in ledgers) / seconds
+
+    return {key: joined(key) for key in ledgers[0]}
+
+
 def mean(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The mean of every value over steps that measured the same; at least one."""
     return {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}

@@ -6,9 +6,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+
 import envs_host
 from jaxagentrl import (
     evaluate,
+    filters,
     hosts,
     learner,
     metrics,
@@ -16,9 +19,11 @@ from jaxagentrl import (
     progress,
     rollout,
     rules,
+    tasks,
     workdir,
 )
 from jaxagentrl.models import decoding_layout, sharding
+from jaxagentrl.trajectory import Trajectory
 
 # Words of the random streams, so that no two uses of one seed coincide.
 STREAM_EVALUATE, STREAM_RL = 1, 2
@@ -61,6 +66,64 @@ def play(
         trajectories=[trajectory for part, _, _ in parts for trajectory in part],
         failures=[failure for _, part, _ in parts for failure in part],
         ledger=metrics.of_processes([ledger for _, _, ledger in parts]),
+    )
+
+
+def iteration(
+    session: Session, params: learner.Params, sampler: tasks.Sampler, *, number: int
+) -> tuple[rollout.Rollout, list[Trajectory], dict[str, float]]:
+    """Plays an iteration's games. With dynamic sampling further ones, in rounds, until as many groups are kept as an
+    iteration has games; then a round has as many as have the missing groups among them, if it goes on like this.
+
+    Returns:
+        All that was played; the trajectories to learn from, which are among them; and, with a filter, its counts.
+    """
+    rl = session.config["rl"]
+    wanted, options = rl["tasks_per_iteration"], rl["filter"]
+    num_rounds = options["max_rounds"] if options["name"] == "dynamic_sampling" else 1
+    rounds: list[rollout.Rollout] = []
+    kept: list[Trajectory] = []
+    num_games = num_kept = 0
+    while len(rounds) < num_rounds and num_kept < wanted:
+        num_missing = wanted - num_kept
+        count = filters.games_to_play(
+            num_missing, kept=num_kept, played=num_games, most=wanted, multiple=jax.process_count()
+        )
+        # The sampler may come to a task again within an iteration, which is not to be played alike.
+        again = (len(rounds),) if rounds else ()
+        played = play(
+            session,
+            params,
+            rollout.episodes(
+                sampler.take(count),
+                group_size=rl["group_size"],
+                stream=(session.config["seed"], STREAM_RL, number, *again),
+                first_group=num_games,
+            ),
+            temperature=session.config["rollout"]["temperature"],
+        )
+        found = filters.kept(
+            played.trajectories,
+            name=options["name"],
+            fraction=options["fraction"],
+            num_groups=wanted,
+            group_size=rl["group_size"],
+            reward=session.config["reward"],
+        )
+        rounds.append(played)
+        kept += filters.of_groups(found, num_missing)
+        num_games, num_kept = num_games + count, filters.num_groups(kept)
+    counts = {"rounds": len(rounds), "groups_played": num_games, "groups_kept": num_kept}
+    told = {f"filter/{key}": float(count) for key, count in counts.items()}
+    return joined(rounds), kept, told if options["name"] != "none" else {}
+
+
+def joined(rounds: list[rollout.Rollout]) -> rollout.Rollout:
+    """What was played one after the other, as one."""
+    return rollout.Rollout(
+        trajectories=[trajectory for played in rounds for trajectory in played.trajectories],
+        failures=[failure for played in rounds for failure in played.failures],
+        ledger=metrics.of_rounds([played.ledger for played in rounds]),
     )
 
 

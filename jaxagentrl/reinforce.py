@@ -14,6 +14,7 @@ from jaxagentrl import (
     diagnostics,
     divergences,
     estimate,
+    filters,
     group_advantages,
     imitate,
     learner,
@@ -50,6 +51,7 @@ def check(rl: Mapping[str, Any]) -> None:
         ValueError: with the key and the way out.
     """
     _check_values(rl)
+    filters.check(rl["filter"], group_size=rl["group_size"])
     name, group_size = rl["advantage"]["name"], rl["group_size"]
     if name in estimate.NEEDS_GROUPS and group_size < 2:
         raise ValueError(
@@ -241,15 +243,18 @@ def learn(
     whole = batch.tokens.shape[0]
     split = _splitter(host_batch.tokens, trajectories, config, mesh)
     used = np.arange(len(trajectories), dtype=np.int32)
-    work = split(used)
+    work = split(used)  # of all: groups and states are compared whole
     anchor_ids = batching.anchor_ids(
         trajectories, num_rows=whole, max_turns=config["rollout"]["max_turns"]
     )
     fixed = frozen or {}
     aims = _aim(batch, work, fixed | state.params, fixed | reference, anchor_ids, programs)
+    is_used = filters.learned_from(trajectories, rl["filter"]["leave_out"])
     credit = sharding.fetch(aims.credit, mesh)
     if skips_rows(rl):
-        used = used[np.any(credit[: len(used)] != 0, axis=1)]
+        is_used &= np.any(credit[: len(used)] != 0, axis=1)
+    if not np.all(is_used):
+        used = used[is_used]
         work = split(used)
 
     collected: list[dict[str, Any]] = []
@@ -384,16 +389,21 @@ def _diagnose(batch: TrajectoryBatch, aims: _Aims) -> dict[str, jax.Array]:
 
 
 def records(
-    trajectories: Sequence[Trajectory], credit: Sequence[np.ndarray], reward: Mapping[str, Any]
+    trajectories: Sequence[Trajectory],
+    learned: Sequence[Trajectory],
+    credit: Sequence[np.ndarray],
+    reward: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """JSON records of the trajectories with what they were rewarded and credited with."""
+    """JSON records of the trajectories with what they were rewarded and credited with: those of `learned`, which are
+    among them, with `credit`, others (of groups that a filter left out) with none."""
+    given = {id(trajectory): advantages for trajectory, advantages in zip(learned, credit, strict=True)}
     return [
         trajectory.to_json()
         | {
             "turn_rewards": rewards.turn_rewards(trajectory, **reward).tolist(),
-            "advantages": advantages.tolist(),
+            "advantages": given.get(id(trajectory), np.zeros(trajectory.num_tokens)).tolist(),
         }
-        for trajectory, advantages in zip(trajectories, credit, strict=True)
+        for trajectory in trajectories
     ]
 
 

@@ -9,6 +9,7 @@ wins and losses alike: with "single" and "dense" a win sums to 1 and a loss to l
 import numpy as np
 
 from envs_host.types import StopReason
+from jaxagentrl import transforms
 from jaxagentrl.trajectory import Trajectory
 
 KINDS = ("single", "dense", "intermediate")
@@ -21,6 +22,9 @@ def turn_rewards(
     invalid_penalty: float = 0.0,
     no_end_of_turn_penalty: float = 0.0,
     intermediate_scale: float | None = None,
+    overlong_penalty: float = 0.0,
+    overlong_length: int | None = None,
+    overlong_margin: int | None = None,
 ) -> np.ndarray:
     """The reward of each turn, to be paid on the last action token of the turn.
 
@@ -44,12 +48,15 @@ def turn_rewards(
             action was cut before its end-of-turn token; it takes the place of `invalid_penalty`
             there.
         intermediate_scale: needed by "intermediate", refused by the other kinds.
+        overlong_penalty, overlong_length, overlong_margin: DAPO's soft punishment of long episodes, on the last
+            turn: nothing for up to length − margin sampled tokens in all, the penalty from length on, a ramp
+            between (`transforms.overlong_penalty`). There it is 1 where rewards are −1 and 1, so 0.5 here.
 
     Returns:
         float32 [T].
 
     Raises:
-        ValueError: unknown kind, a negative penalty, a scale that is missing or has no use, an
+        ValueError: unknown kind, a negative penalty, a scale or a length that is missing or has no use, an
             episode without turns, one that the environment broke, or a game without a maximum
             score.
     """
@@ -58,6 +65,9 @@ def turn_rewards(
         invalid_penalty=invalid_penalty,
         no_end_of_turn_penalty=no_end_of_turn_penalty,
         intermediate_scale=intermediate_scale,
+        overlong_penalty=overlong_penalty,
+        overlong_length=overlong_length,
+        overlong_margin=overlong_margin,
     )
     _check_trajectory(trajectory)
     rewards = np.zeros(trajectory.num_turns, np.float64)
@@ -72,6 +82,10 @@ def turn_rewards(
     if trajectory.stop_reason is StopReason.NO_END_OF_TURN:
         penalties[-1] = no_end_of_turn_penalty  # nothing was sent, so nothing was refused
     rewards -= penalties
+    if overlong_penalty:
+        said = sum(len(turn.action_ids) for turn in trajectory.turns)
+        sizes = dict(max_length=overlong_length, margin=overlong_margin, penalty=overlong_penalty)
+        rewards[-1] += float(transforms.overlong_penalty(said, **sizes))
     return rewards.astype(np.float32)
 
 
@@ -81,6 +95,9 @@ def check(
     invalid_penalty: float,
     no_end_of_turn_penalty: float,
     intermediate_scale: float | None,
+    overlong_penalty: float = 0.0,
+    overlong_length: int | None = None,
+    overlong_margin: int | None = None,
 ) -> None:
     """Refuses arguments that `turn_rewards` cannot work with.
 
@@ -92,6 +109,7 @@ def check(
     for name, value in (
         ("invalid_penalty", invalid_penalty),
         ("no_end_of_turn_penalty", no_end_of_turn_penalty),
+        ("overlong_penalty", overlong_penalty),
     ):
         if not value >= 0.0:
             raise ValueError(f"reward.{name} is subtracted and must be 0 or more, got {value}.")
@@ -107,6 +125,18 @@ def check(
         raise ValueError(
             f"reward.intermediate_scale is {intermediate_scale}, which has no effect on reward.kind "
             f"{kind!r}: set it to None, or the kind to 'intermediate'."
+        )
+    lengths = {"overlong_length": overlong_length, "overlong_margin": overlong_margin}
+    for name, value in lengths.items():
+        if (value is not None) != (overlong_penalty > 0):
+            raise ValueError(
+                f"reward.{name} is {value} and reward.overlong_penalty {overlong_penalty}: a penalty above 0 needs both "
+                "lengths, in sampled tokens of an episode, and without one they are None."
+            )
+    if overlong_penalty and not 0 < overlong_margin <= overlong_length:
+        raise ValueError(
+            f"reward.overlong_margin is {overlong_margin}, expected 1 to reward.overlong_length ({overlong_length}): "
+            "from length - margin sampled tokens on an episode pays."
         )
 
 

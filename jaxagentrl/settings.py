@@ -49,7 +49,8 @@ _SECTIONS = {
     "row_divisors cache_dtype linger_share",
     "rollout": "max_turns max_refusals? temperature top_k top_p min_p cut_turns stop_strings context "
     "context_keep history_turns straggler_s? episode_limit_s?",
-    "reward": "kind invalid_penalty no_end_of_turn_penalty intermediate_scale?",
+    "reward": "kind invalid_penalty no_end_of_turn_penalty intermediate_scale? overlong_penalty overlong_length? "
+    "overlong_margin?",
     "learner": "length_buckets tokens_per_part row_multiple packing tree_length remat compute_dtype",
     "mesh": "data fsdp tensor",
     "lora": "rank alpha targets export",
@@ -60,6 +61,7 @@ _SECTIONS = {
     "aggregation aggregation_constant? observation_weight skip_zero_signal eval_every save_every",
     "rl.advantage": "name whiten negative_weight gae_lambda group_scale turn_horizon turn_discount "
     "step_weight first_visit",
+    "rl.filter": "name fraction max_rounds leave_out",
     "rl.loss": "surrogate clip_low clip_high dual_clip? entropy_coefficient value_coefficient value_clip? "
     "importance_cap?",
     "rl.kl": "placement estimator coefficient",
@@ -90,18 +92,19 @@ _HELD = {
     "mesh.fsdp mesh.tensor lora.rank sft.num_steps sft.batch_size sft.log_every sft.save_every "
     "sft.optimizer.warmup_steps sft.optimizer.decay_steps rl.optimizer.warmup_steps rl.optimizer.decay_steps "
     "rl.num_iterations rl.tasks_per_iteration rl.group_size rl.num_epochs rl.num_minibatches rl.eval_every "
-    "rl.save_every",
+    "rl.save_every rl.filter.max_rounds reward.overlong_length reward.overlong_margin",
     "True or False": "prompt.show_admissible tokenizer.phrases tokenizer.glue_tokens learner.packing "
     "rl.skip_zero_signal rl.advantage.whiten rl.advantage.first_visit",
     "a text": "compilation_cache_dir export_dtype env.name env.cache_dir prompt.style prompt.system "
     "tokenizer.directory tokenizer.names model.directory sampling.cache_dtype rollout.cut_turns rollout.context "
     "reward.kind learner.remat learner.compute_dtype lora.export sft.optimizer.moment_dtype "
     "rl.optimizer.moment_dtype rl.critic rl.aggregation rl.advantage.name rl.advantage.group_scale "
-    "rl.advantage.turn_horizon rl.loss.surrogate rl.kl.placement rl.kl.estimator",
+    "rl.advantage.turn_horizon rl.loss.surrogate rl.kl.placement rl.kl.estimator "
+    "rl.filter.name",
     "a tuple of integers": "sampling.filled_buckets sampling.width_buckets sampling.row_divisors "
     "learner.length_buckets",
     "a tuple of numbers": "eval.other_temperatures",
-    "a tuple of texts": "rollout.stop_strings lora.targets tokenizer.lexicon",
+    "a tuple of texts": "rollout.stop_strings lora.targets tokenizer.lexicon rl.filter.leave_out",
     "a dict": " ".join(_WHOLE),
 }
 _KINDS = {path: kind for kind, paths in _HELD.items() for path in paths.split()}
@@ -429,7 +432,9 @@ def unused(config: Config) -> list[str]:
         "export_dtype": not (config["lora"]["rank"] > 0 and config["lora"]["export"] == "separate")
         or config["model"]["directory"] is None,
         "sft": config["sft"]["num_steps"] > 0,
-        **dict.fromkeys(("reward.invalid_penalty", "reward.intermediate_scale"), rl["num_iterations"] > 0),
+        **dict.fromkeys(
+            (f"reward.{key}" for key in config["reward"] if key != "kind"), rl["num_iterations"] > 0
+        ),
         "rollout.temperature": rl["num_iterations"] > 0,
         "rl": rl["num_iterations"] > 0,
         "sft.optimizer.final_fraction": config["sft"]["optimizer"]["decay_steps"] is not None,
@@ -441,6 +446,8 @@ def unused(config: Config) -> list[str]:
         "rl.advantage.turn_discount": name == "gigpo",
         "rl.advantage.step_weight": name == "gigpo",
         "rl.advantage.first_visit": name == "gigpo",
+        "rl.filter.fraction": rl["filter"]["name"] == "uncertainty",
+        "rl.filter.max_rounds": rl["filter"]["name"] == "dynamic_sampling",
         # Estimators that take an episode's summed reward, or discount by turns.
         "rl.discount": name in ("gae", "turn_gae", "reinforce_plus_plus")
         or (name == "rewards_to_go_group" and rl["advantage"]["turn_horizon"] == "episode"),

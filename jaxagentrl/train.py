@@ -306,23 +306,14 @@ def _reinforce(
         advance(host["step"])
         for iteration in range(host["step"], rl["num_iterations"]):
             clock = [time.monotonic()]
-            played = playing.play(
-                session,
-                state.params,
-                rollout.episodes(
-                    sampler.take(rl["tasks_per_iteration"]),
-                    group_size=rl["group_size"],
-                    stream=(config["seed"], playing.STREAM_RL, iteration),
-                ),
-                temperature=config["rollout"]["temperature"],
-            )
+            played, kept, counts = playing.iteration(session, state.params, sampler, number=iteration)
             clock.append(time.monotonic())
-            measured, credit = {}, []  # nothing to learn from where every environment failed
-            if played.trajectories:
+            measured, credit = {}, []  # nothing to learn from where every environment failed, or a filter kept nothing
+            if kept:
                 state, measured, credit = reinforce.learn(
                     state,
                     reference,
-                    played.trajectories,
+                    kept,
                     programs,
                     config,
                     iteration=iteration,
@@ -330,12 +321,12 @@ def _reinforce(
                 )
             state = dataclasses.replace(state, iteration=state.iteration + 1)
             clock.append(time.monotonic())
-            values = measured | evaluate.summary("rollout", played)
+            values = measured | counts | evaluate.summary("rollout", played)
             values |= {f"ledger/{key}": value for key, value in played.ledger.items()}
             done, last = iteration + 1, iteration + 1 == rl["num_iterations"]
             if done % rl["eval_every"] == 0 or last:
                 values |= playing.held_out(session, state.params, "rl", keep=last)
-                records = reinforce.records(played.trajectories, credit, config["reward"])
+                records = reinforce.records(played.trajectories, kept, credit, config["reward"])
                 playing.write_episodes(session, f"rl_{done:06d}", records)
             values |= {
                 "time/rollout_s": clock[1] - clock[0],
@@ -345,7 +336,7 @@ def _reinforce(
             try:
                 session.writer.write("rl", done, values)
             except metrics.NonFiniteError:
-                records = reinforce.records(played.trajectories, credit, config["reward"])
+                records = reinforce.records(played.trajectories, kept, credit, config["reward"])
                 playing.write_episodes(session, f"nonfinite_rl_{done:06d}", records)
                 raise
             advance(note=_note(values))

@@ -124,6 +124,7 @@ jaxagentrl.contexts
 jaxagentrl.rollout
 jaxagentrl.openings
 jaxagentrl.batching
+jaxagentrl.filters
 jaxagentrl.demos
 jaxagentrl.tasks
 jaxagentrl.imitate

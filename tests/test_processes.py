@@ -23,6 +23,9 @@ SHORT = (
     "--config.sft.log_every=1",
     # On every mesh the same micro-batches, whose padding is among the metrics.
     "--config.learner.row_multiple=8",
+    # Each process chooses for itself, from what all have played.
+    "--config.rl.filter.name=uncertainty",
+    "--config.rl.filter.fraction=0.5",
 )
 
 

@@ -62,6 +62,30 @@ def test_invalid_commands_cost_on_their_own_turn():
     np.testing.assert_allclose(got, [0, -0.1, 0.9], rtol=1e-6)
 
 
+@pytest.mark.parametrize("tokens, paid", [(6, 0.0), (8, -0.125), (9, -0.1875), (10, -0.25), (13, -0.25)])
+def test_long_episodes_pay_by_what_they_sampled_in_all(tokens, paid):
+    """By hand: free up to 10 - 4 = 6 tokens, all of the 0.25 from 10 on; on the last turn, whatever came before."""
+    turns = [make_turn([1] * 50, [2] * size) for size in (tokens - 5, 5)]
+    made = make_trajectory(turns, won=False, score=0.0)
+    options = dict(overlong_penalty=0.25, overlong_length=10, overlong_margin=4)
+    assert rewards.turn_rewards(made, kind="single", **options).tolist() == [0.0, paid]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(overlong_penalty=0.5), "reward.overlong_length is None and reward.overlong_penalty 0.5"),
+        (dict(overlong_length=9), "reward.overlong_length is 9 and reward.overlong_penalty 0.0"),
+        (dict(overlong_penalty=-0.1), "reward.overlong_penalty is subtracted and must be 0 or more, got -0.1"),
+        (dict(overlong_penalty=0.5, overlong_length=9, overlong_margin=10), r"overlong_margin is 10, expected 1 to .* \(9\)"),
+        (dict(overlong_penalty=0.5, overlong_length=9, overlong_margin=0), "overlong_margin is 0, expected 1"),
+    ],
+)
+def test_lengths_that_cannot_work_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        rewards.turn_rewards(episode([1]), kind="single", **options)
+
+
 def test_a_missing_end_of_turn_costs_on_the_last_turn_only():
     made = episode([0, 1, 0], won=False, reason=StopReason.NO_END_OF_TURN)
     got = rewards.turn_rewards(made, kind="dense", no_end_of_turn_penalty=0.25)
