@@ -31,7 +31,6 @@ from jaxagentrl import (
     reinforce,
     report,
     rewards,
-    rollout,
     rules,
     settings,
     states,
