@@ -2,9 +2,12 @@
 
     gae                   PPO: token GAE across turns, with a critic
     turn_gae              turn-level PPO
+    bilevel_gae           RAGEN's: over turns with a discount of their own, then within each turn
     group_normalized      GRPO (scale "std") and Dr. GRPO (scale "none")
     leave_one_out         RLOO
+    opo                   OPO: the group's mean weighted by lengths
     reinforce_plus_plus   REINFORCE++
+    reinforce_plus_plus_baseline   the same against the group's mean, whitened over the batch
     rewards_to_go_group   dense turn rewards against the group at equal turn, without a critic
     gigpo                 GiGPO: the episode against its group, a turn against its anchor state
 
@@ -21,8 +24,10 @@ from jaxagentrl import advantages, losses, masking
 from jaxagentrl.learner import Scores
 from jaxagentrl.types import Array, TrajectoryBatch
 
-NEEDS_CRITIC = ("gae", "turn_gae")
-NEEDS_GROUPS = ("group_normalized", "leave_one_out", "rewards_to_go_group", "gigpo")
+NEEDS_CRITIC = ("gae", "turn_gae", "bilevel_gae")
+NEEDS_GROUPS = (
+    "group_normalized", "leave_one_out", "rewards_to_go_group", "gigpo", "opo", "reinforce_plus_plus_baseline"
+)
 NAMES = (*NEEDS_CRITIC, *NEEDS_GROUPS, "reinforce_plus_plus")
 
 
@@ -33,6 +38,7 @@ def _make_credit(
     name: str,
     *,
     num_groups: int,
+    discount: float,
     gae_lambda: float,
     group_scale: str,
     turn_horizon: str,
@@ -52,6 +58,10 @@ def _make_credit(
         return advantages.turn_gae(
             rewards, values, discounts, mask, batch.turn_ends, gae_lambda=gae_lambda
         )
+
+    def bilevel_gae(rewards: Array, batch: TrajectoryBatch, values: Array, _: Array) -> Array:
+        options = dict(token_discount=discount, turn_discount=turn_discount, gae_lambda=gae_lambda)
+        return advantages.bilevel_gae(rewards, values, batch.action_mask, batch.turn_ends, **options)
 
     def reinforce_plus_plus(rewards: Array, batch: TrajectoryBatch, *_: Array) -> Array:
         return advantages.reinforce_plus_plus(rewards, batch.discounts, batch.action_mask)
@@ -98,8 +108,29 @@ def _make_credit(
         )
         return advantages.spread(credit, batch.action_mask)
 
+    def opo(rewards: Array, batch: TrajectoryBatch, *_: Array) -> Array:
+        scores = masking.masked_sum(rewards, batch.action_mask, axis=-1)
+        lengths = jnp.sum(batch.action_mask, axis=-1, dtype=jnp.float32)
+        credit = advantages.opo(scores, lengths, batch.group_ids, num_groups=num_groups)
+        return advantages.spread(credit, batch.action_mask)
+
+    def reinforce_plus_plus_baseline(rewards: Array, batch: TrajectoryBatch, *_: Array) -> Array:
+        scores = masking.masked_sum(rewards, batch.action_mask, axis=-1)
+        return advantages.reinforce_plus_plus_baseline(
+            scores, batch.group_ids, batch.action_mask, num_groups=num_groups
+        )
+
     makers = (
-        gae, turn_gae, reinforce_plus_plus, rewards_to_go_group, gigpo, leave_one_out, group_normalized
+        gae,
+        turn_gae,
+        bilevel_gae,
+        reinforce_plus_plus,
+        reinforce_plus_plus_baseline,
+        rewards_to_go_group,
+        gigpo,
+        leave_one_out,
+        opo,
+        group_normalized,
     )
     return {maker.__name__: maker for maker in makers}[name]
 
@@ -110,6 +141,7 @@ def make_estimate(
     num_groups: int,
     whiten: bool,
     negative_weight: float,
+    discount: float,
     gae_lambda: float,
     group_scale: str,
     turn_horizon: str,
@@ -140,10 +172,11 @@ def make_estimate(
             https://arxiv.org/abs/1806.05635). Below 1 is biased but bounded: pushing a sampled token
             down says nothing about where its probability should go, and a small model trained from
             scratch at a high rate loses its entropy control over it.
-        gae_lambda: λ of the two GAE estimators; the others have none.
+        discount: γ from token to token within a turn, of bilevel_gae; the batch brings that of the others.
+        gae_lambda: λ of the GAE estimators; the others have none.
         group_scale: "std" or "none", of group_normalized, rewards_to_go_group and gigpo.
         turn_horizon: "episode" or "turn", of rewards_to_go_group.
-        turn_discount: γ per turn of gigpo's step returns.
+        turn_discount: γ per turn of gigpo's step returns and of bilevel_gae.
         step_weight: ω of gigpo: weight of the turn's credit beside the episode's.
         first_visit: of gigpo: a state's mean is over each trajectory's first visit of it.
         max_turns: static bound on turns, of rewards_to_go_group and gigpo.
@@ -157,6 +190,7 @@ def make_estimate(
     to_advantages = _make_credit(
         name,
         num_groups=num_groups,
+        discount=discount,
         gae_lambda=gae_lambda,
         group_scale=group_scale,
         turn_horizon=turn_horizon,

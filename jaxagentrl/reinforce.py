@@ -192,6 +192,7 @@ def make_programs(
         ),
         estimate=estimate.make_estimate(
             **rl["advantage"],
+            discount=rl["discount"],
             num_groups=rl["tasks_per_iteration"],
             max_turns=config["rollout"]["max_turns"],
             kl_in_reward=in_reward,

@@ -443,13 +443,13 @@ def unused(config: Config) -> list[str]:
         "rl.advantage.gae_lambda": has_critic,
         "rl.advantage.group_scale": name in ("group_normalized", "rewards_to_go_group", "gigpo"),
         "rl.advantage.turn_horizon": name == "rewards_to_go_group",
-        "rl.advantage.turn_discount": name == "gigpo",
+        "rl.advantage.turn_discount": name in ("gigpo", "bilevel_gae"),
         "rl.advantage.step_weight": name == "gigpo",
         "rl.advantage.first_visit": name == "gigpo",
         "rl.filter.fraction": rl["filter"]["name"] == "uncertainty",
         "rl.filter.max_rounds": rl["filter"]["name"] == "dynamic_sampling",
         # Estimators that take an episode's summed reward, or discount by turns.
-        "rl.discount": name in ("gae", "turn_gae", "reinforce_plus_plus")
+        "rl.discount": name in ("gae", "turn_gae", "bilevel_gae", "reinforce_plus_plus")
         or (name == "rewards_to_go_group" and rl["advantage"]["turn_horizon"] == "episode"),
         "rl.skip_zero_signal": reinforce.skips_rows(rl) or not rl["skip_zero_signal"],
         "reward.no_end_of_turn_penalty": rollout["cut_turns"] == "end" and rl["num_iterations"] > 0,

@@ -28,6 +28,7 @@ PLAIN = dict(
     num_groups=GROUPS,
     whiten=False,
     negative_weight=1.0,
+    discount=0.9,
     gae_lambda=0.8,
     group_scale="std",
     turn_horizon="episode",
@@ -42,12 +43,15 @@ PLAIN = dict(
 ARGUMENTS = {
     "gae": [dict(gae_lambda=0.3)],
     "turn_gae": [dict(gae_lambda=0.3)],
+    "bilevel_gae": [dict(gae_lambda=0.3), dict(discount=0.5), dict(turn_discount=0.3)],
     "group_normalized": [dict(group_scale="none")],
     "leave_one_out": [],
+    "opo": [],
     "rewards_to_go_group": [dict(group_scale="none"), dict(turn_horizon="turn")],
     "gigpo": [dict(group_scale="none"), dict(turn_discount=0.4), dict(step_weight=2.0),
               dict(first_visit=True)],
     "reinforce_plus_plus": [],
+    "reinforce_plus_plus_baseline": [],
 }
 CASES = [(name, change) for name in ARGUMENTS for change in [{}, *ARGUMENTS[name]]]
 CLOSE = dict(rtol=1e-5, atol=1e-5)
@@ -121,6 +125,10 @@ def by_definition(name, rewards=BATCH.rewards, **changes):
     if name == "turn_gae":
         rows = zip(rewards, values, discounts, MASK, ends)
         return np.array([oracles.turn_gae(*row, gae_lambda=options["gae_lambda"]) for row in rows])
+    if name == "bilevel_gae":
+        sizes = dict(token_discount=options["discount"], turn_discount=options["turn_discount"])
+        rows = zip(rewards, values, MASK, ends)
+        return np.array([oracles.bilevel_gae(*row, **sizes, gae_lambda=options["gae_lambda"]) for row in rows])
     if name == "reinforce_plus_plus":
         rows = zip(rewards, discounts, MASK)
         return oracles.whiten(np.array([oracles.rewards_to_go(*row) for row in rows]), MASK)
@@ -152,6 +160,11 @@ def by_definition(name, rewards=BATCH.rewards, **changes):
     totals = [sum(float(r) for r in row[mask]) for row, mask in zip(rewards, MASK)]
     if name == "leave_one_out":
         credit = oracles.leave_one_out(totals, groups, num_groups=GROUPS)
+    elif name == "opo":
+        credit = oracles.opo(totals, MASK.sum(axis=1), groups, num_groups=GROUPS)
+    elif name == "reinforce_plus_plus_baseline":
+        centered = oracles.group_normalized(totals, groups, num_groups=GROUPS, scale="none")
+        return oracles.whiten(np.where(MASK, centered[:, None], 0.0), MASK)
     else:
         scale = options["group_scale"]
         credit = oracles.group_normalized(totals, groups, num_groups=GROUPS, scale=scale)

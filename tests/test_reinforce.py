@@ -103,7 +103,7 @@ def policy() -> dict:
     return jax.device_get(decoder.init(MODEL, jax.random.key(0)))
 
 
-CRITICS = {"gae": "head", "turn_gae": "separate"}
+CRITICS = {"gae": "head", "turn_gae": "separate", "bilevel_gae": "head"}
 
 
 @pytest.mark.parametrize("name", estimate.NAMES)
