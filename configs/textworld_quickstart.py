@@ -171,6 +171,7 @@ def get_config(method: str = "") -> ml_collections.ConfigDict:
             first_visit=False,
         ),
         filter=dict(name="none", fraction=0.25, max_rounds=10, leave_out=()),
+        branching=dict(members=0, probability=0.5, entropy_weight=0.2, entropy_tokens=20),
         loss=dict(
             surrogate="clipped",
             clip_low=0.2,

@@ -65,6 +65,17 @@ def dapo(config) -> None:
     config.reward.update(overlong_penalty=0.5, overlong_length=most, overlong_margin=max(1, most // 5))
 
 
+def arpo(config) -> None:
+    """arXiv 2507.19849: half of a group is played from the start, the rest branches off where the policy is less sure than
+    it was at first; GRPO's credit, mean over all tokens, no KL. Eight of sixteen there, entropies of the first 20 tokens."""
+    _plain(config)
+    _play_in_groups(config)
+    config.rl.advantage.update(name="group_normalized", group_scale="std")
+    config.rl.branching.update(
+        members=config.rl.group_size // 2, probability=0.5, entropy_weight=0.2, entropy_tokens=20
+    )
+
+
 def gspo(config) -> None:
     """arXiv 2507.18071: one ratio for each text, clipped far closer; the group's mean and standard deviation, mean
     within each episode first, no KL. Four optimizer steps an iteration there; with one its loss is GRPO's."""
@@ -129,7 +140,7 @@ def starpo_s(config) -> None:
 
 METHODS = {
     method.__name__: method
-    for method in (ppo, grpo, dr_grpo, dapo, gspo, rloo, reinforce_plus_plus, gigpo, starpo_s)
+    for method in (ppo, grpo, dr_grpo, dapo, arpo, gspo, rloo, reinforce_plus_plus, gigpo, starpo_s)
 }
 
 
@@ -169,6 +180,7 @@ def _plain(config) -> None:
     config.rl.loss.update(surrogate="clipped", clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.0)
     config.rl.kl.update(placement="none", coefficient=0.0)
     config.rl.filter.update(name="none", leave_out=())
+    config.rl.branching.members = 0
 
 
 def _learn_values(config) -> None:

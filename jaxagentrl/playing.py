@@ -9,7 +9,9 @@ from typing import Any
 import jax
 
 import envs_host
+from envs_host.types import Task
 from jaxagentrl import (
+    branching,
     evaluate,
     filters,
     hosts,
@@ -76,54 +78,72 @@ def iteration(
     iteration has games; then a round has as many as have the missing groups among them, if it goes on like this.
 
     Returns:
-        All that was played; the trajectories to learn from, which are among them; and, with a filter, its counts.
+        All that was played; the trajectories to learn from, which are among them; and the counts of a filter, and of
+        branches.
     """
     rl = session.config["rl"]
     wanted, options = rl["tasks_per_iteration"], rl["filter"]
     num_rounds = options["max_rounds"] if options["name"] == "dynamic_sampling" else 1
-    rounds: list[rollout.Rollout] = []
+    parts: list[rollout.Rollout] = []
     kept: list[Trajectory] = []
-    num_games = num_kept = 0
-    while len(rounds) < num_rounds and num_kept < wanted:
+    rounds = num_games = num_kept = num_branched = 0
+    while rounds < num_rounds and num_kept < wanted:
         num_missing = wanted - num_kept
         count = filters.games_to_play(
             num_missing, kept=num_kept, played=num_games, most=wanted, multiple=jax.process_count()
         )
         # The sampler may come to a task again within an iteration, which is not to be played alike.
-        again = (len(rounds),) if rounds else ()
-        played = play(
-            session,
-            params,
-            rollout.episodes(
-                sampler.take(count),
-                group_size=rl["group_size"],
-                stream=(session.config["seed"], STREAM_RL, number, *again),
-                first_group=num_games,
-            ),
-            temperature=session.config["rollout"]["temperature"],
-        )
+        again = (rounds,) if rounds else ()
+        stream = (session.config["seed"], STREAM_RL, number, *again)
+        played, branched = _groups(session, params, sampler.take(count), stream=stream, first_group=num_games)
         found = filters.kept(
-            played.trajectories,
+            [trajectory for part in played for trajectory in part.trajectories],
             name=options["name"],
             fraction=options["fraction"],
             num_groups=wanted,
             group_size=rl["group_size"],
             reward=session.config["reward"],
         )
-        rounds.append(played)
+        parts += played
         kept += filters.of_groups(found, num_missing)
+        rounds, num_branched = rounds + 1, num_branched + branched
         num_games, num_kept = num_games + count, filters.num_groups(kept)
-    counts = {"rounds": len(rounds), "groups_played": num_games, "groups_kept": num_kept}
-    told = {f"filter/{key}": float(count) for key, count in counts.items()}
-    return joined(rounds), kept, told if options["name"] != "none" else {}
+    told: dict[str, float] = {}
+    if options["name"] != "none":
+        counts = {"rounds": rounds, "groups_played": num_games, "groups_kept": num_kept}
+        told |= {f"filter/{key}": float(count) for key, count in counts.items()}
+    if rl["branching"]["members"]:
+        told["rollout/branched"] = float(num_branched)
+    return joined(parts), kept, told
 
 
-def joined(rounds: list[rollout.Rollout]) -> rollout.Rollout:
+def _groups(
+    session: Session, params: learner.Params, drawn: list[Task], *, stream: tuple[int, ...], first_group: int
+) -> tuple[list[rollout.Rollout], int]:
+    """Plays a group of each task: from the start and, with `rl.branching`, those after it that branch off.
+
+    Returns:
+        What was played first and then, and how many episodes branched.
+    """
+    rl, temperature = session.config["rl"], session.config["rollout"]["temperature"]
+    sizes = dict(group_size=rl["group_size"], stream=stream, first_group=first_group)
+    num_first = rl["group_size"] - rl["branching"]["members"]
+    begun = [episode for episode in rollout.episodes(drawn, **sizes) if episode.member < num_first]
+    first = play(session, params, begun, temperature=temperature)
+    if num_first == rl["group_size"]:
+        return [first], 0
+    options = dict(rl["branching"], vocab_size=session.setup.model.vocab_size)
+    rest = branching.second(drawn, first.trajectories, **sizes, **options)
+    then = play(session, params, rest, temperature=temperature)
+    return [first, then], sum(bool(episode.prefix) for episode in rest)
+
+
+def joined(parts: list[rollout.Rollout]) -> rollout.Rollout:
     """What was played one after the other, as one."""
     return rollout.Rollout(
-        trajectories=[trajectory for played in rounds for trajectory in played.trajectories],
-        failures=[failure for played in rounds for failure in played.failures],
-        ledger=metrics.of_rounds([played.ledger for played in rounds]),
+        trajectories=[trajectory for played in parts for trajectory in played.trajectories],
+        failures=[failure for played in parts for failure in played.failures],
+        ledger=metrics.of_rounds([played.ledger for played in parts]),
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxagentrl import (
     batching,
+    branching,
     diagnostics,
     divergences,
     estimate,
@@ -52,6 +53,7 @@ def check(rl: Mapping[str, Any]) -> None:
     """
     _check_values(rl)
     filters.check(rl["filter"], group_size=rl["group_size"])
+    branching.check(rl["branching"], group_size=rl["group_size"])
     name, group_size = rl["advantage"]["name"], rl["group_size"]
     if name in estimate.NEEDS_GROUPS and group_size < 2:
         raise ValueError(

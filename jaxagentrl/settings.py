@@ -62,6 +62,7 @@ _SECTIONS = {
     "rl.advantage": "name whiten negative_weight gae_lambda group_scale turn_horizon turn_discount "
     "step_weight first_visit",
     "rl.filter": "name fraction max_rounds leave_out",
+    "rl.branching": "members probability entropy_weight entropy_tokens",
     "rl.loss": "surrogate clip_low clip_high dual_clip? entropy_coefficient value_coefficient value_clip? "
     "importance_cap?",
     "rl.kl": "placement estimator coefficient",
@@ -92,7 +93,8 @@ _HELD = {
     "mesh.fsdp mesh.tensor lora.rank sft.num_steps sft.batch_size sft.log_every sft.save_every "
     "sft.optimizer.warmup_steps sft.optimizer.decay_steps rl.optimizer.warmup_steps rl.optimizer.decay_steps "
     "rl.num_iterations rl.tasks_per_iteration rl.group_size rl.num_epochs rl.num_minibatches rl.eval_every "
-    "rl.save_every rl.filter.max_rounds reward.overlong_length reward.overlong_margin",
+    "rl.save_every rl.filter.max_rounds rl.branching.members "
+    "rl.branching.entropy_tokens reward.overlong_length reward.overlong_margin",
     "True or False": "prompt.show_admissible tokenizer.phrases tokenizer.glue_tokens learner.packing "
     "rl.skip_zero_signal rl.advantage.whiten rl.advantage.first_visit",
     "a text": "compilation_cache_dir export_dtype env.name env.cache_dir prompt.style prompt.system "
@@ -448,6 +450,9 @@ def unused(config: Config) -> list[str]:
         "rl.advantage.first_visit": name == "gigpo",
         "rl.filter.fraction": rl["filter"]["name"] == "uncertainty",
         "rl.filter.max_rounds": rl["filter"]["name"] == "dynamic_sampling",
+        **dict.fromkeys(
+            (f"rl.branching.{key}" for key in rl["branching"] if key != "members"), rl["branching"]["members"] > 0
+        ),
         # Estimators that take an episode's summed reward, or discount by turns.
         "rl.discount": name in ("gae", "turn_gae", "bilevel_gae", "reinforce_plus_plus")
         or (name == "rewards_to_go_group" and rl["advantage"]["turn_horizon"] == "episode"),

@@ -119,6 +119,7 @@ jaxagentrl.windowed
 jaxagentrl.rules
 jaxagentrl.trajectory
 jaxagentrl.episodes
+jaxagentrl.branching
 jaxagentrl.rewards
 jaxagentrl.contexts
 jaxagentrl.rollout
