@@ -8,6 +8,7 @@ import numpy as np
 from envs_host.types import EnvFailure, StepResult, StopReason, Task
 from jaxagentrl import metrics
 from jaxagentrl.rollout import Pool, Rollout
+from jaxagentrl.trajectory import Trajectory
 
 # A player's rule: (task, turn number, admissible commands) → command.
 Policy = Callable[[Task, int, Sequence[str]], str]
@@ -17,7 +18,9 @@ def summary(prefix: str, rollout: Rollout) -> dict[str, float]:
     """Metrics of a set of episodes; failed environments are counted and in no rate.
 
     Keys: success rate with n and 95 % interval, mean return (score / max score), turns, tokens,
-    share of refused commands, one count per stop reason, environment failures.
+    share of refused commands (`invalid_command_rate`) and of commands that the episode had given before in the same
+    state (`repeat_rate`), different commands of all episodes by all that were sent (`distinct_commands`), one count per
+    stop reason, environment failures.
     """
     played = rollout.trajectories
     counts = collections.Counter(trajectory.stop_reason for trajectory in played)
@@ -34,8 +37,18 @@ def summary(prefix: str, rollout: Rollout) -> dict[str, float]:
         }
     if sent := [turn for trajectory in played for turn in trajectory.sent_turns]:
         refused = [not turn.valid_command for turn in sent]
-        values[f"{prefix}/invalid_command_rate"] = np.mean(refused)
+        values |= {
+            f"{prefix}/invalid_command_rate": np.mean(refused),
+            f"{prefix}/repeat_rate": sum(map(_num_repeated, played)) / len(sent),
+            f"{prefix}/distinct_commands": len({turn.command for turn in sent}) / len(sent),
+        }
     return {key: float(value) for key, value in values.items()}
+
+
+def _num_repeated(trajectory: Trajectory) -> int:
+    """Turns whose command was given before where the episode was in the same state, by what GiGPO tells states apart."""
+    given = [(turn.observation if turn.anchor is None else turn.anchor, turn.command) for turn in trajectory.sent_turns]
+    return len(given) - len(set(given))
 
 
 def temperature_suffix(temperature: float) -> str:

@@ -104,6 +104,10 @@ class Writer:
             )
         return line
 
+    def of_phase(self, phase: str) -> list[Line]:
+        """The lines of a phase so far."""
+        return [line for line in read(self._path) if line["phase"] == phase]
+
     @property
     def run_seconds(self) -> float:
         """Time since preparation that this run has worked, restarts included, work that was lost by a kill not."""

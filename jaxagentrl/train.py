@@ -16,6 +16,7 @@ import jax
 
 from jaxagentrl import (
     checkpoints,
+    collapse,
     evaluate,
     hosts,
     imitate,
@@ -298,7 +299,7 @@ def _reinforce(
     """Reinforcement learning from iteration host["step"] on."""
     config, setup, rl = session.config, session.setup, session.config["rl"]
     reference = states.reference(session.folder, state, setup.mesh) if programs.needs_reference else {}
-    sampler = tasks.Sampler(setup.splits["train"], seed=config["seed"])
+    sampler, lines = tasks.Sampler(setup.splits["train"], seed=config["seed"]), session.writer.of_phase("rl")
     if host["sampler"]:
         sampler.restore(host["sampler"])
     with progress.bar("reinforcement learning", rl["num_iterations"]) as advance:
@@ -333,11 +334,13 @@ def _reinforce(
                 "time/evaluate_s": time.monotonic() - clock[2],
             }
             try:
-                session.writer.write("rl", done, values)
+                lines.append(session.writer.write("rl", done, values))
             except metrics.NonFiniteError:
                 records = reinforce.records(played.trajectories, kept, credit, config["reward"])
                 playing.write_episodes(session, f"nonfinite_rl_{done:06d}", records)
                 raise
+            if told := collapse.told(lines):
+                progress.notice(told)
             advance(note=_note(values))
             if done % rl["save_every"] == 0 or last:
                 _save(session, state, stage="rl", step=done, sampler=sampler.state())

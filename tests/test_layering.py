@@ -135,6 +135,7 @@ jaxagentrl.plan_sampling
 jaxagentrl.progress
 jaxagentrl.checkpoints
 jaxagentrl.metrics
+jaxagentrl.collapse
 jaxagentrl.evaluate
 jaxagentrl.report_data
 jaxagentrl.report_curves

@@ -517,6 +517,27 @@ def test_summary_counts_what_people_ask_for():
     assert values["eval/stop_done"] == 1 and values["eval/stop_turn_limit"] == 1
 
 
+def test_summary_counts_what_comes_again():
+    """The same command in the same state, by its anchor; in another, or of another episode, it is none."""
+    played = play({"good": ["good"], "slow": ["bad", "a", "a"]})
+
+    def episode(*turns):
+        made = [
+            dataclasses.replace(played.trajectories[1].turns[0], anchor=anchor, observation=seen, command=command)
+            for anchor, seen, command in turns
+        ]
+        return dataclasses.replace(played.trajectories[1], turns=made)
+
+    episodes = [
+        # look, look again after a refusal (its anchor stays), open, open of another room, look.
+        episode(("hall", "o", "look"), ("hall", "no", "look"), ("hall", "o", "open"), ("attic", "o", "open"),
+                ("hall", "o", "look")),
+        episode((None, "o", "look"), (None, "o", "look"), (None, "p", "look")),
+    ]
+    values = evaluate.summary("eval", dataclasses.replace(played, trajectories=episodes))
+    assert values["eval/repeat_rate"] == 3 / 8 and values["eval/distinct_commands"] == 2 / 8
+
+
 def test_a_command_that_was_not_sent_was_not_refused():
     """Of an episode that a turn without end cuts, the turns before it count."""
     played = play({"good": ["good"], "cut": ["bad", "a", "a"]})
