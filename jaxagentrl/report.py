@@ -1,4 +1,4 @@
-"""What a run leaves for people: the table in the terminal, curves.png and report.html."""
+"""What a run leaves for people: the table in the terminal, curves.png, report.html, and the model's card."""
 
 import os
 import pathlib
@@ -8,13 +8,13 @@ import rich.box
 import rich.console
 import rich.table
 
-from jaxagentrl import report_curves, report_data, report_page, workdir
+from jaxagentrl import report_card, report_curves, report_data, report_page, workdir
 
 _PIPE_WIDTH = 100   # columns when the output is no terminal; rich's own 80 would wrap the table
 
 
 def write(root: str | os.PathLike, *, console: rich.console.Console | None = None) -> None:
-    """Writes curves.png and report.html of a workdir and prints its table.
+    """Writes curves.png and report.html of a workdir, README.md beside its weights, and prints its table.
 
     Works at any time during a run; parts that do not exist yet are left out.
 
@@ -31,6 +31,9 @@ def write(root: str | os.PathLike, *, console: rich.console.Console | None = Non
     workdir.write_atomic(root / "curves.png", png)
     # An environment may have said what cannot be written, halves of surrogate pairs.
     workdir.write_atomic(root / "report.html", report_page.page(run, png).encode(errors="replace"))
+    for name, library in (("model", "transformers"), ("adapters", "peft")):
+        if (root / name).is_dir():
+            workdir.write_atomic(root / name / "README.md", report_card.text(run, library=library))
     print_table(run, console=console)
 
 

@@ -140,6 +140,7 @@ jaxagentrl.evaluate
 jaxagentrl.report_data
 jaxagentrl.report_curves
 jaxagentrl.report_page
+jaxagentrl.report_card
 jaxagentrl.report
 jaxagentrl.prepare
 jaxagentrl.methods

@@ -4,16 +4,20 @@ import html.parser
 import io
 import json
 import math
+import pathlib
 import re
+import runpy
 
 import numpy as np
 import pytest
 import rich.console
+import yaml
 
 from envs_host.types import StopReason, Task
 from jaxagentrl import metrics, report, report_curves, report_data, report_page, tokenizer
 from jaxagentrl.trajectory import Trajectory, Turn
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 TASK_NAMES = ("custom-s1", "custom-s2", "custom-s3")
 
 
@@ -245,6 +249,47 @@ def test_episodes_are_shown_without_a_tokenizer(root):
     for file in (root / "tokenizer").iterdir():
         file.unlink()
     assert ">open box</span>" in report_page.page(report_data.read(root), b"png")
+
+
+def carded(root, **changes) -> dict[str, str]:
+    """The cards of a run of the quick start's config, by folder; `changes` are of keys."""
+    config = runpy.run_path(str(ROOT / "configs" / "textworld_quickstart.py"))["get_config"]()
+    config.update_from_flattened_dict(changes)
+    content = {
+        "config": json.loads(json.dumps(config.to_dict())),
+        "versions": {"jax": "0.10", "textworld": "1.7.0"},
+        "facts": {"games": {"demo": "d" * 64, "train": "7" * 64, "test": "e" * 64}},
+    }
+    (root / "config.json").write_text(json.dumps(content))
+    report.write(root, console=rich.console.Console(file=io.StringIO()))
+    return {path.parent.name: path.read_text(encoding="utf-8") for path in root.glob("*/README.md")}
+
+
+def test_a_model_has_a_card_with_what_it_wins_and_came_from(root):
+    (root / "model").mkdir()
+    (text,) = carded(root, **{"env.cache_dir": "/home/me/games"}).values()
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header == {
+        "library_name": "transformers", "pipeline_tag": "text-generation",
+        "tags": ["jaxagentrl", "reinforcement-learning", "custom"],
+    }
+    assert "# An agent for custom (nb_objects 3, quest_length 4, theme basic, world_size 2)" in text
+    assert "trained from scratch" in text and "600 steps of imitating 16 demonstrations and 80 iterations of RL (32 games × 8" in text
+    assert "| after RL (80 iterations) | 126/200 | 63.0 % [56.1, 69.4] | 5 % |" in text
+    assert "RL added 21.0 points" in text
+    assert f"| test | 1 to 300 | `{'e' * 64}` |" in text
+    assert "jax 0.10, textworld 1.7.0." in text
+    settings = json.loads(text.split("```json\n")[1].split("```")[0])
+    assert settings["rl"]["advantage"]["name"] == "gigpo" and settings["splits"]["test"] == [1, 300]
+    assert "/home/me" not in text and "cache_dir" not in text
+
+
+def test_adapters_have_a_card_that_names_their_model_without_its_place(root):
+    (root / "adapters").mkdir()
+    cards = carded(root, **{"model.directory": "/home/me/models/Qwen2.5-0.5B", "lora.rank": 4})
+    assert list(cards) == ["adapters"] and "library_name: peft" in cards["adapters"]
+    assert "Adapters for `Qwen2.5-0.5B`." in cards["adapters"] and "/home/me" not in cards["adapters"]
+    assert "PeftModel.from_pretrained" in cards["adapters"]
 
 
 def test_folder_without_a_run(tmp_path):

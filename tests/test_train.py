@@ -88,7 +88,7 @@ def comparable(workdir: pathlib.Path) -> list[dict]:
 
 
 def test_a_run_leaves_what_the_design_promises(finished):
-    for name in ("config.json", "metrics.jsonl", "curves.png", "report.html"):
+    for name in ("config.json", "metrics.jsonl", "curves.png", "report.html", "model/README.md"):
         assert (finished / name).stat().st_size > 0, name
     assert list((finished / "tensorboard").rglob("events.*"))
     config = json.loads((finished / "config.json").read_text())
