@@ -14,10 +14,9 @@ This module holds the recursions along one trajectory. The estimators that compa
 of a group live in `group_advantages`, `turn_credit` and `anchors` and are public here.
 """
 
-import chex
 import jax.numpy as jnp
 
-from jaxagentrl import masking
+from jaxagentrl import arguments, masking
 from jaxagentrl.anchors import gigpo, gigpo_steps
 from jaxagentrl.group_advantages import (
     group_normalized,
@@ -98,7 +97,7 @@ def gae(
     ...     mask, gae_lambda=1.0)
     Array([0.5 , 0.  , 0.75], dtype=float32)
     """
-    rewards, values, discounts = _clean_rows([rewards, values, discounts], action_mask)
+    rewards, values, discounts = _clean_rows(action_mask, rewards=rewards, values=values, discounts=discounts)
     zero, bootstrap = _scan_start([rewards, values, discounts], bootstrap_values)
 
     def step(carry, inputs):
@@ -145,7 +144,7 @@ def turn_gae(
     Returns:
         [..., L] float32, 0 off the mask.
     """
-    rewards, values, discounts = _clean_rows([rewards, values, discounts], action_mask)
+    rewards, values, discounts = _clean_rows(action_mask, rewards=rewards, values=values, discounts=discounts)
     ends = masking.closed_turn_ends(action_mask, turn_ends)
     turn_ids = masking.count_turns(action_mask, turn_ends)
     num_turns = action_mask.shape[-1]  # as many as there could be
@@ -201,7 +200,7 @@ def bilevel_gae(
     Returns:
         [..., L] float32, 0 off the mask.
     """
-    rewards, values = _clean_rows([rewards, values], action_mask)
+    rewards, values = _clean_rows(action_mask, rewards=rewards, values=values)
     ends = masking.closed_turn_ends(action_mask, turn_ends)
     zero, bootstrap = _scan_start([rewards, values], bootstrap_values)
 
@@ -239,7 +238,7 @@ def rewards_to_go(rewards: Array, discounts: Array, action_mask: Array) -> Array
     >>> rewards_to_go(jnp.array([0.0, 0.0, 1.0]), jnp.ones(3), jnp.array([True, False, True]))
     Array([1., 0., 1.], dtype=float32)
     """
-    rewards, discounts = _clean_rows([rewards, discounts], action_mask)
+    rewards, discounts = _clean_rows(action_mask, rewards=rewards, discounts=discounts)
     return returns_to_go(rewards, discounts, action_mask)
 
 
@@ -266,11 +265,12 @@ def reinforce_plus_plus(
     return whiten(returns, action_mask, axis_name=axis_name)
 
 
-def _clean_rows(rows: list[Array], action_mask: Array) -> list[Array]:
+def _clean_rows(action_mask: Array, **rows: Array) -> list[Array]:
     """Checks [..., L] arrays against the mask and zeroes them off it."""
-    chex.assert_equal_shape([*rows, action_mask])
-    chex.assert_type([*rows, action_mask], [float] * len(rows) + [bool])
-    return [masking.zero_off(row, action_mask) for row in rows]
+    arguments.check(
+        **{name: (row, float, "... L") for name, row in rows.items()}, action_mask=(action_mask, bool, "... L")
+    )
+    return [masking.zero_off(row, action_mask) for row in rows.values()]
 
 
 def _scan_start(rows: list[Array], bootstrap_values: Array | float) -> tuple[Array, Array]:
@@ -278,5 +278,5 @@ def _scan_start(rows: list[Array], bootstrap_values: Array | float) -> tuple[Arr
     zero = masking.zero_carry(rows)
     bootstrap = jnp.asarray(bootstrap_values).astype(jnp.float32)
     if bootstrap.ndim:
-        chex.assert_equal_shape([bootstrap, zero])
+        arguments.check(bootstrap_values=(bootstrap, float, " ".join(map(str, zero.shape))))
     return zero, bootstrap + zero

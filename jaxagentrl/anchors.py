@@ -4,11 +4,10 @@ Deterministic text worlds bring the trajectories of a group back to the same obs
 again. What was done there, and what came of it, is a comparison that costs no extra rollout.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from jaxagentrl import masking
+from jaxagentrl import arguments, masking
 from jaxagentrl.group_advantages import center, check_choice, group_std
 from jaxagentrl.turn_credit import check_rows, returns_to_go, turn_returns
 from jaxagentrl.types import Array
@@ -71,9 +70,7 @@ def gigpo(
         [B, L] float32, the same on all action tokens of a turn, 0 off the mask.
     """
     check_rows(rewards, action_mask, turn_ids, group_ids)
-    chex.assert_rank(anchor_ids, 2)
-    chex.assert_type(anchor_ids, int)
-    chex.assert_equal_shape_prefix([rewards, anchor_ids], 1)
+    arguments.check(rewards=(rewards, float, "B L"), anchor_ids=(anchor_ids, int, "B T"))
     num_rows, num_turns = anchor_ids.shape
     discounts = jnp.full(rewards.shape, turn_discount, jnp.float32)
     returns, present = turn_returns(
@@ -140,11 +137,11 @@ def gigpo_steps(
     Returns:
         [N] float32, 0 on padding rows.
     """
-    rows = [step_rewards, trajectory_ids, steps, anchor_ids, group_ids]
-    chex.assert_rank(rows, 1)
-    chex.assert_equal_shape(rows)
-    chex.assert_type(rows, [float, int, int, int, int])
-    trajectory_ids, steps, anchor_ids, group_ids = map(masking.as_ids, rows[1:])
+    ids = dict(trajectory_ids=trajectory_ids, steps=steps, anchor_ids=anchor_ids, group_ids=group_ids)
+    arguments.check(
+        step_rewards=(step_rewards, float, "N"), **{name: (of_rows, int, "N") for name, of_rows in ids.items()}
+    )
+    trajectory_ids, steps, anchor_ids, group_ids = map(masking.as_ids, ids.values())
     inside = (
         masking.in_group(group_ids, num_groups=num_groups)
         & masking.in_group(trajectory_ids, num_groups=num_trajectories)

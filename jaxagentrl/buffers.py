@@ -16,6 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxagentrl import arguments
 from jaxagentrl.types import Array, PyTree
 
 
@@ -96,8 +97,7 @@ def add(
     if count > capacity:
         raise ValueError(f"batch: got {count} rows, but the buffer holds {capacity}")
     valid = jnp.ones(count, bool) if valid is None else valid
-    chex.assert_shape(valid, (count,))
-    chex.assert_type(valid, bool)
+    arguments.check(valid=(valid, bool, str(count)))
     place = jnp.cumsum(valid, dtype=jnp.int32) - 1
     # Invalid rows are sent past the end, where a scatter in "drop" mode ignores them.
     place = jnp.where(valid, (buffer.head + place) % capacity, capacity)

@@ -4,11 +4,10 @@ All are plain numbers (or one per turn) over the global batch; `axis_name` names
 that holds the rest of it. Nothing here takes part in a gradient.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from jaxagentrl import masking
+from jaxagentrl import arguments, masking
 from jaxagentrl.divergences import MAX_LOG_RATIO, kl
 from jaxagentrl.group_advantages import center, check_choice, group_std
 from jaxagentrl.types import Array
@@ -30,7 +29,7 @@ def explained_variance(
     Returns:
         [] float32; 0 where the returns do not vary.
     """
-    values, returns = masking.clean([values, returns], mask, differentiable=0)
+    values, returns = masking.clean(dict(values=values, returns=returns), mask, differentiable=0)
     mean, total = masking.masked_mean_and_var(returns, mask, axis_name=axis_name)
     _, spread = masking.masked_mean_and_var(values, mask, axis_name=axis_name)
     total = _but_rounding(total, jnp.square(mean) + spread)
@@ -61,7 +60,7 @@ def explained_variance_per_turn(
     Returns:
         [T] float32; 0 where the returns of a turn do not vary.
     """
-    values, returns = masking.clean([values, returns], action_mask, differentiable=0)
+    values, returns = masking.clean(dict(values=values, returns=returns), action_mask, differentiable=0)
     ids = jnp.where(action_mask, masking.as_ids(turn_ids), -1).reshape(-1)
 
     def squares(x):
@@ -101,9 +100,8 @@ def clip_fractions(
         "low": ρ < 1 − clip_low with A < 0; "high": ρ > 1 + clip_high with A > 0; "dual": ρ > c with
         A < 0 (0 without dual clip). [] float32 each. Arguments as in `losses.clipped_surrogate`.
     """
-    logprobs, old_logprobs, advantages = masking.clean(
-        [logprobs, old_logprobs, advantages], action_mask, differentiable=0
-    )
+    rows = dict(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    logprobs, old_logprobs, advantages = masking.clean(rows, action_mask, differentiable=0)
     ratio = jnp.exp(logprobs - old_logprobs)
 
     def share(hit):
@@ -232,9 +230,8 @@ def sampler_mismatch(
         [] float32 each: "max_abs" largest |log π_old − log μ|; "k1" and "k3" of KL(μ‖π_old);
         "max_ratio" largest w = π_old/μ; "ess" effective sample size of w.
     """
-    old_logprobs, sampler_logprobs = masking.clean(
-        [old_logprobs, sampler_logprobs], action_mask, differentiable=0
-    )
+    rows = dict(old_logprobs=old_logprobs, sampler_logprobs=sampler_logprobs)
+    old_logprobs, sampler_logprobs = masking.clean(rows, action_mask, differentiable=0)
     gap = old_logprobs - sampler_logprobs
     ratios = jnp.exp(jnp.clip(gap, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     ratios = jnp.where(action_mask, ratios, 0.0)
@@ -308,8 +305,9 @@ def credit_by_turn(
         [T] float32 each: "mean" advantage per token of turn k; "share" of the batch's Σ|A| that
         falls on turn k; "tokens" number of action tokens.
     """
-    chex.assert_equal_shape([advantages, action_mask, turn_ids])
-    chex.assert_type([advantages, action_mask, turn_ids], [float, bool, int])
+    arguments.check(
+        advantages=(advantages, float, "B L"), action_mask=(action_mask, bool, "B L"), turn_ids=(turn_ids, int, "B L")
+    )
     credit = jnp.asarray(advantages).reshape(-1)
     ids = jnp.where(action_mask, masking.as_ids(turn_ids), -1).reshape(-1)
 

@@ -43,7 +43,8 @@ def kl(
     >>> kl(jnp.array([-1.0]), jnp.array([-1.5]), estimator="k2")
     Array([0.125], dtype=float32)
     """
-    logprobs, ref_logprobs = masking.clean([logprobs, ref_logprobs], action_mask, differentiable=1)
+    rows = dict(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    logprobs, ref_logprobs = masking.clean(rows, action_mask, differentiable=1)
     u = logprobs - ref_logprobs
     k2 = 0.5 * jnp.square(u)
     # Both terms of the bounded u: the slope of the second alone would drive the policies further apart.

@@ -7,11 +7,10 @@ are NaN or infinite come through as what is not finite, in groups of one, too.
 With `axis_name` the groups may be spread over the devices of a mapped axis.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from jaxagentrl import masking
+from jaxagentrl import arguments, masking
 from jaxagentrl.types import Array
 
 # Bound of the relative rounding error of a float32 sum of up to some hundred rewards: 32 units of 2⁻²⁴.
@@ -104,8 +103,7 @@ def remax(scores: Array, greedy_scores: Array) -> Array:
     Returns:
         [B] float32.
     """
-    chex.assert_equal_shape([scores, greedy_scores])
-    chex.assert_type([scores, greedy_scores], float)
+    arguments.check(scores=(scores, float, "..."), greedy_scores=(greedy_scores, float, "..."))
     return jnp.asarray(scores, jnp.float32) - jnp.asarray(greedy_scores, jnp.float32)
 
 
@@ -134,9 +132,7 @@ def opo(
     Returns:
         [B] float32.
     """
-    chex.assert_rank([scores, lengths, group_ids], 1)
-    chex.assert_equal_shape([scores, lengths, group_ids])
-    chex.assert_type([scores, lengths, group_ids], [float, float, int])
+    arguments.check(scores=(scores, float, "B"), lengths=(lengths, float, "B"), group_ids=(group_ids, int, "B"))
     # Shifting all scores of a group leaves A as it is, so start from the centered ones.
     centered, _ = center(scores, group_ids, num_groups, axis_name)
     weighted = masking.group_sum(
@@ -204,8 +200,7 @@ def whiten(
     Returns:
         [...] float32, 0 off the mask.
     """
-    chex.assert_equal_shape([x, mask])
-    chex.assert_type([x, mask], [float, bool])
+    arguments.check(x=(x, float, "..."), mask=(mask, bool, "..."))
     kept = masking.zero_off(x, mask)
     # The mean of large numbers is rounded to their last digit, that of what they are above the least is not.
     shifted = kept - masking.masked_min(x, mask, axis_name=axis_name)
@@ -224,8 +219,7 @@ def spread(scores: Array, action_mask: Array) -> Array:
     Returns:
         [..., L] float32.
     """
-    chex.assert_type([scores, action_mask], [float, bool])
-    chex.assert_shape(scores, action_mask.shape[:-1])
+    arguments.check(action_mask=(action_mask, bool, "... L"), scores=(scores, float, "..."))
     return masking.zero_off(jnp.asarray(scores)[..., None], action_mask)
 
 
@@ -243,9 +237,7 @@ def center(
     ([B] bool, True somewhere in every group) mean and size are those of the counted rows; which scores
     are equal is a matter of all rows.
     """
-    chex.assert_rank([scores, group_ids], 1)
-    chex.assert_equal_shape([scores, group_ids])
-    chex.assert_type([scores, group_ids], [float, int])
+    arguments.check(scores=(scores, float, "B"), group_ids=(group_ids, int, "B"))
     group_ids = masking.as_ids(group_ids)
     inside = masking.in_group(group_ids, num_groups=num_groups)
     ids = group_ids if counted is None else jnp.where(counted, group_ids, -1)

@@ -5,11 +5,10 @@ parameters (`old_logprobs`), π is being updated. The surrogate handles π/π_ol
 handles w = π_old/μ, which differs from 1 by precision, caching, temperature or staleness.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from jaxagentrl import masking
+from jaxagentrl import arguments, masking
 from jaxagentrl.divergences import MAX_LOG_RATIO
 from jaxagentrl.types import Array
 
@@ -52,7 +51,9 @@ def importance_ratios(
     if (turn_ids is not None) != (level == "turn"):
         got = "turn_ids" if turn_ids is not None else "no turn_ids"
         raise ValueError(f'got {got} with level {level!r}; level "turn" needs them, others do not')
-    rows = masking.clean([old_logprobs, sampler_logprobs], action_mask, differentiable=0)
+    rows = masking.clean(
+        dict(old_logprobs=old_logprobs, sampler_logprobs=sampler_logprobs), action_mask, differentiable=0
+    )
     log_ratio = rows[0] - rows[1]
     if level != "token":
         log_ratio = masking.sequence_sum(log_ratio, action_mask, turn_ids=turn_ids)
@@ -76,7 +77,7 @@ def truncated_importance_weights(ratios: Array, *, cap: float = 2.0) -> Array:
     Returns:
         [..., L] float32.
     """
-    chex.assert_type(ratios, float)
+    arguments.check(ratios=(ratios, float, "..."))
     return jax.lax.stop_gradient(jnp.minimum(jnp.asarray(ratios, jnp.float32), cap))
 
 
@@ -107,12 +108,11 @@ def importance_mask(
     Returns:
         [..., L] bool.
     """
-    chex.assert_equal_shape([ratios, action_mask])
-    chex.assert_type([ratios, action_mask], [float, bool])
+    arguments.check(ratios=(ratios, float, "..."), action_mask=(action_mask, bool, "..."))
     kept = action_mask & (ratios >= low) & (ratios <= high)
     if veto is None:
         return kept
     token_ratios = ratios if token_ratios is None else token_ratios
-    chex.assert_equal_shape([token_ratios, action_mask])
+    arguments.check(action_mask=(action_mask, bool, "..."), token_ratios=(token_ratios, float, "..."))
     vetoed = jnp.any(action_mask & (token_ratios < veto), axis=-1)
     return kept & ~vetoed[..., None]

@@ -13,11 +13,10 @@ Gradient flows through `logprobs` and `values` only: old log-probs, reference lo
 advantages and returns are stopped here.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from jaxagentrl import masking
+from jaxagentrl import arguments, masking
 from jaxagentrl.divergences import (
     MAX_LOG_RATIO,
     adaptive_kl_coefficient,
@@ -89,9 +88,8 @@ def clipped_surrogate(
     Returns:
         [..., L] float32 loss per token.
     """
-    logprobs, old_logprobs, advantages = masking.clean(
-        [logprobs, old_logprobs, advantages], action_mask, differentiable=1
-    )
+    rows = dict(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    logprobs, old_logprobs, advantages = masking.clean(rows, action_mask, differentiable=1)
     return _clip(_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high, dual_clip)
 
 
@@ -131,9 +129,8 @@ def sequence_surrogate(
     Returns:
         [..., L] float32 loss per token, 0 off the mask.
     """
-    logprobs, old_logprobs, advantages = masking.clean(
-        [logprobs, old_logprobs, advantages], action_mask, differentiable=1
-    )
+    rows = dict(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    logprobs, old_logprobs, advantages = masking.clean(rows, action_mask, differentiable=1)
     summed = masking.sequence_sum(logprobs - old_logprobs, action_mask, turn_ids=turn_ids)
     mean = summed * _inverse_length(action_mask, turn_ids)
     # Value of the sequence's ratio, gradient of the token's own log-prob.
@@ -170,9 +167,8 @@ def cispo(
     Returns:
         [..., L] float32 loss per token.
     """
-    logprobs, old_logprobs, advantages = masking.clean(
-        [logprobs, old_logprobs, advantages], action_mask, differentiable=1
-    )
+    rows = dict(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    logprobs, old_logprobs, advantages = masking.clean(rows, action_mask, differentiable=1)
     ratio = jnp.clip(_ratio(logprobs, old_logprobs), 1.0 - clip_low, 1.0 + clip_high)
     return -jax.lax.stop_gradient(ratio) * advantages * logprobs
 
@@ -190,7 +186,9 @@ def policy_gradient(
     Returns:
         [..., L] float32 loss per token.
     """
-    logprobs, advantages = masking.clean([logprobs, advantages], action_mask, differentiable=1)
+    logprobs, advantages = masking.clean(
+        dict(logprobs=logprobs, advantages=advantages), action_mask, differentiable=1
+    )
     return -advantages * logprobs
 
 
@@ -219,9 +217,8 @@ def value_loss(
     Returns:
         [..., L] float32 loss per token.
     """
-    values, old_values, returns = masking.clean(
-        [values, old_values, returns], action_mask, differentiable=1
-    )
+    rows = dict(values=values, old_values=old_values, returns=returns)
+    values, old_values, returns = masking.clean(rows, action_mask, differentiable=1)
     error = jnp.square(values - returns)
     if clip is not None:
         near = old_values + jnp.clip(values - old_values, -clip, clip)
@@ -281,8 +278,7 @@ def aggregate(
     Returns:
         [] float32; 0 for an empty mask.
     """
-    chex.assert_equal_shape([per_token, mask])
-    chex.assert_type([per_token, mask], [float, bool])
+    arguments.check(per_token=(per_token, float, "B L"), mask=(mask, bool, "B L"))
     weights = aggregation_weights(
         mask, mode=mode, constant=constant, sequence_ids=sequence_ids, axis_name=axis_name
     )
@@ -318,8 +314,7 @@ def aggregation_weights(
         )
     if constant is not None and not constant > 0:
         raise ValueError(f"constant: got {constant}, expected a number of tokens above 0")
-    chex.assert_rank(mask, 2)
-    chex.assert_type(mask, bool)
+    arguments.check(mask=(mask, bool, "B L"))
     ones = mask.astype(jnp.float32)
     if mode == "token_mean":
         return masking.divide(ones, masking.masked_count(mask, axis_name=axis_name))

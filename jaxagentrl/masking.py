@@ -8,10 +8,10 @@ the mapped axis (of `vmap`, `pmap` or `shard_map`) that holds the rest of it.
 
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from jaxagentrl import arguments
 from jaxagentrl.types import Array
 
 AxisName = str | tuple[str, ...] | None
@@ -35,24 +35,22 @@ def zero_idle(x: Array, idle: Array) -> Array:
     return jnp.where(idle & jnp.isfinite(x), 0.0, x)
 
 
-def clean(rows: list[Array], action_mask: Array | None, *, differentiable: int) -> list[Array]:
+def clean(rows: dict[str, Array], action_mask: Array | None, *, differentiable: int) -> list[Array]:
     """Float32 rows, 0 off the mask, with gradient through the first `differentiable` only.
 
     Args:
-        rows: arrays [...] float, all of one shape.
+        rows: arrays [...] float by the names of arguments, all of one shape.
         action_mask: [...] bool, or None where every entry counts.
         differentiable: how many of the rows keep their gradient.
     """
-    chex.assert_equal_shape(rows)
-    chex.assert_type(rows, float)
-    rows = [jnp.asarray(row).astype(jnp.float32) for row in rows]
+    mask = {} if action_mask is None else dict(action_mask=(action_mask, bool, "..."))
+    arguments.check(**{name: (row, float, "...") for name, row in rows.items()}, **mask)
+    cleaned = [jnp.asarray(row).astype(jnp.float32) for row in rows.values()]
     if action_mask is not None:
-        chex.assert_equal_shape([rows[0], action_mask])
-        chex.assert_type(action_mask, bool)
-        rows = [jnp.where(action_mask, row, 0.0) for row in rows]
+        cleaned = [jnp.where(action_mask, row, 0.0) for row in cleaned]
     return [
         row if index < differentiable else jax.lax.stop_gradient(row)
-        for index, row in enumerate(rows)
+        for index, row in enumerate(cleaned)
     ]
 
 
@@ -76,14 +74,13 @@ def masked_sum(x: Array, mask: Array, *, axis=None, axis_name: AxisName = None) 
         axis: axes to sum, all by default.
         axis_name: mapped axis to sum over as well.
     """
-    chex.assert_equal_shape([x, mask])
-    chex.assert_type(mask, bool)
+    arguments.check(x=(x, None, "..."), mask=(mask, bool, "..."))
     return total(jnp.sum(zero_off(x, mask), axis=axis), axis_name)
 
 
 def masked_count(mask: Array, *, axis=None, axis_name: AxisName = None) -> Array:
     """Number of True entries, in float32 (exact to 16,777,216 per device)."""
-    chex.assert_type(mask, bool)
+    arguments.check(mask=(mask, bool, "..."))
     return total(jnp.sum(mask, axis=axis, dtype=jnp.float32), axis_name)
 
 
@@ -99,7 +96,7 @@ def masked_mean(x: Array, mask: Array, *, axis=None, axis_name: AxisName = None)
 
 def masked_min(x: Array, mask: Array, *, axis_name: AxisName = None) -> Array:
     """Smallest entry on the mask, 0 when there is none; without gradient, as `pmin` has none."""
-    chex.assert_equal_shape([x, mask])
+    arguments.check(x=(x, None, "..."), mask=(mask, bool, "..."))
     x = jax.lax.stop_gradient(jnp.asarray(x).astype(jnp.float32))
     smallest = jnp.min(jnp.where(mask, x, jnp.inf), initial=jnp.inf)
     if axis_name is not None:
@@ -157,8 +154,7 @@ def scan_back(step, start, rows: list[Array]) -> Array:
 
 def closed_turn_ends(action_mask: Array, turn_ends: Array) -> Array:
     """Turn ends on the action mask, where the last action token of a row always ends its turn."""
-    chex.assert_equal_shape([action_mask, turn_ends])
-    chex.assert_type([action_mask, turn_ends], bool)
+    arguments.check(action_mask=(action_mask, bool, "... L"), turn_ends=(turn_ends, bool, "... L"))
     after = jnp.flip(jnp.cumsum(jnp.flip(action_mask, -1), axis=-1, dtype=jnp.int32), -1)
     return action_mask & (turn_ends | (after == 1))
 
@@ -193,7 +189,7 @@ def turn_sum(x: Array, turn_ids: Array, mask: Array, *, num_turns: int) -> Array
     Returns:
         [..., T] float32.
     """
-    chex.assert_equal_shape([x, turn_ids, mask])
+    arguments.check(x=(x, None, "... L"), turn_ids=(turn_ids, int, "... L"), mask=(mask, bool, "... L"))
     return _scatter_turns(jnp.asarray(x).astype(jnp.float32), turn_ids, mask, num_turns, "add")
 
 
@@ -294,8 +290,7 @@ def group_sum(
     Returns:
         [num_groups] float32.
     """
-    chex.assert_rank([x, group_ids], 1)
-    chex.assert_equal_shape([x, group_ids])
+    arguments.check(x=(x, None, "N"), group_ids=(group_ids, int, "N"))
     inside = in_group(group_ids, num_groups=num_groups)
     slots = jnp.where(inside, as_ids(group_ids), num_groups)
     return total(jax.ops.segment_sum(zero_off(x, inside), slots, num_groups), axis_name)
@@ -311,7 +306,7 @@ def group_min(
     x: Array, group_ids: Array, *, num_groups: int, axis_name: AxisName = None
 ) -> Array:
     """[num_groups] float32, each group's smallest entry, without gradient; +inf for empty ones."""
-    chex.assert_rank([x, group_ids], 1)
+    arguments.check(x=(x, None, "N"), group_ids=(group_ids, int, "N"))
     inside = in_group(group_ids, num_groups=num_groups)
     slots = jnp.where(inside, as_ids(group_ids), num_groups)
     x = jax.lax.stop_gradient(zero_off(x, inside))

@@ -1,10 +1,9 @@
 """Implicit process rewards: trajectory-DPO and the step rewards it teaches. Public in `losses`."""
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from jaxagentrl import masking
+from jaxagentrl import arguments, masking
 from jaxagentrl.types import Array
 
 
@@ -43,10 +42,10 @@ def trajectory_dpo(
     Returns:
         [] float32, 0 when no group has both a success and a failure.
     """
-    chex.assert_rank([logprobs, succeeded, group_ids], [2, 1, 1])
-    chex.assert_equal_shape_prefix([logprobs, succeeded, group_ids], 1)
-    chex.assert_type([succeeded, group_ids], [bool, int])
-    new, old = masking.clean([logprobs, old_logprobs], action_mask, differentiable=1)
+    arguments.check(
+        logprobs=(logprobs, float, "B L"), succeeded=(succeeded, bool, "B"), group_ids=(group_ids, int, "B")
+    )
+    new, old = masking.clean(dict(logprobs=logprobs, old_logprobs=old_logprobs), action_mask, differentiable=1)
     scores = beta * jnp.sum(new - old, axis=1)
     inside = masking.in_group(group_ids, num_groups=num_groups)
     others = (scores, succeeded, group_ids, inside)
@@ -86,6 +85,6 @@ def implicit_step_rewards(
     Returns:
         [..., L] float32, 0 but on turn ends.
     """
-    new, old = masking.clean([logprobs, old_logprobs], action_mask, differentiable=0)
+    new, old = masking.clean(dict(logprobs=logprobs, old_logprobs=old_logprobs), action_mask, differentiable=0)
     summed = masking.sequence_sum(beta * (new - old), action_mask, turn_ids=turn_ids)
     return masking.zero_off(summed, masking.closed_turn_ends(action_mask, turn_ends))

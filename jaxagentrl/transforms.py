@@ -8,11 +8,10 @@ not vanish. Every filter counts what it dropped, and a batch of which nothing is
 
 import dataclasses
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from jaxagentrl import masking
+from jaxagentrl import arguments, masking
 from jaxagentrl.group_advantages import center, group_std
 from jaxagentrl.types import Array, TrajectoryBatch
 
@@ -52,7 +51,7 @@ def dynamic_sampling(
         num_groups: static number of groups.
         axis_name: mapped axis over which groups are spread.
     """
-    chex.assert_type([succeeded, group_ids], [bool, int])
+    arguments.check(succeeded=(succeeded, bool, "B"), group_ids=(group_ids, int, "B"))
     wins = masking.group_sum(
         succeeded.astype(jnp.float32), group_ids, num_groups=num_groups, axis_name=axis_name
     )
@@ -111,8 +110,7 @@ def drop_rows(batch: TrajectoryBatch, keep: Array, *, num_groups: int) -> Trajec
         keep: [B] bool.
         num_groups: number of groups, the id that padding rows carry.
     """
-    chex.assert_equal_shape([keep, batch.group_ids])
-    chex.assert_type(keep, bool)
+    arguments.check(group_ids=(batch.group_ids, int, "B"), keep=(keep, bool, "B"))
     rows = jnp.broadcast_to(keep[:, None], batch.valid_mask.shape)
     return dataclasses.replace(
         batch,
@@ -136,7 +134,7 @@ def compact(batch: TrajectoryBatch, keep: Array) -> tuple[TrajectoryBatch, Array
     Returns:
         (batch with its rows permuted, [] int32 number of kept rows).
     """
-    chex.assert_equal_shape([keep, batch.group_ids])
+    arguments.check(group_ids=(batch.group_ids, int, "B"), keep=(keep, bool, "B"))
     order = jnp.argsort(~keep)
     moved = jax.tree.map(lambda leaf: leaf[order], batch)
     return moved, jnp.sum(keep, dtype=jnp.int32)
@@ -152,7 +150,7 @@ def overlong_filter(action_mask: Array, truncated: Array) -> tuple[Array, Array]
     Returns:
         ([B, L] bool mask without the truncated rows, [] int32 number of rows that were masked).
     """
-    chex.assert_type([action_mask, truncated], bool)
+    arguments.check(action_mask=(action_mask, bool, "B L"), truncated=(truncated, bool, "B"))
     dropped = truncated & jnp.any(action_mask, axis=1)
     return action_mask & ~truncated[:, None], jnp.sum(dropped, dtype=jnp.int32)
 
@@ -205,8 +203,12 @@ def penalize_turns(
     Returns:
         ([B, L] float32 rewards, [] int32 number of turns that were penalized).
     """
-    chex.assert_equal_shape([rewards, action_mask, turn_ids])
-    chex.assert_type([rewards, action_mask, turn_ids, flagged], [float, bool, int, bool])
+    arguments.check(
+        rewards=(rewards, float, "B L"),
+        action_mask=(action_mask, bool, "B L"),
+        turn_ids=(turn_ids, int, "B L"),
+        flagged=(flagged, bool, "B T"),
+    )
     num_turns = flagged.shape[1]
     last = masking.turn_last_position(turn_ids, action_mask, num_turns=num_turns)
     hit = flagged & (last >= 0)
@@ -234,9 +236,9 @@ def normalize_dense_rewards(
         ([B, L] float32 rewards, [] int32 number of non-empty rows without a positive finite
         maximum, whose rewards become 0).
     """
-    chex.assert_type([rewards, max_scores, action_mask], [float, float, bool])
-    chex.assert_equal_shape([rewards, action_mask])
-    chex.assert_shape(max_scores, rewards.shape[:1])
+    arguments.check(
+        rewards=(rewards, float, "B L"), action_mask=(action_mask, bool, "B L"), max_scores=(max_scores, float, "B")
+    )
     known = (max_scores > 0) & jnp.isfinite(max_scores)
     scale = masking.divide(1.0, masking.zero_off(max_scores, known))
     unknown = jnp.any(action_mask, axis=1) & ~known
@@ -271,10 +273,14 @@ def potential_shaping(
     Returns:
         [B, L] float32 rewards.
     """
-    chex.assert_equal_shape([rewards, discounts, action_mask, turn_ids])
-    rows = [rewards, discounts, action_mask, turn_ids, potentials, final_potentials]
-    chex.assert_type(rows, [float, float, bool, int, float, float])
-    chex.assert_shape(final_potentials, potentials.shape[:1])
+    arguments.check(
+        rewards=(rewards, float, "B L"),
+        discounts=(discounts, float, "B L"),
+        action_mask=(action_mask, bool, "B L"),
+        turn_ids=(turn_ids, int, "B L"),
+        potentials=(potentials, float, "B T"),
+        final_potentials=(final_potentials, float, "B"),
+    )
     num_turns = potentials.shape[1]
     last = masking.turn_last_position(turn_ids, action_mask, num_turns=num_turns)
     present = last >= 0
@@ -311,7 +317,8 @@ def shape_with_kl(
     Returns:
         [..., L] float32.
     """
-    rewards, divergence = masking.clean([rewards, divergence], action_mask, differentiable=1)
+    rows = dict(rewards=rewards, divergence=divergence)
+    rewards, divergence = masking.clean(rows, action_mask, differentiable=1)
     return rewards - coefficient * divergence
 
 

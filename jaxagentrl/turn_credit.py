@@ -5,10 +5,9 @@ Which turns are compared is what distinguishes the estimators: those of the same
 observation (`gigpo`, in `anchors`). The conventions of `group_advantages` hold here too.
 """
 
-import chex
 import jax.numpy as jnp
 
-from jaxagentrl import masking
+from jaxagentrl import arguments, masking
 from jaxagentrl.group_advantages import (
     center,
     check_choice,
@@ -285,7 +284,9 @@ def turn_cells(present: Array, group_ids: Array, *, num_groups: int) -> Array:
 
 def check_rows(rewards: Array, action_mask: Array, turn_ids: Array, group_ids: Array) -> None:
     """[B, L] rewards, mask and turn ids that belong with [B] group ids."""
-    chex.assert_rank([rewards, action_mask, turn_ids, group_ids], [2, 2, 2, 1])
-    chex.assert_equal_shape([rewards, action_mask, turn_ids])
-    chex.assert_equal_shape_prefix([rewards, group_ids], 1)
-    chex.assert_type([rewards, action_mask, turn_ids, group_ids], [float, bool, int, int])
+    arguments.check(
+        rewards=(rewards, float, "B L"),
+        action_mask=(action_mask, bool, "B L"),
+        turn_ids=(turn_ids, int, "B L"),
+        group_ids=(group_ids, int, "B"),
+    )

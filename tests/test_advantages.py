@@ -923,21 +923,27 @@ def test_rows_without_tokens_have_advantages_without_tokens():
     assert advantages.reinforce_plus_plus_baseline(WIN[:2], ids, mask, num_groups=1).shape == (2, 0)
 
 
-def test_shapes_and_types_are_checked():
-    with pytest.raises(AssertionError):
-        advantages.gae(REWARDS, VALUES[:3], ONES, MASK, gae_lambda=1.0)
-    with pytest.raises(AssertionError):
-        advantages.gae(REWARDS, VALUES, ONES, MASK.astype(np.float32), gae_lambda=1.0)
-    with pytest.raises(AssertionError):
-        advantages.gae(REWARDS, VALUES, ONES, MASK, gae_lambda=1.0, bootstrap_values=np.ones(3))
-    with pytest.raises(AssertionError):
-        advantages.group_normalized(WIN, GROUP.astype(np.float32), num_groups=1)
-    with pytest.raises(AssertionError):
-        advantages.leave_one_out(WIN[:3], GROUP, num_groups=1)
-    with pytest.raises(AssertionError):
-        advantages.whiten(REWARDS, MASK[:3])
-    with pytest.raises(AssertionError):
-        advantages.spread(WIN, np.ones((3, 2), bool))
+@pytest.mark.parametrize(
+    "call, told",
+    [
+        (lambda: advantages.gae(REWARDS, VALUES[:3], ONES, MASK, gae_lambda=1.0),
+         r"values is float32 \[3\], expected float \[..., L\] with ... = \[\] as of rewards, L = 8 as of rewards"),
+        (lambda: advantages.gae(REWARDS, VALUES, ONES, MASK.astype(np.float32), gae_lambda=1.0),
+         r"action_mask is float32 \[8\], expected bool \[..., L\]"),
+        (lambda: advantages.gae(REWARDS, VALUES, ONES, MASK, gae_lambda=1.0, bootstrap_values=np.ones(3)),
+         r"bootstrap_values is float32 \[3\], expected float \[\]"),
+        (lambda: advantages.group_normalized(WIN, GROUP.astype(np.float32), num_groups=1),
+         r"group_ids is float32 \[4\], expected int \[B\] with B = 4 as of scores"),
+        (lambda: advantages.leave_one_out(WIN[:3], GROUP, num_groups=1),
+         r"group_ids is int32 \[4\], expected int \[B\] with B = 3 as of scores"),
+        (lambda: advantages.whiten(REWARDS, MASK[:3]), r"mask is bool \[3\], expected bool \[...\] with ... = \[8\] as of x"),
+        (lambda: advantages.spread(WIN, np.ones((3, 2), bool)),
+         r"scores is float32 \[4\], expected float \[...\] with ... = \[3\] as of action_mask"),
+    ],
+)
+def test_shapes_and_types_are_checked(call, told):
+    with pytest.raises(ValueError, match=told):
+        call()
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.int64])

@@ -166,7 +166,7 @@ def test_wrong_rows_are_refused():
         buffers.init(2, {})
     with pytest.raises(ValueError, match="leaf without a leading axis"):
         buffers.add(buffers.init(2, {"n": jnp.zeros(())}), {"n": jnp.float32(0)})
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match=r"valid is bool \[1\], expected bool \[2\]"):
         buffers.add(buffer, rows(0, 2), valid=jnp.ones(1, bool))
 
 

@@ -54,6 +54,7 @@ jaxagentrl.pages
 jaxagentrl.interrupts
 jaxagentrl.precision
 jaxagentrl.types
+jaxagentrl.arguments
 jaxagentrl.masking
 jaxagentrl.group_advantages
 jaxagentrl.turn_credit

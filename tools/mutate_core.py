@@ -9,7 +9,7 @@ constant moved, a mask or a `stop_gradient` or a clip taken away, a statistic ke
 device. Every mutant runs in a forked child that already has jax and pytest in memory but nothing of
 ours, first against the tests of its module, then (if it lives) against `test_core_invariance`.
 Nothing on disk is changed. Not mutated: docstrings, annotations, error messages and argument checks
-(chex lines, `raise`), which are tested by hand-written cases. Not drawn: the mutants in `EQUIVALENT`,
+(`arguments.check`, chex, `raise`), which are tested by hand-written cases. Not drawn: the mutants in `EQUIVALENT`,
 which cannot be noticed, each with the reason.
 
 Exit status 0 when at least 95 % are caught, 1 when fewer are, 2 when the tests fail anyway.
@@ -198,7 +198,7 @@ class Walker(ast.NodeTransformer):
         if isinstance(node.value, ast.Constant):
             return True
         call = ast.unparse(node.value)
-        return call.startswith(("chex.", "check_", "_check_", "jax.tree.map(lambda old, new: _c"))
+        return call.startswith(("arguments.", "chex.", "check_", "_check_", "jax.tree.map(lambda old, new: _c"))
 
 
 @functools.cache
