@@ -175,7 +175,7 @@ def draw(settings: list[Setting], path: str, split: str | None = None) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for index, setting in enumerate(settings):
-        color = _COLORS[index % len(_COLORS)]
+        color, style = _COLORS[index % len(_COLORS)], ("-", "--", ":")[index // len(_COLORS) % 3]
         of_step = collections.defaultdict(list)
         for run in setting.runs.values():
             played = run.evaluations if split is None else run.other_splits.get(split, [])
@@ -185,7 +185,7 @@ def draw(settings: list[Setting], path: str, split: str | None = None) -> None:
             for evaluation in points:
                 of_step[evaluation.step].append(evaluation.success)
         steps = sorted(step for step, values in of_step.items() if len(values) == len(setting.runs))
-        axes.plot(steps, [np.mean(of_step[step]) for step in steps], marker=".", color=color, label=setting.name)
+        axes.plot(steps, [np.mean(of_step[step]) for step in steps], style, marker=".", color=color, label=setting.name)
     axes.set_title("Held-out tasks won" + (f", test_{split}" if split else ""), loc="left")
     axes.set_xlabel("RL iteration")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
