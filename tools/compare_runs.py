@@ -185,7 +185,8 @@ def draw(settings: list[Setting], path: str, split: str | None = None) -> None:
             for evaluation in points:
                 of_step[evaluation.step].append(evaluation.success)
         steps = sorted(step for step, values in of_step.items() if len(values) == len(setting.runs))
-        axes.plot(steps, [np.mean(of_step[step]) for step in steps], style, marker=".", color=color, label=setting.name)
+        line = dict(color=color, linestyle=style, marker=".", label=setting.name)
+        axes.plot(steps, [np.mean(of_step[step]) for step in steps], **line)
     axes.set_title("Held-out tasks won" + (f", test_{split}" if split else ""), loc="left")
     axes.set_xlabel("RL iteration")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
