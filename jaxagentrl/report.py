@@ -31,9 +31,7 @@ def write(root: str | os.PathLike, *, console: rich.console.Console | None = Non
     workdir.write_atomic(root / "curves.png", png)
     # An environment may have said what cannot be written, halves of surrogate pairs.
     workdir.write_atomic(root / "report.html", report_page.page(run, png).encode(errors="replace"))
-    for name, library in (("model", "transformers"), ("adapters", "peft")):
-        if (root / name).is_dir():
-            workdir.write_atomic(root / name / "README.md", report_card.text(run, library=library))
+    report_card.write(run)
     print_table(run, console=console)
 
 

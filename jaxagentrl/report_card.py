@@ -9,11 +9,23 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxagentrl import report_data
+from jaxagentrl import report_data, workdir
 
 # What says where things lay on a machine, and nothing about a result.
 _PLACES = ("compilation_cache_dir", "directory", "cache_dir", "path", "data_dir", "instances", "repository",
            "repositories")
+
+
+# A card with this line is the run's to write again.
+_OURS = "<!-- Written by jaxagentrl at the end of a run. Without this line a later one leaves the file as it is. -->"
+
+
+def write(run: report_data.Run) -> None:
+    """Writes README.md beside the weights that there are, unless somebody has made it their own."""
+    for name, library in (("model", "transformers"), ("adapters", "peft")):
+        path = run.root / name / "README.md"
+        if path.parent.is_dir() and (not path.exists() or _OURS in path.read_text(encoding="utf-8")):
+            workdir.write_atomic(path, text(run, library=library))
 
 
 def text(run: report_data.Run, *, library: str) -> str:
@@ -32,6 +44,8 @@ def text(run: report_data.Run, *, library: str) -> str:
         "pipeline_tag: text-generation",
         f"tags: [{', '.join(dict.fromkeys(tags))}]",
         "---",
+        "",
+        _OURS,
         "",
         f"# An agent for {_games(env['params'])}",
         "",

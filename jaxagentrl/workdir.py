@@ -23,7 +23,7 @@ import os
 import pathlib
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 VERSIONED_PACKAGES = (
@@ -189,11 +189,15 @@ def fsync_folder(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def replacing_folder(path: str | os.PathLike, *, keeping: Sequence[str] = ()) -> Iterator[pathlib.Path]:
     """A folder to write into that takes the place of `path` only when the block ends well.
 
     A folder cannot be replaced by one rename, so a kill between the two renames leaves the new one
     complete beside its place; the next `replacing_folder` or `finish_replacing` puts it there.
+
+    Args:
+        path: the folder.
+        keeping: names of files of the old folder that the new one gets, if it has none of the name.
     """
     path = pathlib.Path(path)
     finish_replacing(path)
@@ -202,6 +206,9 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     yield temporary
+    for name in keeping:
+        if (path / name).is_file() and not (temporary / name).exists():
+            shutil.copy2(path / name, temporary / name)
     os.rename(temporary, path.with_name(f".{path.name}.complete"))
     finish_replacing(path)
 

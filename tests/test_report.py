@@ -284,6 +284,15 @@ def test_a_model_has_a_card_with_what_it_wins_and_came_from(root):
     assert "/home/me" not in text and "cache_dir" not in text
 
 
+def test_a_card_that_somebody_wrote_stays(root):
+    (root / "model").mkdir()
+    (first,) = carded(root).values()
+    (again,) = carded(root, seed=3).values()
+    assert "seed 0." in first and "seed 3." in again
+    (root / "model" / "README.md").write_text("mine")
+    assert carded(root) == {"model": "mine"}
+
+
 def test_adapters_have_a_card_that_names_their_model_without_its_place(root):
     (root / "adapters").mkdir()
     cards = carded(root, **{"model.directory": "/home/me/models/Qwen2.5-0.5B", "lora.rank": 4})

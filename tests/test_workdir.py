@@ -204,6 +204,12 @@ def test_replacing_folder(tmp_path):
         (folder / "c").write_text("3")
     assert [path.name for path in target.iterdir()] == ["c"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with workdir.replacing_folder(target, keeping=["c", "d", "e"]) as folder:
+        (folder / "d").write_text("4")
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"c": "3", "d": "4"}
+    with workdir.replacing_folder(target, keeping=["d"]) as folder:
+        (folder / "d").write_text("5")
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"d": "5"}
 
 
 def test_folder_completed_before_a_kill_is_put_in_place(tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def save(
     """Writes adapters alone, in the format that PEFT loads onto the base model.
 
     Args:
-        directory: replaced if it exists and holds adapters, created otherwise.
+        directory: replaced, but for its README.md, if it exists and holds adapters, created otherwise.
         alpha: α; PEFT scales by alpha / rank.
         base: name or folder of the base model, for adapter_config.json, where a folder is absolute: it
             is looked for from wherever the adapters are loaded. Of a folder it is read where
@@ -158,7 +158,8 @@ def save(
         "fan_in_fan_out": False,
         "target_modules": _target_modules(layers, sorted(set(modules))),
     }
-    with workdir.replacing_folder(pathlib.Path(directory).expanduser().absolute()) as folder:
+    directory = pathlib.Path(directory).expanduser().absolute()
+    with workdir.replacing_folder(directory, keeping=["README.md"]) as folder:
         safetensors.numpy.save_file(
             tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
         )

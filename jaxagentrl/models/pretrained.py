@@ -37,11 +37,13 @@ _MAX_STRANGERS = 8
 # Rows of a vocabulary that are compared at a time.
 _COMPARED_ROWS = 1024
 
+_CARD = "README.md"
+
 # Files that `save` may find in its target and replace; anything else is someone else's.
 _OUR_FILES = {
     pretrained_config.FILE, _GENERATION, tensor_files.SINGLE, tensor_files.INDEX, "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "additional_chat_templates", "tokenizer.model",
+    "chat_template.jinja", "additional_chat_templates", "tokenizer.model", _CARD,
 }
 
 # A Gemma 3 with images keeps its language model under a prefix (of older and newer files), beside
@@ -102,7 +104,7 @@ def save(
     """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
     The folder is written beside its place and moved there when complete; an earlier export in the
-    same place is replaced.
+    same place is replaced, but for its README.md.
 
     Args:
         directory: where to write.
@@ -127,7 +129,7 @@ def save(
     special = _special_ids(tokenizer, stop_ids)
     stored = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
     settings = pretrained_config.to_json(config, stored.name)
-    with workdir.replacing_folder(directory) as folder:
+    with workdir.replacing_folder(directory, keeping=[_CARD]) as folder:
         sharding.outside(weights_out.write, folder, config, params, stored, max_shard_bytes)
         pretrained_config.write_object(folder / pretrained_config.FILE, settings | special)
         pretrained_config.write_object(folder / _GENERATION, {"do_sample": False, **special})
