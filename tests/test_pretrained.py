@@ -380,9 +380,11 @@ def test_a_folder_may_be_spelled_from_home(folders, tmp_path, monkeypatch):
 def test_save_replaces_an_earlier_export(folders, tmp_path):
     config, params = pretrained.load(folders / "llama_tied")
     pretrained.save(tmp_path / "model", config, params, max_shard_bytes=1)
+    (tmp_path / "model" / "README.md").write_text("its card")
     pretrained.save(tmp_path / "model", config, params)
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors"}
+        "config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert (tmp_path / "model" / "README.md").read_text() == "its card"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
