@@ -319,6 +319,11 @@ def _reinforce(
                     iteration=iteration,
                     frozen=setup.frozen,
                 )
+            elif played.trajectories and not (lines and lines[-1].get("filter/groups_kept") == 0):  # once in a row
+                progress.notice(
+                    f"iteration {iteration + 1} learned nothing: of {counts['filter/groups_played']:.0f} games none was won by "
+                    "some of a group and lost by others (rl.filter.name 'dynamic_sampling')"
+                )
             state = dataclasses.replace(state, iteration=state.iteration + 1)
             clock.append(time.monotonic())
             values = measured | counts | evaluate.summary("rollout", played)

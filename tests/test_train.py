@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from records import make_task
+from records import make_task, make_trajectory, make_turn
 from test_sharding import Device, assert_placed
 
 from envs_host.types import EnvFailure
@@ -305,6 +305,36 @@ def test_an_iteration_whose_environments_all_fail_is_counted_and_passed(monkeypa
     assert after.iteration == 2 and after.params is state.params
     assert [(phase, step) for phase, step, _ in written] == [("rl", 1), ("rl", 2)]
     assert written[0][2]["rollout/env_failures"] == 2
+
+
+def test_iterations_that_a_filter_leaves_nothing_of_are_told_once_in_a_row(monkeypatch):
+    config = smoke_config()
+    config["rl"] |= dict(num_iterations=4, tasks_per_iteration=1, group_size=2)
+    config["rl"]["filter"] |= dict(name="dynamic_sampling", max_rounds=1)
+    task = dataclasses.replace(make_task("game", 0), digest="0" * 64)
+    played = rollout.Rollout([make_trajectory([make_turn([1], [2])], group=0)], [], LEDGER)
+    kept = iter([False, False, True, False])
+
+    def iteration(*_, **__):
+        groups = int(next(kept))
+        counts = {"filter/groups_played": 1.0, "filter/groups_kept": float(groups), "filter/rounds": 1.0}
+        return played, played.trajectories * groups, counts
+
+    monkeypatch.setattr(playing, "iteration", iteration)
+    monkeypatch.setattr(reinforce, "learn", lambda state, *_, **__: (state, {}, [[0.0]]))
+    for module, unused in ((playing, "held_out"), (playing, "write_episodes"), (train, "_save")):
+        monkeypatch.setattr(module, unused, lambda *_, **__: {})
+    told = []
+    monkeypatch.setattr(progress, "notice", told.append)
+    session = types.SimpleNamespace(
+        config=config,
+        setup=types.SimpleNamespace(splits={"train": [task]}, frozen=None),
+        writer=types.SimpleNamespace(of_phase=lambda _: [], write=lambda *line: line[2]),
+    )
+    state = TrainState(jnp.int32(0), jnp.int32(0), params={"policy": jnp.ones(2)}, opt_state=())
+    programs = types.SimpleNamespace(needs_reference=False)
+    train._reinforce(session, state, {"step": 0, "sampler": {}}, programs)
+    assert [text.partition(":")[0] for text in told] == ["iteration 1 learned nothing", "iteration 4 learned nothing"]
 
 
 def test_the_sampler_decodes_in_the_dtype_that_the_learner_computes_in():
