@@ -9,7 +9,6 @@ wins and losses alike: with "single" and "dense" a win sums to 1 and a loss to l
 import numpy as np
 
 from envs_host.types import StopReason
-from jaxagentrl import transforms
 from jaxagentrl.trajectory import Trajectory
 
 KINDS = ("single", "dense", "intermediate")
@@ -50,7 +49,7 @@ def turn_rewards(
         intermediate_scale: needed by "intermediate", refused by the other kinds.
         overlong_penalty, overlong_length, overlong_margin: DAPO's soft punishment of long episodes, on the last
             turn: nothing for up to length − margin sampled tokens in all, the penalty from length on, a ramp
-            between (`transforms.overlong_penalty`). There it is 1 where rewards are −1 and 1, so 0.5 here.
+            between (as `transforms.overlong_penalty`). There it is 1 where rewards are −1 and 1, so 0.5 here.
 
     Returns:
         float32 [T].
@@ -83,9 +82,8 @@ def turn_rewards(
         penalties[-1] = no_end_of_turn_penalty  # nothing was sent, so nothing was refused
     rewards -= penalties
     if overlong_penalty:
-        said = sum(len(turn.action_ids) for turn in trajectory.turns)
-        sizes = dict(max_length=overlong_length, margin=overlong_margin, penalty=overlong_penalty)
-        rewards[-1] += float(transforms.overlong_penalty(said, **sizes))
+        over = trajectory.num_action_tokens - (overlong_length - overlong_margin)
+        rewards[-1] -= overlong_penalty * min(1.0, max(0.0, over / overlong_margin))
     return rewards.astype(np.float32)
 
 

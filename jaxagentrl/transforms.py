@@ -2,8 +2,8 @@
 
 Shapes stay as they are, so that nothing recompiles: a dropped row becomes a padding row, it does
 not vanish. Every filter counts what it dropped, and a batch of which nothing is left says so in
-`Filtered.is_empty` instead of becoming a batch of zeros. A run has the filters and the overlong penalty by
-`rl.filter` and `reward.overlong_penalty`; the other rewards of a run are those of `rewards`.
+`Filtered.is_empty` instead of becoming a batch of zeros. A run has the filters by
+`rl.filter`; its rewards are those of `rewards`.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from envs_host.types import StopReason
-from jaxagentrl import rewards
+from jaxagentrl import rewards, transforms
 from records import make_trajectory, make_turn
 
 
@@ -69,6 +69,7 @@ def test_long_episodes_pay_by_what_they_sampled_in_all(tokens, paid):
     made = make_trajectory(turns, won=False, score=0.0)
     options = dict(overlong_penalty=0.25, overlong_length=10, overlong_margin=4)
     assert rewards.turn_rewards(made, kind="single", **options).tolist() == [0.0, paid]
+    assert float(transforms.overlong_penalty(tokens, max_length=10, margin=4, penalty=0.25)) == paid
 
 
 @pytest.mark.parametrize(
