@@ -14,7 +14,7 @@ soft credit, in which shared tokens get the sum of what their descendants do.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,23 +24,17 @@ from jaxagentrl.episodes import Episode, branch, episodes, task_word
 from jaxagentrl.trajectory import Trajectory, Turn
 
 
-def check(options: Mapping[str, Any], *, group_size: int) -> None:
-    """Refuses settings of `rl.branching` that cannot work.
+def check(members: int, *, group_size: int) -> None:
+    """Refuses groups that nobody would begin.
 
     Raises:
         ValueError: with the key, what was got and what was expected.
     """
-    if not 0 <= options["members"] < group_size:
+    if not 0 <= members < group_size:
         raise ValueError(
-            f"rl.branching.members is {options['members']}, expected 0 to {group_size - 1}: some of the rl.group_size "
-            f"({group_size}) members of a group branch off others, at least one is played from the start."
+            f"rl.branching.members is {members}, expected 0 to {group_size - 1}: some of the rl.group_size ({group_size}) "
+            "members of a group branch off others, at least one is played from the start."
         )
-    if not 0 <= options["probability"] <= 1:
-        raise ValueError(f"rl.branching.probability must be in [0, 1], got {options['probability']}.")
-    if options["entropy_weight"] < 0:
-        raise ValueError(f"rl.branching.entropy_weight must be at least 0, got {options['entropy_weight']}.")
-    if options["entropy_tokens"] < 1:
-        raise ValueError(f"rl.branching.entropy_tokens must be at least 1, got {options['entropy_tokens']}.")
 
 
 def points(
@@ -60,8 +54,8 @@ def points(
         for parent in parents:
             if turn >= parent.num_turns:
                 continue
-            of = (_entropy(one, entropy_tokens) for one in (parent.turns[turn], parent.turns[0]))
-            rise = (next(of) - next(of)) / math.log(vocab_size)
+            now, first = (_entropy(parent.turns[index], entropy_tokens) for index in (turn, 0))
+            rise = (now - first) / math.log(vocab_size)
             if rng.random() < probability + entropy_weight * rise:
                 chosen.append((parent, turn))
                 if len(chosen) == members:

@@ -14,16 +14,16 @@ from jaxagentrl import metrics
 
 _WINDOW = 8  # iterations whose episodes are taken together
 
-# What is compared: key, how it is called, and whether it is a share of episodes or turns.
+# What is compared: key, how it is called, and what it is: a share, a number, or a count of episodes.
 _SIGNS = (
-    ("rollout/repeat_rate", "commands given again in the same state", True),
-    ("rollout/invalid_command_rate", "refused commands", True),
-    ("rollout/distinct_commands", "different commands of all that were sent", True),
-    ("rollout/no_end_rate", "episodes cut in a turn without its end", True),
-    ("rollout/turns_mean", "turns", False),
-    ("policy/entropy", "entropy", False),
-    ("optimizer/grad_norm", "gradient norm", False),
-    ("batch/group_std_mean", "deviation within groups", False),
+    ("rollout/repeat_rate", "commands given again in the same state", "share"),
+    ("rollout/invalid_command_rate", "refused commands", "share"),
+    ("rollout/distinct_commands", "different commands of all that were sent", "share"),
+    ("rollout/stop_no_end_of_turn", "episodes cut in a turn without its end", "count"),
+    ("rollout/turns_mean", "turns", "number"),
+    ("policy/entropy", "entropy", "number"),
+    ("optimizer/grad_norm", "gradient norm", "number"),
+    ("batch/group_std_mean", "deviation within groups", "number"),
 )
 
 
@@ -34,14 +34,14 @@ def told(lines: Sequence[Mapping[str, Any]]) -> str | None:
     if best is None or _before_the_fall(lines[:-1]) is not None:
         return None
     now = lines[-_WINDOW:]
-    changes = []
-    for key, name, is_share in _SIGNS:
-        was, is_now = (_mean(window, key) for window in (best, now))
-        if was is not None and is_now is not None:
-            changes.append(f"{name} {_shown(was, is_share)} → {_shown(is_now, is_share)}")
+    changes = [
+        f"{name} {_mean(best, key, kind)} → {_mean(now, key, kind)}"
+        for key, name, kind in _SIGNS
+        if all(any(key in line for line in window) for window in (best, now))
+    ]
     return (
-        f"success has fallen from {_shown(_rate(best), True)} (iterations {best[0]['step']} to {best[-1]['step']}) to "
-        f"{_shown(_rate(now), True)} ({now[0]['step']} to {now[-1]['step']}): {', '.join(changes)}. A policy seldom comes "
+        f"success has fallen from {_percent(_rate(best))} (iterations {best[0]['step']} to {best[-1]['step']}) to "
+        f"{_percent(_rate(now))} ({now[0]['step']} to {now[-1]['step']}): {', '.join(changes)}. A policy seldom comes "
         "back from there: look at what it does now (trajectories/, report.html). What paid for it may be a penalty "
         "(reward.*, docs/study.md), and what allowed it a high rl.optimizer.learning_rate without rl.kl."
     )
@@ -67,14 +67,13 @@ def _rate(lines: Sequence[Mapping[str, Any]]) -> float:
     return won / max(1, count)
 
 
-def _mean(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """Over the lines that have it."""
-    if key == "rollout/no_end_rate":
-        _, count = _counts(lines)
-        return sum(line["rollout/stop_no_end_of_turn"] for line in lines) / max(1, count)
+def _mean(lines: Sequence[Mapping[str, Any]], key: str, kind: str) -> str:
+    """Over the lines that have it; a count over the episodes."""
     values = [line[key] for line in lines if key in line]
-    return float(np.mean(values)) if values else None
+    if kind == "count":
+        return _percent(sum(values) / max(1, _counts(lines)[1]))
+    return _percent(np.mean(values)) if kind == "share" else f"{np.mean(values):.3g}"
 
 
-def _shown(value: float, is_share: bool) -> str:
-    return f"{100 * value:.1f} %" if is_share else f"{value:.3g}"
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -24,18 +24,14 @@ STOP_REASONS = tuple(str(reason) for reason in StopReason if reason is not StopR
 
 
 def check(options: Mapping[str, Any], *, group_size: int) -> None:
-    """Refuses settings of `rl.filter` that cannot work.
+    """Refuses settings of `rl.filter` that cannot work, beside what `reinforce.check` looks at key by key.
 
     Raises:
         ValueError: with the key, what was got and what was expected.
     """
-    name, fraction, rounds = options["name"], options["fraction"], options["max_rounds"]
-    if name not in NAMES:
-        raise ValueError(f"rl.filter.name must be one of {', '.join(NAMES)}, got {name!r}.")
+    name, fraction = options["name"], options["fraction"]
     if not 0 < fraction <= 1:
         raise ValueError(f"rl.filter.fraction is a share of the groups, above 0 and at most 1, got {fraction}.")
-    if rounds < 1:
-        raise ValueError(f"rl.filter.max_rounds must be at least 1, got {rounds}.")
     if unknown := [reason for reason in options["leave_out"] if reason not in STOP_REASONS]:
         raise ValueError(
             f"rl.filter.leave_out names why episodes ended: {', '.join(STOP_REASONS)}; got {', '.join(unknown)}."

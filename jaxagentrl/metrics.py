@@ -253,10 +253,9 @@ def of_rounds(ledgers: Sequence[Mapping[str, float]]) -> dict[str, float]:
     seconds = sum(ledger["seconds"] for ledger in ledgers)
 
     def joined(key: str) -> float:
-        is_part = key.endswith(("_share", "_occupancy"))
-        if not is_part or len(ledgers) == 1:
-            return sum(ledger[key] for ledger in ledgers)
-        return sum(ledger["seconds"] * ledger[key] for ledger in ledgers) / seconds
+        if key.endswith(("_share", "_occupancy")):
+            return sum(ledger["seconds"] * ledger[key] for ledger in ledgers) / seconds
+        return sum(ledger[key] for ledger in ledgers)
 
     return {key: joined(key) for key in ledgers[0]}
 

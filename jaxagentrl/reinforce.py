@@ -53,7 +53,7 @@ def check(rl: Mapping[str, Any]) -> None:
     """
     _check_values(rl)
     filters.check(rl["filter"], group_size=rl["group_size"])
-    branching.check(rl["branching"], group_size=rl["group_size"])
+    branching.check(rl["branching"]["members"], group_size=rl["group_size"])
     name, group_size = rl["advantage"]["name"], rl["group_size"]
     if name in estimate.NEEDS_GROUPS and group_size < 2:
         raise ValueError(
@@ -110,6 +110,7 @@ def _check_values(rl: Mapping[str, Any]) -> None:
         ("advantage.turn_horizon", advantage["turn_horizon"], ("episode", "turn")),
         ("aggregation", rl["aggregation"], losses.AGGREGATION_MODES),
         ("critic", rl["critic"], learner.CRITICS),
+        ("filter.name", rl["filter"]["name"], filters.NAMES),
         ("loss.surrogate", loss["surrogate"], objectives.SURROGATES),
         ("kl.placement", kl["placement"], ("none", "reward", "loss")),
         ("kl.estimator", kl["estimator"], divergences.ESTIMATORS),
@@ -130,6 +131,10 @@ def _check_values(rl: Mapping[str, Any]) -> None:
         ("advantage.gae_lambda", advantage["gae_lambda"], 0, 1),
         ("advantage.turn_discount", advantage["turn_discount"], 0, 1),
         ("advantage.step_weight", advantage["step_weight"], 0, infinity),
+        ("filter.max_rounds", rl["filter"]["max_rounds"], 1, infinity),
+        ("branching.probability", rl["branching"]["probability"], 0, 1),
+        ("branching.entropy_weight", rl["branching"]["entropy_weight"], 0, infinity),
+        ("branching.entropy_tokens", rl["branching"]["entropy_tokens"], 1, infinity),
         ("loss.clip_low", loss["clip_low"], 0, 1),
         ("loss.clip_high", loss["clip_high"], 0, infinity),
         # Where A < 0 the loss is at most -cA, and at ratio 1 it is -A.

@@ -45,8 +45,7 @@ def print_table(run: report_data.Run, *, console: rich.console.Console | None = 
     table.add_column("agent")
     for head in ("won", "success [95 % interval]", "return", "turns", "refused"):
         table.add_column(head, justify="right", no_wrap=True)
-    latest = [evaluations[-1] for evaluations in run.other_splits.values()]
-    for evaluation in [*run.milestones, *latest]:
+    for evaluation in run.compared:
         values = evaluation.values
         table.add_row(
             evaluation.name,

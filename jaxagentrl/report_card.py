@@ -114,7 +114,7 @@ def _training(config: Mapping[str, Any], run: report_data.Run) -> str:
 
 
 def _rows(run: report_data.Run) -> Iterator[str]:
-    for evaluation in [*run.milestones, *(found[-1] for found in run.other_splits.values())]:
+    for evaluation in run.compared:
         values = evaluation.values
         refused = f"{100 * values['invalid_command_rate']:.0f} %" if "invalid_command_rate" in values else ""
         won = f"{values['successes']:.0f}/{evaluation.episodes}"

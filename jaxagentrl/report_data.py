@@ -128,6 +128,11 @@ class Run:
         model = [self.last(stage) for stage in stages]
         return [*self.agents.values(), *(e for e in model if e is not None)]
 
+    @property
+    def compared(self) -> list[Evaluation]:
+        """The milestones, and the last evaluation of every further split."""
+        return [*self.milestones, *(evaluations[-1] for evaluations in self.other_splits.values())]
+
 
 def read(root: str | os.PathLike) -> Run:
     """Reads a workdir.
