@@ -171,6 +171,9 @@ def get_config(method: str = "") -> ml_collections.ConfigDict:
             first_visit=False,
         ),
         filter=dict(name="none", fraction=0.25, max_rounds=10, leave_out=()),
+        curriculum=dict(
+            order="uniform", share=0.5, threshold=0.5, window=8, horizons=(), horizon_iterations=40
+        ),
         branching=dict(members=0, probability=0.5, entropy_weight=0.2, entropy_tokens=20),
         loss=dict(
             surrogate="clipped",

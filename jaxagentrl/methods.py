@@ -138,9 +138,23 @@ def starpo_s(config) -> None:
     config.rl.filter.update(name="uncertainty", fraction=0.25)
 
 
+def scaling_inter(config) -> None:
+    """arXiv 2509.08755 (AgentGym-RL): GRPO with β = 0.001 whose episodes may at first have a third of the config's turns,
+    then two thirds, then all, a third of the iterations each. There 10, 20 and 30 turns of 100 iterations each."""
+    grpo(config)
+    config.rl.kl.coefficient = 0.001
+    longest = config.rollout.max_turns
+    thirds = {-(-longest // 3), -(-2 * longest // 3)} - {longest}
+    config.rl.curriculum.update(
+        horizons=tuple(sorted(thirds)), horizon_iterations=max(1, -(-config.rl.num_iterations // 3))
+    )
+
+
 METHODS = {
     method.__name__: method
-    for method in (ppo, grpo, dr_grpo, dapo, arpo, gspo, rloo, reinforce_plus_plus, gigpo, starpo_s)
+    for method in (
+        ppo, grpo, dr_grpo, dapo, arpo, gspo, rloo, reinforce_plus_plus, gigpo, starpo_s, scaling_inter
+    )
 }
 
 
@@ -181,6 +195,7 @@ def _plain(config) -> None:
     config.rl.kl.update(placement="none", coefficient=0.0)
     config.rl.filter.update(name="none", leave_out=())
     config.rl.branching.members = 0
+    config.rl.curriculum.horizons = ()
 
 
 def _learn_values(config) -> None:

@@ -12,6 +12,7 @@ import envs_host
 from envs_host.types import Task
 from jaxagentrl import (
     branching,
+    curriculum,
     evaluate,
     filters,
     hosts,
@@ -21,7 +22,6 @@ from jaxagentrl import (
     progress,
     rollout,
     rules,
-    tasks,
     workdir,
 )
 from jaxagentrl.models import decoding_layout, sharding
@@ -46,16 +46,16 @@ def play(
     params: learner.Params,
     episodes: list[rollout.Episode],
     *,
-    temperature: float,
+    changes: Mapping[str, Any],
     **options: Any,
 ) -> rollout.Rollout:
-    """Plays episodes with the policy; each process its share."""
+    """Plays episodes with the policy, by the config's rules with `changes`; each process its share."""
     config, setup = session.config, session.setup
     before = setup.pool.counters
     with decoding(config, setup, params) as policy:
         played = rollout.collect(
             hosts.share(episodes),
-            rules=rules.of_config(config, temperature=temperature),
+            rules=rules.of_config(config, **changes),
             pool=setup.pool,
             engine=setup.engine,
             params=policy,
@@ -72,18 +72,25 @@ def play(
 
 
 def iteration(
-    session: Session, params: learner.Params, sampler: tasks.Sampler, *, number: int
+    session: Session, params: learner.Params, sampler: curriculum.Sampler, *, number: int
 ) -> tuple[rollout.Rollout, list[Trajectory], dict[str, float]]:
     """Plays an iteration's games. With dynamic sampling further ones, in rounds, until as many groups are kept as an
     iteration has games; then a round has as many as have the missing groups among them, if it goes on like this.
 
     Returns:
-        All that was played; the trajectories to learn from, which are among them; and the counts of a filter, and of
-        branches.
+        All that was played; the trajectories to learn from, which are among them; and the counts of a filter and of
+        branches, and how far a curriculum has come.
     """
     rl = session.config["rl"]
     wanted, options = rl["tasks_per_iteration"], rl["filter"]
     num_rounds = options["max_rounds"] if options["name"] == "dynamic_sampling" else 1
+    plan = rl["curriculum"]
+    max_turns = curriculum.max_turns(
+        number,
+        horizons=plan["horizons"],
+        horizon_iterations=plan["horizon_iterations"],
+        longest=session.config["rollout"]["max_turns"],
+    )
     parts: list[rollout.Rollout] = []
     kept: list[Trajectory] = []
     rounds = num_games = num_kept = num_branched = 0
@@ -95,7 +102,10 @@ def iteration(
         # The sampler may come to a task again within an iteration, which is not to be played alike.
         again = (rounds,) if rounds else ()
         stream = (session.config["seed"], STREAM_RL, number, *again)
-        played, branched = _groups(session, params, sampler.take(count), stream=stream, first_group=num_games)
+        drawn = sampler.take(count)
+        played, branched = _groups(
+            session, params, drawn, stream=stream, first_group=num_games, changes={"max_turns": max_turns}
+        )
         found = filters.kept(
             [trajectory for part in played for trajectory in part.trajectories],
             name=options["name"],
@@ -108,33 +118,42 @@ def iteration(
         kept += filters.of_groups(found, num_missing)
         rounds, num_branched = rounds + 1, num_branched + branched
         num_games, num_kept = num_games + count, filters.num_groups(kept)
-    told: dict[str, float] = {}
+    everything = joined(parts)
+    told = sampler.tell(everything.trajectories)
+    if plan["horizons"]:
+        told["curriculum/max_turns"] = float(max_turns)
     if options["name"] != "none":
         counts = {"rounds": rounds, "groups_played": num_games, "groups_kept": num_kept}
         told |= {f"filter/{key}": float(count) for key, count in counts.items()}
     if rl["branching"]["members"]:
         told["rollout/branched"] = float(num_branched)
-    return joined(parts), kept, told
+    return everything, kept, told
 
 
 def _groups(
-    session: Session, params: learner.Params, drawn: list[Task], *, stream: tuple[int, ...], first_group: int
+    session: Session,
+    params: learner.Params,
+    drawn: list[Task],
+    *,
+    stream: tuple[int, ...],
+    first_group: int,
+    changes: Mapping[str, Any],
 ) -> tuple[list[rollout.Rollout], int]:
     """Plays a group of each task: from the start and, with `rl.branching`, those after it that branch off.
 
     Returns:
         What was played first and then, and how many episodes branched.
     """
-    rl, temperature = session.config["rl"], session.config["rollout"]["temperature"]
+    rl = session.config["rl"]
     sizes = dict(group_size=rl["group_size"], stream=stream, first_group=first_group)
     num_first = rl["group_size"] - rl["branching"]["members"]
     begun = [episode for episode in rollout.episodes(drawn, **sizes) if episode.member < num_first]
-    first = play(session, params, begun, temperature=temperature)
+    first = play(session, params, begun, changes=changes)
     if num_first == rl["group_size"]:
         return [first], 0
     options = dict(rl["branching"], vocab_size=session.setup.model.vocab_size)
     rest = branching.second(drawn, first.trajectories, **sizes, **options)
-    then = play(session, params, rest, temperature=temperature)
+    then = play(session, params, rest, changes=changes)
     return [first, then], sum(bool(episode.prefix) for episode in rest)
 
 
@@ -227,7 +246,7 @@ def _held_out_at(
             params,
             rollout.episodes(test, group_size=1, stream=stream),
             advance=advance,
-            temperature=temperature,
+            changes={"temperature": temperature},
         )
     if name is not None:
         write_episodes(session, f"{prefix}_{name}", [t.to_json() for t in played.trajectories])

@@ -40,6 +40,7 @@ class Setup:
     """Made by `everything`; read by the training loops."""
 
     splits: Mapping[str, Sequence[Task]]  # as `together`: "test", every "test_<x>", and for training "demo" and "train"
+    levels: Mapping[str, Sequence[Task]]  # of "train" by split, in the order of their names
     pool: EnvPool
     replays: Sequence[demos.Replay]  # walkthroughs of "demo"
     chat_format: chat.ChatFormat
@@ -173,6 +174,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
     _check_games(config["sft"], splits)
     _check_tasks(config["env"]["name"], splits)
     workdir.record("games", {name: _fingerprint(split) for name, split in splits.items()})
+    levels = {name: splits[name] for name in sorted(splits) if kind(name) == "train"}
     splits = together(splits)
     with make_pool(config) as pool:
         replays = _replays(splits.get("demo", []), pool)
@@ -194,6 +196,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             )
         yield Setup(
             splits=splits,
+            levels=levels,
             pool=pool,
             replays=replays,
             chat_format=chat_format,

@@ -87,12 +87,9 @@ class Rules:
             )
 
 
-def of_config(config: Mapping[str, Any], *, temperature: float | None = None) -> Rules:
-    """How a run plays, by its whole config; at another temperature than that of its rollouts if one is given."""
-    rollout = dict(config["rollout"])
-    if temperature is not None:
-        rollout["temperature"] = temperature
-    prompt = config["prompt"]
+def of_config(config: Mapping[str, Any], **changes: Any) -> Rules:
+    """How a run plays, by its whole config and, of its `rollout`, what is given otherwise."""
+    rollout, prompt = dict(config["rollout"]) | changes, config["prompt"]
     return Rules(**rollout, prompt_style=prompt["style"], show_admissible=prompt["show_admissible"])
 
 

@@ -20,6 +20,7 @@ import jax
 import envs_host
 from envs_host import collect, naming, swe_tests, swe_text
 from jaxagentrl import (
+    curriculum,
     optimizer,
     prepare,
     reinforce,
@@ -62,6 +63,7 @@ _SECTIONS = {
     "rl.advantage": "name whiten negative_weight gae_lambda group_scale turn_horizon turn_discount "
     "step_weight first_visit",
     "rl.filter": "name fraction max_rounds leave_out",
+    "rl.curriculum": "order share threshold window horizons horizon_iterations",
     "rl.branching": "members probability entropy_weight entropy_tokens",
     "rl.loss": "surrogate clip_low clip_high dual_clip? entropy_coefficient value_coefficient value_clip? "
     "importance_cap?",
@@ -93,7 +95,7 @@ _HELD = {
     "mesh.fsdp mesh.tensor lora.rank sft.num_steps sft.batch_size sft.log_every sft.save_every "
     "sft.optimizer.warmup_steps sft.optimizer.decay_steps rl.optimizer.warmup_steps rl.optimizer.decay_steps "
     "rl.num_iterations rl.tasks_per_iteration rl.group_size rl.num_epochs rl.num_minibatches rl.eval_every "
-    "rl.save_every rl.filter.max_rounds rl.branching.members "
+    "rl.save_every rl.filter.max_rounds rl.curriculum.window rl.curriculum.horizon_iterations rl.branching.members "
     "rl.branching.entropy_tokens reward.overlong_length reward.overlong_margin",
     "True or False": "prompt.show_admissible tokenizer.phrases tokenizer.glue_tokens learner.packing "
     "rl.skip_zero_signal rl.advantage.whiten rl.advantage.first_visit",
@@ -102,9 +104,9 @@ _HELD = {
     "reward.kind learner.remat learner.compute_dtype lora.export sft.optimizer.moment_dtype "
     "rl.optimizer.moment_dtype rl.critic rl.aggregation rl.advantage.name rl.advantage.group_scale "
     "rl.advantage.turn_horizon rl.loss.surrogate rl.kl.placement rl.kl.estimator "
-    "rl.filter.name",
+    "rl.filter.name rl.curriculum.order",
     "a tuple of integers": "sampling.filled_buckets sampling.width_buckets sampling.row_divisors "
-    "learner.length_buckets",
+    "learner.length_buckets rl.curriculum.horizons",
     "a tuple of numbers": "eval.other_temperatures",
     "a tuple of texts": "rollout.stop_strings lora.targets tokenizer.lexicon rl.filter.leave_out",
     "a dict": " ".join(_WHOLE),
@@ -141,6 +143,8 @@ def check(config: Config) -> None:
     rules.of_config(config)
     rewards.check(**config["reward"])
     reinforce.check(config["rl"])
+    num_levels = sum(prepare.kind(name) == "train" for name in config["splits"])
+    curriculum.check(config["rl"]["curriculum"], max_turns=config["rollout"]["max_turns"], num_levels=num_levels)
     for stage in ("sft", "rl"):
         optimizer.make(**config[stage]["optimizer"], where=f"{stage}.optimizer")
     if config["tokenizer"]["directory"] is None:
@@ -450,6 +454,10 @@ def unused(config: Config) -> list[str]:
         "rl.advantage.first_visit": name == "gigpo",
         "rl.filter.fraction": rl["filter"]["name"] == "uncertainty",
         "rl.filter.max_rounds": rl["filter"]["name"] == "dynamic_sampling",
+        "rl.curriculum.share": rl["curriculum"]["order"] != "uniform",
+        "rl.curriculum.threshold": rl["curriculum"]["order"] == "levels",
+        "rl.curriculum.window": rl["curriculum"]["order"] == "levels",
+        "rl.curriculum.horizon_iterations": len(rl["curriculum"]["horizons"]) > 0,
         **dict.fromkeys(
             (f"rl.branching.{key}" for key in rl["branching"] if key != "members"), rl["branching"]["members"] > 0
         ),

@@ -138,7 +138,7 @@ class Sampler:
         Raises:
             StateError: the state is of other tasks, another order of them or another seed.
         """
-        _check_state("tasks.Sampler", self.state(), state, ("seed", "num_tasks", "digest"))
+        check_state("tasks.Sampler", self.state(), state, ("seed", "num_tasks", "digest"))
         epoch, position = state["epoch"], state["position"]
         if epoch < 0 or not 0 <= position < len(self._tasks):
             raise StateError(f"tasks.Sampler: no epoch {epoch} with a position {position}")
@@ -149,9 +149,14 @@ class Sampler:
         return np.random.default_rng((self._seed, self._epoch)).permutation(len(self._tasks))
 
 
-def _check_state(
+def check_state(
     what: str, own: Mapping[str, Any], given: Mapping[str, Any], keys: Sequence[str]
 ) -> None:
+    """Refuses the saved state of another sampler than `what`, whose own is given; they agree in `keys`.
+
+    Raises:
+        StateError: with what differs.
+    """
     if set(given) != set(own):
         raise StateError(
             f"{what}: a state needs {sorted(own)}, got {sorted(given)}; it was written by another "

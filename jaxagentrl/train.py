@@ -17,6 +17,7 @@ import jax
 from jaxagentrl import (
     checkpoints,
     collapse,
+    curriculum,
     evaluate,
     hosts,
     imitate,
@@ -35,7 +36,6 @@ from jaxagentrl import (
     rules,
     settings,
     states,
-    tasks,
     workdir,
 )
 from jaxagentrl.models import sharding
@@ -299,7 +299,7 @@ def _reinforce(
     """Reinforcement learning from iteration host["step"] on."""
     config, setup, rl = session.config, session.setup, session.config["rl"]
     reference = states.reference(session.folder, state, setup.mesh) if programs.needs_reference else {}
-    sampler, lines = tasks.Sampler(setup.splits["train"], seed=config["seed"]), session.writer.of_phase("rl")
+    sampler, lines = curriculum.make(setup.levels, rl["curriculum"], seed=config["seed"]), session.writer.of_phase("rl")
     if host["sampler"]:
         sampler.restore(host["sampler"])
     with progress.bar("reinforcement learning", rl["num_iterations"]) as advance:
@@ -344,8 +344,9 @@ def _reinforce(
                 records = reinforce.records(played.trajectories, kept, credit, config["reward"])
                 playing.write_episodes(session, f"nonfinite_rl_{done:06d}", records)
                 raise
-            if told := collapse.told(lines):
-                progress.notice(told)
+            for told in (collapse.told(lines), curriculum.told(lines, list(setup.levels))):
+                if told:
+                    progress.notice(told)
             advance(note=_note(values))
             if done % rl["save_every"] == 0 or last:
                 _save(session, state, stage="rl", step=done, sampler=sampler.state())

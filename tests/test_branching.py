@@ -9,7 +9,7 @@ from records import make_task, make_trajectory, make_turn
 from test_filters import LEDGER, tasks_named
 from test_reinforce import make_config
 
-from jaxagentrl import branching, playing, reinforce, rollout, tasks
+from jaxagentrl import branching, curriculum, playing, reinforce, rollout
 
 OPTIONS = dict(probability=0.5, entropy_weight=0.2, entropy_tokens=2, vocab_size=100)
 
@@ -90,7 +90,7 @@ def test_an_iteration_plays_what_branches_after_what_it_branches_off(monkeypatch
     )
     calls = []
 
-    def play(session, params, episodes, *, temperature):
+    def play(session, params, episodes, *, changes):
         calls.append(episodes)
         # Of an even game the branch alone is won.
         won = [e.group % 2 == 0 and len(e.prefix) > 0 for e in episodes]
@@ -106,7 +106,7 @@ def test_an_iteration_plays_what_branches_after_what_it_branches_off(monkeypatch
     monkeypatch.setattr(playing, "play", play)
     setup = types.SimpleNamespace(model=types.SimpleNamespace(vocab_size=100))
     session = types.SimpleNamespace(config=config, setup=setup)
-    sampler = tasks.Sampler([tasks_named(n) for n in range(9)], seed=0)
+    sampler = curriculum.Uniform([tasks_named(n) for n in range(9)], seed=0)
     everything, kept, counts = playing.iteration(session, {}, sampler, number=0)
     assert [len(episodes) for episodes in calls] == [4, 2, 4, 2]  # two rounds of two games
     assert [len(e.prefix) for e in calls[1]] == [1, 1]

@@ -9,7 +9,7 @@ from records import make_task, make_trajectory, make_turn
 from test_reinforce import make_config, make_state, make_trajectories
 
 from envs_host.types import EnvFailure, StopReason
-from jaxagentrl import filters, playing, reinforce, rollout, tasks
+from jaxagentrl import curriculum, filters, playing, reinforce, rollout
 
 SIZES = dict(num_groups=4, group_size=3, reward=dict(kind="single"), fraction=0.5)
 LEDGER = {"seconds": 2.0, "decode_share": 0.5, "slot_occupancy": 1.0, "tokens_decoded": 10}
@@ -79,18 +79,19 @@ def test_a_filter_needs_groups():
 # --- rounds ------------------------------------------------------------------------------------
 
 
-def play_rounds(monkeypatch, wins, *, num_tasks=50, **options):
-    """`playing.iteration` where the n-th game of the run is won by wins[n] of three members.
+def play_rounds(monkeypatch, wins, *, num_tasks=50, plan={}, max_turns=8, **options):
+    """`playing.iteration` where the n-th game of the run is won by wins[n] of three members, with `rl.curriculum` as `plan`
+    and `rl.filter` as the other options have it; episodes must be played with `max_turns`.
 
     Returns:
         What it returns, the episodes of each round, the sampler.
     """
-    config = make_config(filter=options, tasks_per_iteration=4, group_size=3)
+    config = make_config(filter=options, curriculum=plan, tasks_per_iteration=4, group_size=3)
     rounds = []
 
-    def play(session, params, episodes, *, temperature):
+    def play(session, params, episodes, *, changes):
         rounds.append(episodes)
-        assert temperature == config["rollout"]["temperature"]
+        assert changes == {"max_turns": max_turns}
         won = [episode.member < wins[episode.group] for episode in episodes]
         found = [
             make_trajectory([make_turn([1], [2])], task=e.task, group=e.group, member=e.member, won=w, score=2.0 * w)
@@ -100,7 +101,7 @@ def play_rounds(monkeypatch, wins, *, num_tasks=50, **options):
 
     monkeypatch.setattr(playing, "play", play)
     made = [tasks_named(n) for n in range(num_tasks)]
-    sampler = tasks.Sampler(made, seed=0)
+    sampler = curriculum.make({"train": made}, config["rl"]["curriculum"], seed=0)
     session = types.SimpleNamespace(config=config)
     return playing.iteration(session, {}, sampler, number=6), rounds, sampler
 

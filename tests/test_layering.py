@@ -129,6 +129,7 @@ jaxagentrl.batching
 jaxagentrl.filters
 jaxagentrl.demos
 jaxagentrl.tasks
+jaxagentrl.curriculum
 jaxagentrl.imitate
 jaxagentrl.reinforce
 jaxagentrl.plan

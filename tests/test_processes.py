@@ -26,6 +26,8 @@ SHORT = (
     # Each process chooses for itself, from what all have played.
     "--config.rl.filter.name=uncertainty",
     "--config.rl.filter.fraction=0.5",
+    # What is drawn depends on what all have won.
+    "--config.rl.curriculum.order=learnability",
     # An iteration plays twice; in episodes as short as these there is hardly a turn to branch at.
     "--config.rl.branching.members=2",
 )

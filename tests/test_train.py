@@ -57,6 +57,7 @@ def command(workdir: pathlib.Path, cache: pathlib.Path, *overrides: str) -> list
         f"--workdir={workdir}",
         f"--config.env.cache_dir={cache}",
         f"--config.compilation_cache_dir={os.environ['JAX_COMPILATION_CACHE_DIR']}",
+        "--config.rl.curriculum.order=learnability",  # whose state must be restored, too
         *overrides,
     ]
 
@@ -295,7 +296,7 @@ def test_an_iteration_whose_environments_all_fail_is_counted_and_passed(monkeypa
         monkeypatch.setattr(module, unused, lambda *_, **__: {})
     session = types.SimpleNamespace(
         config=config,
-        setup=types.SimpleNamespace(splits={"train": [task]}, frozen=None),
+        setup=types.SimpleNamespace(levels={"train": [task]}, frozen=None),
         writer=types.SimpleNamespace(of_phase=lambda _: [], write=lambda *line: written.append(line) or line[2]),
     )
     state = TrainState(jnp.int32(0), jnp.int32(0), params={"policy": jnp.ones(2)}, opt_state=())
@@ -328,7 +329,7 @@ def test_iterations_that_a_filter_leaves_nothing_of_are_told_once_in_a_row(monke
     monkeypatch.setattr(progress, "notice", told.append)
     session = types.SimpleNamespace(
         config=config,
-        setup=types.SimpleNamespace(splits={"train": [task]}, frozen=None),
+        setup=types.SimpleNamespace(levels={"train": [task]}, frozen=None),
         writer=types.SimpleNamespace(of_phase=lambda _: [], write=lambda *line: line[2]),
     )
     state = TrainState(jnp.int32(0), jnp.int32(0), params={"policy": jnp.ones(2)}, opt_state=())

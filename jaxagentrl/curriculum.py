@@ -1,0 +1,252 @@
+"""Which games an iteration of RL plays, and how many turns they may take: all alike, from simple to complex worlds,
+or most of those that are won about as often as lost.
+
+What is drawn depends on the seed and on what was played before, which the state of a sampler holds: a run that goes on
+from a checkpoint draws what it would have drawn, and all processes, which know all episodes, draw alike.
+"""
+
+import collections
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from envs_host.types import Task
+from jaxagentrl import tasks
+from jaxagentrl.trajectory import Trajectory
+
+ORDERS = ("uniform", "levels", "learnability")
+
+# Of what was seen of a game, what still counts when it is played again: the policy was another one then.
+_MEMORY = 0.5
+
+
+def check(options: Mapping[str, Any], *, max_turns: int, num_levels: int) -> None:
+    """Refuses settings of `rl.curriculum` that cannot work, beside what `reinforce.check` looks at key by key.
+
+    Args:
+        options: `rl.curriculum`.
+        max_turns: `rollout.max_turns`.
+        num_levels: splits of games to train on.
+
+    Raises:
+        ValueError: with the key, what was got and what was expected.
+    """
+    if options["order"] == "levels" and num_levels < 2:
+        raise ValueError(
+            "rl.curriculum.order 'levels' goes from split to split, but splits has no train_<name> beside train: add "
+            "one, such as train_rooms=(60001, 500, dict(world_size=4)), or set the order to 'uniform'."
+        )
+    for key in ("share", "threshold"):
+        if not 0 < options[key] <= 1:
+            raise ValueError(f"rl.curriculum.{key} is a share, above 0 and at most 1, got {options[key]}.")
+    limits = (*options["horizons"], max_turns)
+    if limits[0] < 1 or any(first >= second for first, second in zip(limits, limits[1:])):
+        raise ValueError(
+            "rl.curriculum.horizons must be numbers of turns, from 1 and each below the next, the last below "
+            f"rollout.max_turns = {max_turns}, got {tuple(options['horizons'])}."
+        )
+
+
+def max_turns(iteration: int, *, horizons: Sequence[int], horizon_iterations: int, longest: int) -> int:
+    """ScalingInter-RL's horizon (arXiv 2509.08755, section 3.2): the n-th phase of an equal number of iterations has
+    the n-th horizon, what follows the `longest`.
+
+    Args:
+        iteration: from 0.
+        horizons: turns of an episode, phase by phase.
+        horizon_iterations: of each phase.
+        longest: `rollout.max_turns`.
+    """
+    phase = iteration // horizon_iterations
+    return horizons[phase] if phase < len(horizons) else longest
+
+
+class Uniform(tasks.Sampler):
+    """Every game once per epoch, whatever came of it."""
+
+    def tell(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Takes note of what was played of the last draw; returns metrics, of which this one has none."""
+        return {}
+
+
+class Levels:
+    """From simple to complex worlds: the games of the first level, and those of each further level once enough of
+    the one before is won. What was learned first goes on being played, lest it be forgotten."""
+
+    def __init__(
+        self, levels: Mapping[str, Sequence[Task]], *, share: float, threshold: float, window: int, seed: int
+    ):
+        """Args:
+        levels: games of each, by name, the simplest first.
+        share: of an iteration's games, those of the latest level; the levels before it have equal parts of the others.
+        threshold: share of the latest level's episodes that are won at which the next begins,
+        window: counted over as many iterations.
+        seed: of the orders of games.
+        """
+        self._samplers = [tasks.Sampler(games, seed=seed) for games in levels.values()]
+        self._level_of = {_key(task): index for index, games in enumerate(levels.values()) for task in games}
+        self._share, self._threshold, self._window = share, threshold, window
+        self._latest = 0
+        self._recent: list[tuple[int, int]] = []  # of the latest level: won and played, iteration by iteration
+
+    def take(self, count: int) -> list[Task]:
+        """The next games."""
+        counts = [0] * self._latest + [count]
+        if self._latest:
+            counts[-1] = math.ceil(self._share * count)
+            rest = count - counts[-1]
+            for index in range(self._latest):  # what is left over goes to the later ones
+                counts[index] = rest // (self._latest - index)
+                rest -= counts[index]
+        return [task for sampler, number in zip(self._samplers, counts) for task in sampler.take(number)]
+
+    def tell(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Takes note of what was played; begins the next level where that is due.
+
+        Returns:
+            `curriculum/level`, from 1, that was the latest; `curriculum/success` of its episodes, if there were any.
+        """
+        values = {"curriculum/level": float(self._latest + 1)}
+        outcomes = [t.won for t in trajectories if self._level_of[_key(t.task)] == self._latest]
+        if outcomes:
+            values["curriculum/success"] = sum(outcomes) / len(outcomes)
+            self._recent = [*self._recent, (sum(outcomes), len(outcomes))][-self._window :]
+        won, played = map(sum, zip(*self._recent)) if self._recent else (0, 0)
+        is_due = len(self._recent) == self._window and won >= self._threshold * played
+        if is_due and self._latest + 1 < len(self._samplers):
+            self._latest, self._recent = self._latest + 1, []
+        return values
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs; JSON-able."""
+        samplers = [sampler.state() for sampler in self._samplers]
+        return {"latest": self._latest, "recent": [list(pair) for pair in self._recent], "samplers": samplers}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        Raises:
+            tasks.StateError: the state is another sampler's.
+        """
+        tasks.check_state("curriculum.Levels", self.state(), state, ())
+        if len(state["samplers"]) != len(self._samplers) or not 0 <= state["latest"] < len(self._samplers):
+            raise tasks.StateError(
+                f"curriculum.Levels: the saved state has {len(state['samplers'])} levels, {len(self._samplers)} are here."
+            )
+        for sampler, saved in zip(self._samplers, state["samplers"]):
+            sampler.restore(saved)
+        self._latest, self._recent = state["latest"], [(won, played) for won, played in state["recent"]]
+
+
+class Learnability:
+    """Most of those games that are won about as often as lost, since what is always won, or always lost, teaches a
+    group nothing: p (1 − p), the variance of success (arXiv 2408.15099 and 2502.12272).
+
+    Those play games for the sole purpose of estimating it. Here the training's own episodes tell: wins and losses of
+    a game, of earlier visits half as much each time, with the prior Beta(1/2, 1/2), of which
+    E[p (1 − p)] = a b / ((a + b) (a + b + 1)). A game that was not played yet has 1/8; eight episodes, all lost, leave
+    0.047 and four won of eight 0.225. A part of the games is drawn from all alike, so that those are met again of which
+    the policy has become, or ceased to be, capable. Games under several names count as one.
+    """
+
+    def __init__(self, games: Sequence[Task], *, share: float, seed: int):
+        """Args: games to draw from; share, of an iteration's games, those that are drawn by learnability; seed."""
+        self._games, self._share, self._seed = list(games), share, seed
+        self._uniform = tasks.Sampler(games, seed=seed)
+        numbers = {digest: number for number, digest in enumerate(dict.fromkeys(task.digest for task in games))}
+        self._numbers = numbers
+        self._of_task = np.array([numbers[task.digest] for task in games])
+        self._draws = 0
+        self._won, self._lost = np.zeros(len(numbers)), np.zeros(len(numbers))
+
+    def take(self, count: int) -> list[Task]:
+        """The next games: first those of the epoch, then others by learnability, as far as there are others."""
+        drawn = self._uniform.take(count - min(len(self._games), math.floor(self._share * count)))
+        taken = {_key(task) for task in drawn}
+        left = [index for index, task in enumerate(self._games) if _key(task) not in taken]
+        # Successive draws without replacement, each by weight: the largest of log weight + Gumbel noise.
+        noise = np.random.default_rng((self._seed, 1, self._draws)).gumbel(size=len(left))
+        order = np.argsort(-(np.log(self.learnability()[self._of_task[left]]) + noise), kind="stable")
+        drawn += [self._games[left[index]] for index in order[: count - len(drawn)]]
+        self._draws += 1
+        return drawn + self._uniform.take(count - len(drawn))
+
+    def learnability(self) -> np.ndarray:
+        """[number of games] float64: what is expected of p (1 − p), in the order in which games appear first."""
+        a, b = self._won + 0.5, self._lost + 0.5
+        return a * b / ((a + b) * (a + b + 1))
+
+    def tell(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Takes note of what was played.
+
+        Returns:
+            `curriculum/visited`, the share of games that were played so far, and `curriculum/learnability`, the mean of
+            what is expected of p (1 − p) over all games.
+        """
+        outcomes = collections.defaultdict(list)
+        for trajectory in trajectories:
+            outcomes[self._numbers[trajectory.task.digest]].append(trajectory.won)
+        for number, won in outcomes.items():
+            self._won[number] = _MEMORY * self._won[number] + sum(won)
+            self._lost[number] = _MEMORY * self._lost[number] + len(won) - sum(won)
+        visited = float(np.mean(self._won + self._lost > 0))
+        return {"curriculum/visited": visited, "curriculum/learnability": float(np.mean(self.learnability()))}
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs; JSON-able."""
+        counts = {"won": self._won.tolist(), "lost": self._lost.tolist()}
+        return {"uniform": self._uniform.state(), "draws": self._draws, **counts}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        Raises:
+            tasks.StateError: the state is another sampler's.
+        """
+        tasks.check_state("curriculum.Learnability", self.state(), state, ())
+        self._uniform.restore(state["uniform"])
+        self._draws = state["draws"]
+        self._won, self._lost = np.array(state["won"]), np.array(state["lost"])
+
+
+Sampler = Uniform | Levels | Learnability
+
+
+def make(levels: Mapping[str, Sequence[Task]], options: Mapping[str, Any], *, seed: int) -> Sampler:
+    """The sampler that `rl.curriculum` asks for.
+
+    Args:
+        levels: games of each split that is trained on, by name, the simplest first.
+        options: `rl.curriculum`.
+        seed: the run's.
+    """
+    games = [task for split in levels.values() for task in split]
+    if options["order"] == "uniform":
+        return Uniform(games, seed=seed)
+    if options["order"] == "learnability":
+        return Learnability(games, share=options["share"], seed=seed)
+    return Levels(levels, **{key: options[key] for key in ("share", "threshold", "window")}, seed=seed)
+
+
+def told(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | None:
+    """What to say after the last of these lines of phase "rl", where it was the first of a level, or of a horizon.
+
+    Args:
+        lines: of the metrics.
+        names: of the levels' splits.
+    """
+    parts = []
+    for key, said in (
+        ("curriculum/level", lambda value: f"games of splits.{names[int(value) - 1]} are played"),
+        ("curriculum/max_turns", lambda value: f"episodes may have {value:.0f} turns"),
+    ):
+        before, now = (line.get(key) for line in (lines[-2:] if len(lines) > 1 else [{}, *lines]))
+        if now != before and before is not None:
+            parts.append(said(now))
+    return f"curriculum: from iteration {lines[-1]['step']} on {' and '.join(parts)}" if parts else None
+
+
+def _key(task: Task) -> tuple[str, str]:
+    return task.name, task.digest

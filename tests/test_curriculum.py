@@ -1,0 +1,258 @@
+"""Which games are drawn, by level and by learnability, how long they may take, and that it all goes on after a restart."""
+
+import collections
+import json
+import re
+
+import numpy as np
+import pytest
+from records import make_trajectory, make_turn
+from test_filters import play_rounds, tasks_named
+from test_settings import changed
+
+from envs_host import naming
+from jaxagentrl import curriculum, rules, settings, tasks
+
+OPTIONS = dict(order="levels", share=0.5, threshold=0.5, window=2, horizons=(), horizon_iterations=40)
+
+
+def games(*numbers):
+    return [tasks_named(number) for number in numbers]
+
+
+def level(number, count=6):
+    return games(*range(100 * number, 100 * number + count))
+
+
+def names(drawn):
+    return [task.name for task in drawn]
+
+
+def ended(task, won):
+    return make_trajectory([make_turn([1], [2])], task=task, won=won)
+
+
+def outcomes(drawn, won_by=lambda task, member: False, group_size=4):
+    return [ended(task, won_by(task, member)) for task in drawn for member in range(group_size)]
+
+
+def make(order, levels=None, **changes):
+    levels = levels or {"train": level(0), "train_2": level(1), "train_3": level(2)}
+    return curriculum.make(levels, OPTIONS | dict(order=order) | changes, seed=3)
+
+
+def by_level(drawn):
+    return collections.Counter(task.seed // 100 for task in drawn)
+
+
+def test_uniform_is_every_game_once_per_epoch_as_ever():
+    """The same draws and the same state as before there were curricula, which checkpoints hold."""
+    levels = {"train": level(0), "train_2": level(1)}
+    plain = tasks.Sampler([*level(0), *level(1)], seed=3)
+    sampler = make("uniform", levels)
+    assert names(sampler.take(30)) == names(plain.take(30)) and sampler.tell([]) == {}
+    assert sampler.state() == plain.state()
+
+
+def test_the_next_level_begins_when_enough_of_the_last_is_won():
+    sampler = make("levels")
+    told = []
+    # Won of four, by iteration: 0.5 of two iterations is reached after the third, then by the fourth and fifth.
+    for wins in (1, 1, 3, 4, 0, 4, 4):
+        drawn = sampler.take(5)
+        latest = max(by_level(drawn))
+        values = sampler.tell(outcomes(drawn, lambda task, member: task.seed // 100 == latest and member < wins))
+        told.append((dict(by_level(drawn)), values["curriculum/level"], values["curriculum/success"]))
+    assert told == [
+        ({0: 5}, 1, 0.25),
+        ({0: 5}, 1, 0.25),
+        ({0: 5}, 1, 0.75),  # (1 + 3) / 8
+        ({0: 2, 1: 3}, 2, 1.0),  # share: half, rounded up, of the latest
+        ({0: 2, 1: 3}, 2, 0.0),  # (4 + 0) / 8
+        ({0: 1, 1: 1, 2: 3}, 3, 1.0),
+        ({0: 1, 1: 1, 2: 3}, 3, 1.0),  # there is none after the last
+    ]
+
+
+def test_earlier_levels_say_nothing_of_the_latest():
+    sampler = make("levels", window=1)
+    sampler.tell(outcomes(level(0), lambda *_: True))
+    assert max(by_level(sampler.take(4))) == 1
+    values = sampler.tell(outcomes(level(0), lambda *_: True))  # every environment of the others failed
+    assert values == {"curriculum/level": 2.0}
+    sampler.tell(outcomes([*level(0), *level(1)], lambda task, _: task.seed < 100))
+    assert max(by_level(sampler.take(4))) == 1
+
+
+def test_a_level_alone_where_the_share_is_all():
+    sampler = make("levels", share=1.0, window=1)
+    sampler.tell(outcomes(level(0), lambda *_: True))
+    assert dict(by_level(sampler.take(4))) == {1: 4}
+
+
+def test_learnability_is_the_variance_of_success_as_far_as_it_is_known():
+    """E[p (1 − p)] of Beta(a, b) by hand: 1/2 · 1/2 / (1 · 2); 1/2 · 17/2 / (9 · 10); 9/2 · 9/2 / (9 · 10)."""
+    new, lost, even = games(1, 2, 3)
+    sampler = make("learnability", {"train": [new, lost, even]})
+    values = sampler.tell(
+        outcomes([lost, even], lambda task, member: task is even and member < 4, group_size=8)
+    )
+    expected = [1 / 8, 0.5 * 8.5 / 90, 4.5 * 4.5 / 90]
+    np.testing.assert_allclose(sampler.learnability(), expected, rtol=1e-12)
+    assert values == {
+        "curriculum/visited": pytest.approx(2 / 3), "curriculum/learnability": pytest.approx(np.mean(expected))
+    }
+    # Two further episodes, both won: of the eight before, a half still counts. a = 1/2 + 4 · 1/2 + 2, b = 1/2 + 2.
+    sampler.tell([ended(even, True)] * 2)
+    np.testing.assert_allclose(sampler.learnability()[2], 4.5 * 2.5 / (7 * 8), rtol=1e-12)
+
+
+def test_beta_variances_against_a_numerical_integral():
+    p = (np.arange(100_000) + 0.5) / 100_000
+    sampler = make("learnability", {"train": games(1)})
+    sampler.tell([ended(games(1)[0], won) for won in (True, True, False)])
+    density = p**1.5 * (1 - p) ** 0.5
+    np.testing.assert_allclose(sampler.learnability(), np.sum(density * p * (1 - p)) / np.sum(density), rtol=1e-6)
+
+
+def test_games_are_drawn_by_their_learnability():
+    """One at a time, 3,000 times: frequencies are the weights' shares, to four standard errors."""
+    pool = games(*range(5))
+    sampler = make("learnability", {"train": pool}, share=1.0)
+    sampler.tell(outcomes(pool, lambda task, member: member < task.seed, group_size=4))  # 0, 1, … 4 of four are won
+    weights = sampler.learnability() / sampler.learnability().sum()
+    assert weights.argmax() == 2 and weights[2] > 2 * weights[0]
+    counts = collections.Counter(names(drawn)[0] for drawn in (sampler.take(1) for _ in range(3000)))
+    found = np.array([counts[task.name] for task in pool]) / 3000
+    assert np.all(np.abs(found - weights) < 4 * np.sqrt(weights / 3000))
+
+
+def test_what_is_drawn_by_learnability_is_nothing_else_of_the_draw():
+    pool = games(*range(8))
+    sampler = make("learnability", {"train": pool}, share=0.75)
+    for _ in range(20):
+        first, *others = names(sampler.take(4))
+        assert len({first, *others}) == 4
+    sampler = make("learnability", {"train": pool}, share=1.0)
+    assert sorted(names(sampler.take(8))) == sorted(names(pool))
+    assert set(names(sampler.take(20))) == set(names(pool))
+
+
+def test_the_rest_of_a_draw_is_from_all_alike():
+    """With share 1/2 of four, two games follow the epochs, whatever is known of them."""
+    pool = games(*range(8))
+    sampler, plain = make("learnability", {"train": pool}), tasks.Sampler(pool, seed=3)
+    for _ in range(5):
+        drawn = sampler.take(4)
+        assert names(drawn)[:2] == names(plain.take(2))
+        sampler.tell(outcomes(drawn, lambda task, _: task.seed == 1))
+
+
+def test_a_game_under_several_names_is_one():
+    task = tasks_named(1)
+    named = [naming.renamed(task, number) for number in range(3)]
+    sampler = make("learnability", {"train": [*named, tasks_named(2)]})
+    assert sampler.tell(outcomes(named[1:2], lambda *_: True))["curriculum/visited"] == 0.5
+    assert len(sampler.learnability()) == 2
+
+
+@pytest.mark.parametrize("order", curriculum.ORDERS)
+@pytest.mark.parametrize("stopped", [0, 1, 4, 7])
+def test_a_restart_changes_nothing(order, stopped):
+    def play(sampler, count):
+        drawn = []
+        for _ in range(count):
+            drawn.append(names(games_now := sampler.take(5)))
+            sampler.tell(outcomes(games_now, lambda task, member: (task.seed + member) % 3 > 0))
+        return drawn
+
+    whole = make(order, window=3)
+    expected = play(whole, 10)
+    first = make(order, window=3)
+    begun = play(first, stopped)
+    restored = make(order, window=3)
+    play(restored, 2)  # whatever it had drawn
+    restored.restore(json.loads(json.dumps(first.state())))
+    assert begun + play(restored, 10 - stopped) == expected
+    assert restored.state() == whole.state()
+
+
+@pytest.mark.parametrize("order", ["levels", "learnability"])
+def test_a_state_of_something_else_is_refused(order):
+    sampler = make(order)
+    with pytest.raises(tasks.StateError, match=f"curriculum.{order.capitalize()}: a state needs"):
+        sampler.restore(make("uniform").state())
+    with pytest.raises(tasks.StateError, match="another task set or seed"):
+        sampler.restore(make(order, {"train": level(0), "train_2": level(3), "train_3": level(2)}).state())
+
+
+def test_fewer_levels_are_another_task_set():
+    two = make("levels", {"train": level(0), "train_2": level(1)})
+    with pytest.raises(tasks.StateError, match="the saved state has 3 levels, 2 are here"):
+        two.restore(make("levels").state())
+
+
+def test_horizons_are_phases_of_equal_length():
+    options = dict(horizons=(4, 8), horizon_iterations=3, longest=12)
+    assert [curriculum.max_turns(n, **options) for n in range(9)] == [4, 4, 4, 8, 8, 8, 12, 12, 12]
+    assert curriculum.max_turns(0, horizons=(), horizon_iterations=3, longest=12) == 12
+
+
+def test_what_begins_is_told():
+    names = ["train", "train_rooms"]
+    lines = [
+        {"step": step, "curriculum/level": level, "curriculum/max_turns": turns}
+        for step, (level, turns) in enumerate([(1.0, 4.0), (1.0, 4.0), (2.0, 4.0), (2.0, 8.0)], start=1)
+    ]
+    told = [curriculum.told(lines[:count], names) for count in range(1, 5)]
+    assert told == [
+        None,
+        None,
+        "curriculum: from iteration 3 on games of splits.train_rooms are played",
+        "curriculum: from iteration 4 on episodes may have 8 turns",
+    ]
+    assert curriculum.told([{"step": 1}, {"step": 2}], names) is None
+
+
+def test_an_iteration_plays_by_its_horizon_and_tells_what_came_of_it(monkeypatch):
+    plan = dict(order="levels", horizons=(4, 6), horizon_iterations=5)
+    (*_, values), rounds, sampler = play_rounds(monkeypatch, [1, 3, 0, 2], plan=plan, max_turns=6, name="none")
+    assert values == {"curriculum/level": 1.0, "curriculum/success": 0.5, "curriculum/max_turns": 6.0}
+    assert [len(episodes) for episodes in rounds] == [12] and len(sampler.state()["recent"]) == 1
+
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"order": "random"}, "rl.curriculum.order must be one of uniform, levels, learnability, got 'random'"),
+        ({"order": "levels"}, "splits has no train_<name> beside train"),
+        ({"share": 0.0}, "rl.curriculum.share is a share, above 0 and at most 1, got 0.0"),
+        ({"threshold": 1.5}, "rl.curriculum.threshold is a share, above 0 and at most 1, got 1.5"),
+        ({"window": 0}, "rl.curriculum.window must be at least 1, got 0"),
+        ({"horizon_iterations": 0}, "rl.curriculum.horizon_iterations must be at least 1, got 0"),
+        ({"horizons": (4, 12)}, "the last below rollout.max_turns = 12, got (4, 12)"),
+        ({"horizons": (8, 4)}, "each below the next"),
+        ({"horizons": (0, 4)}, "from 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        settings.check(changed("textworld_quickstart.py", **{f"rl.curriculum.{k}": v for k, v in changes.items()}))
+
+
+def test_what_a_curriculum_does_not_read_is_told():
+    def idle(**changes):
+        config = changed("textworld_levels.py", **{f"rl.curriculum.{k}": v for k, v in changes.items()})
+        settings.check(config)
+        return {key.removeprefix("rl.curriculum.") for key in settings.unused(config) if "curriculum" in key}
+
+    assert idle() == {"horizon_iterations"}
+    assert idle(order="learnability", horizons=(4,)) == {"threshold", "window"}
+    assert idle(order="uniform") == {"share", "threshold", "window", "horizon_iterations"}
+
+
+def test_rules_of_a_config_with_something_otherwise():
+    config = changed("textworld_quickstart.py")
+    assert rules.of_config(config).max_turns == 12
+    assert rules.of_config(config, max_turns=5, temperature=0.5).max_turns == 5
