@@ -199,5 +199,5 @@ def get_config(method: str = "") -> ml_collections.ConfigDict:
         ),
     )
     # As arXiv 2510.01132 validates; at the stages' ends also greedily and as RL samples.
-    config.eval = dict(temperature=0.4, other_temperatures=(0.0, 1.0))
+    config.eval = dict(temperature=0.4, other_temperatures=(0.0, 1.0), attempts=1)
     return methods.apply(config, method)

@@ -1,7 +1,8 @@
 """Evaluation on fixed held-out tasks, and the two agents that bound it: random and walkthrough."""
 
 import collections
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -49,6 +50,29 @@ def _num_repeated(trajectory: Trajectory) -> int:
     """Turns whose command was given before where the episode was in the same state, by what GiGPO tells states apart."""
     given = [(turn.observation if turn.anchor is None else turn.anchor, turn.command) for turn in trajectory.sent_turns]
     return len(given) - len(set(given))
+
+
+def pass_at(won: Mapping[str, Sequence[bool]], attempts: int) -> dict[int, tuple[float, float]]:
+    """Of how many games at least one of k attempts wins: pass@k, by the unbiased estimator over all n that were made,
+    1 − C(n − c, k) / C(n, k) with c of them won (Chen et al. 2021, https://arxiv.org/abs/2107.03374, equation 1).
+
+    Args:
+        won: of each game, attempt by attempt; where an environment failed there are fewer.
+        attempts: most that a game has.
+
+    Returns:
+        k → (the mean over the games with k attempts or more, its standard error over games), for k = 1, 2, 4, … and all
+        attempts. A k of which no game has as many is left out; the error of a single game is 0.
+    """
+    found = {}
+    for k in sorted({2**power for power in range(attempts.bit_length())} | {attempts}):
+        shares = [
+            1 - math.comb(len(each) - sum(each), k) / math.comb(len(each), k) for each in won.values() if len(each) >= k
+        ]
+        if shares:
+            error = np.std(shares, ddof=1) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
+            found[k] = float(np.mean(shares)), float(error)
+    return found
 
 
 def temperature_suffix(temperature: float) -> str:

@@ -213,8 +213,8 @@ def held_out(
 ) -> dict[str, float]:
     """Success on the held-out tasks, always with the same random streams.
 
-    Where the record is kept, at the stages' ends, further held-out splits ("test_<x>") are played, and
-    everything at further temperatures.
+    Where the record is kept, at the stages' ends, further held-out splits ("test_<x>") are played, everything at
+    further temperatures, and each game as often as `eval.attempts` says, but for greedy agents.
     """
     options, values = session.config["eval"], {}
     temperatures = {"": options["temperature"]}
@@ -238,24 +238,39 @@ def _held_out_at(
     temperature: float,
     name: str | None,
 ) -> dict[str, float]:
-    """A held-out split at a temperature; its episodes are written down under `name`, if it has one."""
+    """A held-out split at a temperature; its episodes are written down under `name`, if it has one. Then there are
+    further attempts at each game; all metrics but pass@k, and what happened to environments, are of the first."""
     test, stream = session.setup.splits[split], (session.config["seed"], STREAM_EVALUATE, 0)
-    with progress.bar(f"evaluating ({split}, T {temperature:g})", len(test)) as advance:
-        played = play(
+    attempts = session.config["eval"]["attempts"] if name is not None and temperature > 0 else 1
+    with progress.bar(f"evaluating ({split}, T {temperature:g})", attempts * len(test)) as advance:
+        everything = play(
             session,
             params,
-            rollout.episodes(test, group_size=1, stream=stream),
+            rollout.episodes(test, group_size=attempts, stream=stream),
             advance=advance,
             changes={"temperature": temperature},
         )
+    played = rollout.Rollout(
+        trajectories=[t for t in everything.trajectories if t.member == 0],
+        failures=[(episode, failure) for episode, failure in everything.failures if episode.member == 0],
+        ledger=everything.ledger,
+    )
+    values = evaluate.summary(prefix, played) | evaluate.breakdown(prefix, played)
     if name is not None:
         write_episodes(session, f"{prefix}_{name}", [t.to_json() for t in played.trajectories])
-    happened = {
+    if attempts > 1:
+        further = [t.to_json() for t in everything.trajectories if t.member > 0]
+        write_episodes(session, f"{prefix}_{name}_attempts", further)
+        won: dict[str, list[bool]] = {}
+        for trajectory in everything.trajectories:
+            won.setdefault(trajectory.task.name, []).append(trajectory.won)
+        for k, (share, error) in evaluate.pass_at(won, attempts).items():
+            values |= {f"{prefix}/pass_at_{k}": share, f"{prefix}/pass_at_{k}_se": error}
+    return values | {
         f"ledger/{prefix}_{key}": count
-        for key, count in played.ledger.items()
+        for key, count in everything.ledger.items()
         if key == "compiles" or key.startswith("env_")
     }
-    return evaluate.summary(prefix, played) | evaluate.breakdown(prefix, played) | happened
 
 
 def write_episodes(session: Session, name: str, records: list[dict[str, Any]]) -> None:

@@ -58,9 +58,8 @@ def print_table(run: report_data.Run, *, console: rich.console.Console | None = 
             style="bold" if evaluation.stage == "rl" else "",
         )
     console.print(table)
-    for told in (report_data.verdict(run), report_data.verdict_at_other_temperatures(run)):
-        if told:
-            console.print(told, markup=False)
+    for told in report_data.verdicts(run):
+        console.print(told, markup=False)
     split = {label: seconds for label, seconds in run.time_split.items() if seconds >= 0.5}
     if split:
         parts = ", ".join(

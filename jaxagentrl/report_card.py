@@ -60,7 +60,7 @@ def text(run: report_data.Run, *, library: str) -> str:
         "|---|---|---|---|",
         *_rows(run),
         "",
-        *(told + "\n" for told in (report_data.verdict(run), report_data.verdict_at_other_temperatures(run)) if told),
+        *(told + "\n" for told in report_data.verdicts(run)),
         "## Games",
         "",
         "| split | seeds | SHA-256 of all its games |",

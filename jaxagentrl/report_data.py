@@ -25,6 +25,7 @@ _TIMES = (
 )
 
 _OTHER_TEMPERATURE = re.compile(r"(eval\.t([\d.e-]+))/episodes")
+_PASS_AT = re.compile(r"pass_at_(\d+)")
 _OTHER_SPLIT = re.compile(r"(eval_(\w+))/episodes")
 
 
@@ -200,6 +201,27 @@ def verdict_at_other_temperatures(run: Run) -> str | None:
                 f"{at_temperature(temperature)} from {percent(before)} to {percent(after)}"
             )
     return f"With other sampling: {'; '.join(parts)}." if parts else None
+
+
+def verdict_on_attempts(run: Run) -> str | None:
+    """How many games at least one of several attempts won, at every temperature; None where there was one attempt."""
+    at_all: dict[str, dict[str, Evaluation]] = {"": {e.stage: e for e in run.evaluations}}
+    for temperature, evaluations in run.other_temperatures.items():
+        at_all[f" at {at_temperature(temperature)}"] = {e.stage: e for e in evaluations}
+    parts = []
+    for where, last in at_all.items():
+        stages = [last[stage].values for stage in (run.before_rl, "rl") if stage in last]
+        for key in stages[-1] if stages else ():
+            if (found := _PASS_AT.fullmatch(key)) and all(key in values for values in stages):
+                shares = [f"{100 * values[key]:.1f} ± {100 * values[f'{key}_se']:.1f} %" for values in stages]
+                parts.append(f"pass@{found[1]}{where} {'from ' if len(shares) > 1 else ''}{' to '.join(shares)}")
+    return f"With several attempts at a game (± standard error): {'; '.join(parts)}." if parts else None
+
+
+def verdicts(run: Run) -> list[str]:
+    """All sentences on what came out, as far as it was measured."""
+    told = (verdict(run), verdict_at_other_temperatures(run), verdict_on_attempts(run))
+    return [sentence for sentence in told if sentence]
 
 
 def at_temperature(temperature: float) -> str:

@@ -38,13 +38,12 @@ def page(run: Run, curves_png: bytes) -> str:
     """The whole page as text. Everything that came from a game or a model is escaped."""
     name = run.root.resolve().name
     image = base64.b64encode(curves_png).decode("ascii")
-    verdicts = (report_data.verdict(run), report_data.verdict_at_other_temperatures(run))
     parts = [
         "<!doctype html>\n<html lang=en><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(name)}: jaxagentrl run</title><style>{_STYLE}</style>",
         f"<h1>{html.escape(name)}</h1>",
-        *(f"<p>{html.escape(verdict)}</p>" for verdict in verdicts if verdict),
+        *(f"<p>{html.escape(verdict)}</p>" for verdict in report_data.verdicts(run)),
         f'<img alt="success, imitation loss and RL return" src="data:image/png;base64,{image}">',
         "<h2>Held-out evaluation</h2>", _evaluation_table(run),
         "<h2>How episodes ended</h2>", _stop_table(run),

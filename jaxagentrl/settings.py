@@ -69,7 +69,7 @@ _SECTIONS = {
     "importance_cap?",
     "rl.kl": "placement estimator coefficient",
     "rl.optimizer": _OPTIMIZER,
-    "eval": "temperature other_temperatures",
+    "eval": "temperature other_temperatures attempts",
 }
 _MARKED = [
     f"{section}.{name}".removeprefix(".")
@@ -96,7 +96,7 @@ _HELD = {
     "sft.optimizer.warmup_steps sft.optimizer.decay_steps rl.optimizer.warmup_steps rl.optimizer.decay_steps "
     "rl.num_iterations rl.tasks_per_iteration rl.group_size rl.num_epochs rl.num_minibatches rl.eval_every "
     "rl.save_every rl.filter.max_rounds rl.curriculum.window rl.curriculum.horizon_iterations rl.branching.members "
-    "rl.branching.entropy_tokens reward.overlong_length reward.overlong_margin",
+    "rl.branching.entropy_tokens reward.overlong_length reward.overlong_margin eval.attempts",
     "True or False": "prompt.show_admissible tokenizer.phrases tokenizer.glue_tokens learner.packing "
     "rl.skip_zero_signal rl.advantage.whiten rl.advantage.first_visit",
     "a text": "compilation_cache_dir export_dtype env.name env.cache_dir prompt.style prompt.system "
@@ -234,7 +234,7 @@ def _check_values(config: Config) -> None:
     for path, is_right, expected in (
         *((key, _at_least(1), "at least 1") for key in (
             "env.num_workers", "pool.num_workers", "learner.tokens_per_part", "learner.row_multiple", "sft.batch_size",
-            "sft.log_every", "sft.save_every",
+            "sft.log_every", "sft.save_every", "eval.attempts",
         )),
         *((key, _at_least(0), "0 or more") for key in (
             "learner.tree_length", "lora.rank", "sft.num_steps", "sft.observation_weight", "pool.max_replays",

@@ -176,6 +176,24 @@ def test_other_temperatures_stand_beside_the_verdict(tmp_path):
     assert "after imitation, greedy" in report_page.page(run, b"")
 
 
+def test_several_attempts_stand_beside_the_verdict(tmp_path):
+    make_run(tmp_path)
+    assert report_data.verdict_on_attempts(report_data.read(tmp_path)) is None
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    for line, shares in ((lines[31], (0.4, 0.5)), (lines[-1], (0.6, 0.625))):
+        line.update(metrics.success_metrics("eval.t1", 100, 200))
+        for k, share in zip((1, 8), shares, strict=True):
+            line |= {f"eval.t1/pass_at_{k}": share, f"eval.t1/pass_at_{k}_se": 0.025}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sentence = (
+        "With several attempts at a game (± standard error): pass@1 at temperature 1 from 40.0 ± 2.5 % to 60.0 ± 2.5 %; "
+        "pass@8 at temperature 1 from 50.0 ± 2.5 % to 62.5 ± 2.5 %."
+    )
+    run = report_data.read(tmp_path)
+    assert report_data.verdicts(run)[-1] == sentence
+    assert sentence in " ".join(table_text(tmp_path).split()) and sentence in report_page.page(run, b"")
+
+
 def test_table_in_the_terminal(root):
     text = table_text(root)
     row = next(line for line in text.splitlines() if line.strip().startswith("after RL"))

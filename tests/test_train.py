@@ -58,6 +58,7 @@ def command(workdir: pathlib.Path, cache: pathlib.Path, *overrides: str) -> list
         f"--workdir={workdir}",
         f"--config.env.cache_dir={cache}",
         f"--config.compilation_cache_dir={os.environ['JAX_COMPILATION_CACHE_DIR']}",
+        "--config.eval.attempts=2",
         "--config.rl.curriculum.order=learnability",  # whose state must be restored, too
         *overrides,
     ]
@@ -113,6 +114,9 @@ def test_a_run_leaves_what_the_design_promises(finished):
         assert [line["step"] for line in lines if line["phase"] == "rl" and key in line] == [4]
         assert [line["phase"] for line in lines if key in line] == ["baseline", "eval", "rl"]
     assert (finished / "trajectories" / "eval.t1_rl.jsonl").exists()
+    further = [json.loads(row) for row in (finished / "trajectories" / "eval.t1_rl_attempts.jsonl").open()]
+    assert [row["member"] for row in further] == [1] * 8 and "eval.t1/pass_at_2_se" in lines[-1]
+    assert "eval.t0/pass_at_1" not in lines[-1] and "eval/pass_at_2" not in lines[-2]  # greedy, or no end of a stage
 
 
 def test_the_model_loads_in_transformers(finished):
