@@ -2,7 +2,10 @@
 and without the effort that pays for long runs only."""
 
 import atexit
+import importlib
+import io
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -56,6 +59,17 @@ def smoke_games(tmp_path_factory):
     games = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "games"
     games.mkdir(exist_ok=True)
     return games
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """`main` of tools/play.py, in this process."""
+    from jaxagentrl import progress
+
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "tools")
+    # Made in a test, the process's own would keep that test's stderr.
+    monkeypatch.setattr(progress, "_display", progress.LineDisplay(io.StringIO()))
+    return importlib.import_module("play").main
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,9 @@
 """tools/play.py: a run's game by hand, by its walkthrough, by chance; what is wrong is one sentence."""
 
-import importlib
 import json
-import pathlib
 
 import pytest
 from test_settings import changed
-
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-@pytest.fixture
-def play(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    return importlib.import_module("play").main
 
 
 @pytest.fixture

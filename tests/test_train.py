@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import gc
-import importlib
 import json
 import os
 import pathlib
@@ -131,12 +130,10 @@ def test_the_model_loads_in_transformers(finished):
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
 
 
-def test_the_model_plays_in_the_terminal_what_it_played_in_the_run(finished, monkeypatch, capsys):
+def test_the_model_plays_in_the_terminal_what_it_played_in_the_run(finished, play, capsys):
     """Greedily, so that nothing is drawn; game by game as in the record."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    play = importlib.import_module("play")
     record = [json.loads(row) for row in (finished / "trajectories" / "eval.t0_rl.jsonl").open()][2]
-    play.main([str(finished), "--agent", "model", "--game", "2", "--temperature", "0"])
+    play([str(finished), "--agent", "model", "--game", "2", "--temperature", "0"])
     shown = capsys.readouterr().out
     assert shown.startswith(record["task"]["name"])
     for number, turn in enumerate(record["turns"], 1):
