@@ -52,27 +52,30 @@ def _num_repeated(trajectory: Trajectory) -> int:
     return len(given) - len(set(given))
 
 
-def pass_at(won: Mapping[str, Sequence[bool]], attempts: int) -> dict[int, tuple[float, float]]:
+def pass_at(prefix: str, won: Mapping[str, Sequence[bool]], attempts: int) -> dict[str, float]:
     """Of how many games at least one of k attempts wins: pass@k, by the unbiased estimator over all n that were made,
     1 − C(n − c, k) / C(n, k) with c of them won (Chen et al. 2021, https://arxiv.org/abs/2107.03374, equation 1).
 
     Args:
+        prefix: of the metrics.
         won: of each game, attempt by attempt; where an environment failed there are fewer.
         attempts: most that a game has.
 
     Returns:
-        k → (the mean over the games with k attempts or more, its standard error over games), for k = 1, 2, 4, … and all
-        attempts. A k of which no game has as many is left out; the error of a single game is 0.
+        `<prefix>/pass_at_<k>`, the mean over the games with k attempts or more, for k = 1, 2, 4, … and all attempts, and
+        its 95 % interval, `…_low` and `…_high`: Wilson's over games, which is that of games won or lost and wide enough
+        for shares in between. A k of which no game has as many is left out.
     """
-    found = {}
+    values: dict[str, float] = {}
     for k in sorted({2**power for power in range(attempts.bit_length())} | {attempts}):
         shares = [
             1 - math.comb(len(each) - sum(each), k) / math.comb(len(each), k) for each in won.values() if len(each) >= k
         ]
         if shares:
-            error = np.std(shares, ddof=1) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
-            found[k] = float(np.mean(shares)), float(error)
-    return found
+            low, high = metrics.wilson_interval(sum(shares), len(shares))
+            key = f"{prefix}/pass_at_{k}"
+            values |= {key: float(np.mean(shares)), f"{key}_low": low, f"{key}_high": high}
+    return values
 
 
 def temperature_suffix(temperature: float) -> str:

@@ -200,7 +200,7 @@ def without_time(line: Line) -> Line:
     return {key: value for key, value in line.items() if not key.startswith(CLOCK_PREFIXES)}
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """95 % interval of a success rate by Wilson's score method.
 
     With p = successes/n and z = 1.96: (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n). Unlike

@@ -264,8 +264,7 @@ def _held_out_at(
         won: dict[str, list[bool]] = {}
         for trajectory in everything.trajectories:
             won.setdefault(trajectory.task.name, []).append(trajectory.won)
-        for k, (share, error) in evaluate.pass_at(won, attempts).items():
-            values |= {f"{prefix}/pass_at_{k}": share, f"{prefix}/pass_at_{k}_se": error}
+        values |= evaluate.pass_at(prefix, won, attempts)
     return values | {
         f"ledger/{prefix}_{key}": count
         for key, count in everything.ledger.items()

@@ -204,18 +204,20 @@ def verdict_at_other_temperatures(run: Run) -> str | None:
 
 
 def verdict_on_attempts(run: Run) -> str | None:
-    """How many games at least one of several attempts won, at every temperature; None where there was one attempt."""
+    """How many games one attempt wins on average, and at least one of all, at every temperature; None where there was
+    one attempt."""
     at_all: dict[str, dict[str, Evaluation]] = {"": {e.stage: e for e in run.evaluations}}
     for temperature, evaluations in run.other_temperatures.items():
         at_all[f" at {at_temperature(temperature)}"] = {e.stage: e for e in evaluations}
     parts = []
     for where, last in at_all.items():
         stages = [last[stage].values for stage in (run.before_rl, "rl") if stage in last]
-        for key in stages[-1] if stages else ():
-            if (found := _PASS_AT.fullmatch(key)) and all(key in values for values in stages):
-                shares = [f"{100 * values[key]:.1f} ± {100 * values[f'{key}_se']:.1f} %" for values in stages]
-                parts.append(f"pass@{found[1]}{where} {'from ' if len(shares) > 1 else ''}{' to '.join(shares)}")
-    return f"With several attempts at a game (± standard error): {'; '.join(parts)}." if parts else None
+        counts = [{int(found[1]) for key in values if (found := _PASS_AT.fullmatch(key))} for values in stages]
+        common = sorted(set.intersection(*counts)) if counts else []
+        for k in dict.fromkeys((*common[:1], *common[-1:])):
+            shares = [_interval(*(values[f"pass_at_{k}{end}"] for end in ("", "_low", "_high"))) for values in stages]
+            parts.append(f"pass@{k}{where} {'from ' if len(shares) > 1 else ''}{' to '.join(shares)}")
+    return f"With several attempts at a game: {'; '.join(parts)}." if parts else None
 
 
 def verdicts(run: Run) -> list[str]:
@@ -241,10 +243,11 @@ def percent(evaluation: Evaluation) -> str:
     """ "63.0 % [56.1, 69.4]" """
     if not evaluation.episodes:
         return "none played"
-    return (
-        f"{100 * evaluation.success:.1f} % "
-        f"[{100 * evaluation.low:.1f}, {100 * evaluation.high:.1f}]"
-    )
+    return _interval(evaluation.success, evaluation.low, evaluation.high)
+
+
+def _interval(share: float, low: float, high: float) -> str:
+    return f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _evaluation(

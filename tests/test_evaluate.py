@@ -10,31 +10,33 @@ from records import make_trajectory, make_turn
 from test_filters import tasks_named
 
 from envs_host.types import EnvFailure
-from jaxagentrl import evaluate, playing, rollout
+from jaxagentrl import evaluate, metrics, playing, rollout
 
 
 def test_pass_at_k_by_hand():
     """Of four attempts one game wins 4, one 1, one 0. k = 2: 1, 1 − 3/6 = 1/2, 0."""
     won = {"a": [True] * 4, "b": [False, True, False, False], "c": [False] * 4}
-    found = evaluate.pass_at(won, 4)
-    assert list(found) == [1, 2, 4]
-    np.testing.assert_allclose([share for share, _ in found.values()], [5 / 12, 1 / 2, 2 / 3], rtol=1e-12)
-    np.testing.assert_allclose(found[2][1], 0.5 / np.sqrt(3), rtol=1e-12)  # sample deviation of 1, 1/2, 0
+    found = evaluate.pass_at("x", won, 4)
+    assert list(found) == [f"x/pass_at_{k}{end}" for k in (1, 2, 4) for end in ("", "_low", "_high")]
+    np.testing.assert_allclose([found[f"x/pass_at_{k}"] for k in (1, 2, 4)], [5 / 12, 1 / 2, 2 / 3], rtol=1e-12)
+    assert (found["x/pass_at_4_low"], found["x/pass_at_4_high"]) == metrics.wilson_interval(2, 3)
 
 
 @pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (3, 1), (5, 2), (6, 5)])
 def test_pass_at_k_is_the_share_of_all_choices_of_k(n, c):
     attempts = [index < c for index in range(n)]
-    for k, (share, error) in evaluate.pass_at({"game": attempts}, n).items():
+    found = evaluate.pass_at("x", {"game": attempts}, n)
+    assert f"x/pass_at_{n}" in found
+    for k in range(1, n + 1):
         choices = [any(some) for some in itertools.combinations(attempts, k)]
-        assert share == pytest.approx(np.mean(choices)) and error == 0
+        assert found.get(f"x/pass_at_{k}", np.mean(choices)) == pytest.approx(np.mean(choices))
 
 
 def test_what_a_failed_environment_leaves_counts_for_as_many():
     """Two attempts of three are there: the game is in pass@1 and pass@2 alone."""
-    found = evaluate.pass_at({"a": [True, False], "b": [False] * 3}, 3)
-    assert {k: share for k, (share, _) in found.items()} == {1: 0.25, 2: 0.5, 3: 0.0}
-    assert list(evaluate.pass_at({"a": [True]}, 2)) == [1] and evaluate.pass_at({}, 2) == {}
+    found = evaluate.pass_at("x", {"a": [True, False], "b": [False] * 3}, 3)
+    assert [found[f"x/pass_at_{k}"] for k in (1, 2, 3)] == [0.25, 0.5, 0.0]
+    assert "x/pass_at_2" not in evaluate.pass_at("x", {"a": [True]}, 2) and evaluate.pass_at("x", {}, 2) == {}
 
 
 def evaluated(monkeypatch, *, attempts, temperature=0.5, name="rl"):
@@ -69,7 +71,7 @@ def test_success_is_of_the_first_attempts_and_pass_at_k_of_all(monkeypatch):
     once, records, first = evaluated(monkeypatch, attempts=1)
     values, written, played = evaluated(monkeypatch, attempts=3)
     assert {key: values[key] for key in once} == once and once["eval/episodes"] == 1 and once["eval/env_failures"] == 1
-    assert values.keys() - once.keys() == {f"eval/pass_at_{k}{end}" for k in (1, 2, 3) for end in ("", "_se")}
+    assert values.keys() - once.keys() == {f"eval/pass_at_{k}{end}" for k in (1, 2, 3) for end in ("", "_low", "_high")}
     assert values["eval/pass_at_1"] == pytest.approx((1 / 3 + 1) / 2) and values["eval/pass_at_3"] == 1.0
     assert written["eval_rl"] == records["eval_rl"] and list(records) == ["eval_rl"]
     assert [(row["group"], row["member"]) for row in written["eval_rl_attempts"]] == [(0, 1), (0, 2), (1, 1), (1, 2)]

@@ -182,12 +182,12 @@ def test_several_attempts_stand_beside_the_verdict(tmp_path):
     lines = metrics.read(tmp_path / "metrics.jsonl")
     for line, shares in ((lines[31], (0.4, 0.5)), (lines[-1], (0.6, 0.625))):
         line.update(metrics.success_metrics("eval.t1", 100, 200))
-        for k, share in zip((1, 8), shares, strict=True):
-            line |= {f"eval.t1/pass_at_{k}": share, f"eval.t1/pass_at_{k}_se": 0.025}
+        for k, share in zip((1, 2, 8), (shares[0], 0.99, shares[1]), strict=True):
+            line |= {f"eval.t1/pass_at_{k}{end}": share + by for end, by in (("", 0.0), ("_low", -0.1), ("_high", 0.2))}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     sentence = (
-        "With several attempts at a game (± standard error): pass@1 at temperature 1 from 40.0 ± 2.5 % to 60.0 ± 2.5 %; "
-        "pass@8 at temperature 1 from 50.0 ± 2.5 % to 62.5 ± 2.5 %."
+        "With several attempts at a game: pass@1 at temperature 1 from 40.0 % [30.0, 60.0] to 60.0 % [50.0, 80.0]; "
+        "pass@8 at temperature 1 from 50.0 % [40.0, 70.0] to 62.5 % [52.5, 82.5]."
     )
     run = report_data.read(tmp_path)
     assert report_data.verdicts(run)[-1] == sentence

@@ -114,7 +114,7 @@ def test_a_run_leaves_what_the_design_promises(finished):
         assert [line["phase"] for line in lines if key in line] == ["baseline", "eval", "rl"]
     assert (finished / "trajectories" / "eval.t1_rl.jsonl").exists()
     further = [json.loads(row) for row in (finished / "trajectories" / "eval.t1_rl_attempts.jsonl").open()]
-    assert [row["member"] for row in further] == [1] * 8 and "eval.t1/pass_at_2_se" in lines[-1]
+    assert [row["member"] for row in further] == [1] * 8 and "eval.t1/pass_at_2_low" in lines[-1]
     assert "eval.t0/pass_at_1" not in lines[-1] and "eval/pass_at_2" not in lines[-2]  # greedy, or no end of a stage
 
 
