@@ -50,7 +50,7 @@ def check(options: Mapping[str, Any], *, max_turns: int, num_levels: int) -> Non
 
 
 def max_turns(iteration: int, *, horizons: Sequence[int], horizon_iterations: int, longest: int) -> int:
-    """ScalingInter-RL's horizon (arXiv 2509.08755, section 3.2): the n-th phase of an equal number of iterations has
+    """ScalingInter-RL's horizon (arXiv 2509.08755): the n-th phase of an equal number of iterations has
     the n-th horizon, what follows the `longest`.
 
     Args:

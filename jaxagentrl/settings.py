@@ -454,6 +454,8 @@ def unused(config: Config) -> list[str]:
         "rl.advantage.first_visit": name == "gigpo",
         "rl.filter.fraction": rl["filter"]["name"] == "uncertainty",
         "rl.filter.max_rounds": rl["filter"]["name"] == "dynamic_sampling",
+        "eval.attempts": config["eval"]["attempts"] == 1
+        or max(config["eval"]["temperature"], *config["eval"]["other_temperatures"], 0) > 0,
         "rl.curriculum.share": rl["curriculum"]["order"] != "uniform",
         "rl.curriculum.threshold": rl["curriculum"]["order"] == "levels",
         "rl.curriculum.window": rl["curriculum"]["order"] == "levels",

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from records import make_trajectory, make_turn
 from test_filters import tasks_named
+from test_settings import changed
 
 from envs_host.types import EnvFailure
-from jaxagentrl import evaluate, metrics, playing, rollout
+from jaxagentrl import evaluate, metrics, playing, rollout, settings
 
 
 def test_pass_at_k_by_hand():
@@ -86,3 +87,9 @@ def test_one_attempt_where_all_would_be_alike_and_during_a_stage(monkeypatch, ch
     values, written, played = evaluated(monkeypatch, attempts=3, **changes)
     assert len(played) == 2 and not [key for key in values if "pass_at" in key]
     assert list(written) == ([] if "name" in changes else ["eval_rl"])
+
+
+def test_several_attempts_of_greedy_agents_alone_are_told():
+    for temperatures, is_told in (((0.0, 1.0), False), ((), True)):
+        changes = {"eval.temperature": 0.0, "eval.other_temperatures": temperatures, "eval.attempts": 4}
+        assert ("eval.attempts" in settings.unused(changed("textworld_quickstart.py", **changes))) == is_told
