@@ -197,7 +197,9 @@ def baselines(session: Session, params: learner.Params) -> dict[str, float]:
         agents["random"], options = evaluate.random_policy(config["seed"]), {"admissible_commands": True}
     if any(task.walkthrough for task in test):
         agents["walkthrough"] = evaluate.walkthrough_policy
-    with prepare.make_pool(config, **options) as pool:
+    own = prepare.pool_options(config)
+    is_same = own | options == own  # workers take seconds to start
+    with contextlib.nullcontext(session.setup.pool) if is_same else prepare.make_pool(config, **options) as pool:
         for name, agent in agents.items():
             with progress.bar(f"{name} agent", len(test)) as advance:
                 won, n, failures = evaluate.play(

@@ -280,6 +280,11 @@ def make_chat(loaded: Any, prompt: Mapping[str, Any]) -> chat.ChatFormat:
 
 def make_pool(config: Mapping[str, Any], **env_options: Any) -> EnvPool:
     """Worker processes for the config's environment; `env_options` override its own."""
+    return EnvPool(config["env"]["name"], pool_options(config) | env_options, **config["pool"])
+
+
+def pool_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What environments of a run's pool are asked for."""
     name = config["env"]["name"]
     options = {
         "intermediate_reward": config["reward"]["kind"] == "intermediate",
@@ -287,7 +292,7 @@ def make_pool(config: Mapping[str, Any], **env_options: Any) -> EnvPool:
     }
     # A class of the user's own need not have these two; that it has what a config asks for, `settings` sees to.
     options = {option: value for option, value in options.items() if envs_host.takes(name, option)}
-    return EnvPool(name, options | config["env"]["options"] | env_options, **config["pool"])
+    return options | config["env"]["options"]
 
 
 def _replays(demonstrated: Sequence[Task], pool: EnvPool) -> list[demos.Replay]:

@@ -1,5 +1,6 @@
 """pass@k by its definition, and evaluations of several attempts: what of them is measured and written."""
 
+import contextlib
 import itertools
 import json
 import types
@@ -11,7 +12,7 @@ from test_filters import tasks_named
 from test_settings import changed
 
 from envs_host.types import EnvFailure
-from jaxagentrl import evaluate, metrics, playing, rollout, settings
+from jaxagentrl import evaluate, metrics, playing, prepare, rollout, settings
 
 
 def test_pass_at_k_by_hand():
@@ -93,3 +94,18 @@ def test_several_attempts_of_greedy_agents_alone_are_told():
     for temperatures, is_told in (((0.0, 1.0), False), ((), True)):
         changes = {"eval.temperature": 0.0, "eval.other_temperatures": temperatures, "eval.attempts": 4}
         assert ("eval.attempts" in settings.unused(changed("textworld_quickstart.py", **changes))) == is_told
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_bounding_agents_play_in_the_runs_own_workers_where_those_list_commands(monkeypatch, shown):
+    made, used = [], []
+    monkeypatch.setattr(playing, "held_out", lambda *_: {})
+    monkeypatch.setattr(prepare, "make_pool", lambda config, **options: made.append(options) or contextlib.nullcontext("another"))
+    monkeypatch.setattr(evaluate, "play", lambda test, pool, agent, **_: used.append(pool) or (1, 2, 0))
+    session = types.SimpleNamespace(
+        config=changed("textworld_quickstart.py", **{"prompt.show_admissible": shown}),
+        setup=types.SimpleNamespace(splits={"test": [tasks_named(0)]}, pool="own"),
+    )
+    values = playing.baselines(session, {})
+    assert values["random/success_rate"] == values["walkthrough/success_rate"] == 0.5
+    assert (made, used) == (([], ["own"] * 2) if shown else ([{"admissible_commands": True}], ["another"] * 2))
