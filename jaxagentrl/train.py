@@ -51,6 +51,24 @@ _ROOM_TO_KEEP = 4
 OWN_KEYS = ("compilation_cache_dir", "env.cache_dir", "env.num_workers", "memory_limit_gb", "pool")
 # Keys that a run may be continued with other values of. A mesh changes results by rounding.
 FREE_KEYS = (*OWN_KEYS, "mesh", "rl.num_iterations")
+# Keys that came after the first runs, and what those did: they go on where a config says so. The others have no effect then.
+LATER_KEYS = {
+    "rl.filter.name": "none",
+    "rl.filter.leave_out": [],
+    "rl.branching.members": 0,
+    "rl.curriculum.order": "uniform",
+    "rl.curriculum.horizons": [],
+    "reward.overlong_penalty": 0.0,
+    "eval.attempts": 1,
+    **dict.fromkeys(
+        (
+            "rl.filter.fraction", "rl.filter.max_rounds", "rl.branching.probability", "rl.branching.entropy_weight",
+            "rl.branching.entropy_tokens", "rl.curriculum.share", "rl.curriculum.threshold", "rl.curriculum.window",
+            "rl.curriculum.horizon_iterations", "reward.overlong_length", "reward.overlong_margin",
+        ),
+        workdir.ANY,
+    ),
+}
 
 
 def run(config: Mapping[str, Any], directory: str) -> None:
@@ -146,7 +164,7 @@ def _open(root: pathlib.Path, config: Mapping[str, Any]) -> workdir.Workdir:
     folder = refused = None
     if hosts.is_first():
         try:
-            folder = workdir.open_workdir(root, config, free_keys=FREE_KEYS)
+            folder = workdir.open_workdir(root, config, free_keys=FREE_KEYS, later_keys=LATER_KEYS)
             for stage in folder.checkpoints.glob("*"):
                 checkpoints.remove_leftovers(stage)
         except workdir.WorkdirError as error:
@@ -158,7 +176,7 @@ def _open(root: pathlib.Path, config: Mapping[str, Any]) -> workdir.Workdir:
     if folder is not None:
         return folder
     own = root / "processes" / f"{jax.process_index():03d}"
-    folder = workdir.open_workdir(own, config, free_keys=FREE_KEYS)
+    folder = workdir.open_workdir(own, config, free_keys=FREE_KEYS, later_keys=LATER_KEYS)
     return dataclasses.replace(folder, shared_root=root)
 
 

@@ -38,6 +38,8 @@ _LAYOUT = (
 _BEGUN = ("checkpoints", "trajectories", "model", "adapters")
 _MAX_LISTED = 8
 
+ANY = object()  # of `open_workdir`'s later_keys
+
 
 class WorkdirError(ValueError):
     """The workdir cannot serve this run; the message names the folder and the way out."""
@@ -141,6 +143,7 @@ def open_workdir(
     config: Mapping[str, Any],
     *,
     free_keys: Iterable[str] = (),
+    later_keys: Mapping[str, Any] = {},
 ) -> Workdir:
     """Creates or re-opens a run's folder and locks it against a second process.
 
@@ -149,6 +152,8 @@ def open_workdir(
         config: the resolved config as nested dicts of JSON values.
         free_keys: dotted keys (or prefixes of such) that may differ between starts because they
             cannot change the result, for example "env.num_workers". The newest are kept.
+        later_keys: dotted keys that configs of earlier versions lack, and what their runs did without them; ANY where
+            that is the same by any value, as long as the others say it.
 
     Raises:
         WorkdirError: the folder cannot be written, is in use, is not a workdir, or holds a run of
@@ -161,7 +166,7 @@ def open_workdir(
         lock = _lock(root)
         if lock is not None:
             on_error.callback(lock.close)
-        changes, replaced = _write_or_compare_config(root, config, tuple(free_keys))
+        changes, replaced = _write_or_compare_config(root, config, tuple(free_keys), later_keys)
         _remove_leftovers(root)
         on_error.pop_all()
     return Workdir(root, version_changes=changes, replaced=replaced, _lock=lock)
@@ -258,7 +263,7 @@ def _lock(root: pathlib.Path) -> TextIO | None:
 
 
 def _write_or_compare_config(
-    root: pathlib.Path, config: dict[str, Any], free_keys: tuple[str, ...]
+    root: pathlib.Path, config: dict[str, Any], free_keys: tuple[str, ...], later_keys: Mapping[str, Any]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Writes config.json of a new workdir, compares that of an old one.
 
@@ -278,7 +283,7 @@ def _write_or_compare_config(
             "another --workdir."
         )
     changed = [
-        line for line in differences(content["config"], config, "")
+        line for line in differences(_with_later(content["config"], config, later_keys), config, "")
         if not any(is_under(line.split(":", 1)[0], key) for key in free_keys)
     ]
     if changed and not _has_begun(root):
@@ -295,6 +300,18 @@ def _write_or_compare_config(
     if content["config"] != config:  # as of its newest start
         write_atomic(path, json.dumps(content | {"config": config}, indent=2) + "\n")
     return tuple(differences(content["versions"], versions, "")), ()
+
+
+def _with_later(old: dict[str, Any], new: dict[str, Any], later_keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The old config with those of the later keys that it lacks; the new one has all of them."""
+    old = json.loads(json.dumps(old))
+    for key, value in later_keys.items():
+        *sections, name = key.split(".")
+        there, here = old, new
+        for section in sections:
+            there, here = there.setdefault(section, {}), here[section]
+        there.setdefault(name, here[name] if value is ANY else value)
+    return old
 
 
 def _write_config(path: pathlib.Path, config: dict[str, Any], versions: dict[str, str]) -> None:

@@ -290,6 +290,14 @@ LEDGER = {
 }
 
 
+def test_later_keys_are_keys_and_what_the_quick_start_says():
+    """It was the same before there were keys for it."""
+    values = dict(settings.flat(runpy.run_path(str(ROOT / "configs" / "textworld_quickstart.py"))["get_config"]().to_dict()))
+    for key, value in train.LATER_KEYS.items():
+        assert value is workdir.ANY or json.loads(json.dumps(values[key])) == value, key
+        assert key in values
+
+
 def test_the_bar_tells_the_ledger():
     values = {f"ledger/{key}": value for key, value in LEDGER.items()} | {"rollout/success_rate": 0.5}
     assert train._note(values) == (

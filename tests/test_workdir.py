@@ -98,6 +98,25 @@ def test_free_keys_may_change(tmp_path):
         open_once(tmp_path, CONFIG, free_keys=["env.num", "seed"])
 
 
+def test_a_run_of_before_a_key_goes_on_where_it_says_what_runs_did(tmp_path):
+    open_begun(tmp_path, {"seed": 0, "rl": {"size": 2}})
+    later = {"rl.size": 1, "rl.filter.name": "none", "rl.filter.fraction": workdir.ANY, "seed": 7}
+
+    def config(seed=0, **options):
+        return {"seed": seed, "rl": {"size": 2, "filter": {"fraction": 0.5} | options}}
+
+    with pytest.raises(workdir.WorkdirError, match='1 key.*rl.filter.name: "none" → "uncertainty"'):
+        open_once(tmp_path, config(name="uncertainty"), later_keys=later)
+    with pytest.raises(workdir.WorkdirError, match="1 key.*seed: 0 → 1"):  # it had a seed
+        open_once(tmp_path, config(seed=1, name="none"), later_keys=later)
+    with pytest.raises(workdir.WorkdirError, match="rl.filter: .absent"):
+        open_once(tmp_path, config(name="none"))
+    kept = open_once(tmp_path, config(name="none"), later_keys=later)
+    assert json.loads(kept.config.read_text())["config"] == config(name="none")
+    with pytest.raises(workdir.WorkdirError, match="rl.filter.fraction: 0.5 → 0.25"):  # from here on it has the key
+        open_once(tmp_path, config(name="none", fraction=0.25), later_keys=later)
+
+
 def test_facts_are_recorded_once_and_compared(tmp_path):
     folder = open_once(tmp_path)
     folder.record("games", {"test": "abc"})
