@@ -1,6 +1,6 @@
 """Plays a game of a run in the terminal: by hand, or by its model, a walkthrough or chance, which you watch.
 
-    python tools/play.py runs/quickstart                       you play; ? lists commands, an empty line ends it
+    python tools/play.py runs/quickstart                       you play: a line is a command, ? lists some, an empty line is the end
     python tools/play.py runs/quickstart --agent model --game 7
     python tools/play.py runs/quickstart --agent model --temperature 0 --split test_rooms
 
@@ -160,6 +160,7 @@ def ask(task: Task, turn: int, admissible: Sequence[str]) -> str:
         try:
             command = input(f"{turn + 1}> ").strip()
         except EOFError:
+            show("")
             return ""
         if command != "?":
             return command
