@@ -66,7 +66,7 @@ def play(monkeypatch):
     """`main` of tools/play.py, in this process."""
     from jaxagentrl import progress
 
-    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "tools")
+    monkeypatch.setattr(sys, "path", [str(pathlib.Path(__file__).parents[1] / "tools"), *sys.path])  # it adds to it
     # Made in a test, the process's own would keep that test's stderr.
     monkeypatch.setattr(progress, "_display", progress.LineDisplay(io.StringIO()))
     return importlib.import_module("play").main

@@ -61,6 +61,9 @@ def test_the_pages_environment_is_trained_on(folder):
     assert begun["walkthrough/success_rate"] == 56 / 64 and ended["eval/success_rate"] > begun["eval/success_rate"]
     assert "random/success_rate" not in begun  # the class lists no commands to draw from
 
+    shown = run(folder, ROOT / "tools" / "play.py", "run", "--agent", "walkthrough").stdout
+    assert shown.startswith("guess-256: ") and "won (the game ended)" in shown
+
     # From that model on, by RL alone, without anything to imitate.
     text = (folder / "guess.jsonl").read_text()
     (folder / "bare.jsonl").write_text(re.sub(r', "walkthrough": \[.*?\]', "", text))

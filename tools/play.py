@@ -11,6 +11,7 @@ which evaluations and the report have them, too.
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, help="of the model; the run's eval.temperature by default")
     parser.add_argument("--seed", type=int, default=0, help="of what the model, or chance, draws")
     args = parser.parse_args(arguments)
+    sys.path.append(os.getcwd())  # where `python -m jaxagentrl.main` finds an environment of one's own, too
     try:
         play(args)
     except ValueError as error:  # of what was asked for
