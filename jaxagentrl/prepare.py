@@ -183,14 +183,14 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
         model = _model(config["model"], chat_format)
         _check_memory(config, model, mesh, stages)
         policy = _policy(config, model, jax.random.key(config["seed"]), mesh)
-        stop_ids = _stop_ids(config["model"]["directory"], chat_format)
+        ends = stop_ids(config["model"]["directory"], chat_format)
         _note_long_texts(config["sampling"]["max_length"], model)
         trainable, frozen = sharding.place(_with_lora(policy, config), mesh)
         del policy  # drawn, it lay whole on the first device
         with sharding.use(None if mesh is None else sharding.decoding_mesh(mesh)):
             decoding = engine.Engine(
                 model,
-                stop_ids=stop_ids,
+                stop_ids=ends,
                 notice=progress.notice,
                 **config["sampling"],
             )
@@ -200,7 +200,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
             pool=pool,
             replays=replays,
             chat_format=chat_format,
-            stop_ids=stop_ids,
+            stop_ids=ends,
             model=model,
             trainable=trainable,
             frozen=frozen,
@@ -397,7 +397,7 @@ def _dtype_in_memory(config: Mapping[str, Any]) -> str:
     return config["learner"]["compute_dtype"] if is_frozen else "float32"
 
 
-def _stop_ids(directory: str | None, chat_format: chat.ChatFormat) -> tuple[int, ...]:
+def stop_ids(directory: str | os.PathLike | None, chat_format: chat.ChatFormat) -> tuple[int, ...]:
     """A model may end its turn with another id than the template's, such as Qwen2.5's
     `<|endoftext|>`: what it would say after that belongs to no answer."""
     published = () if directory is None else pretrained.stop_ids(directory)

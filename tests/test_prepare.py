@@ -50,8 +50,8 @@ def test_a_models_folder_gives_its_vocabulary_its_stop_ids_and_its_longest_text(
     pretrained.save(folder, config, decoder.init(config, key), tokenizer=trained, stop_ids=(other,))
     loaded = prepare._model({"directory": str(folder)}, made)
     assert loaded.vocab_size == size
-    assert prepare._stop_ids(str(folder), made) == (made.end_of_turn_id, other)
-    assert prepare._stop_ids(None, made) == (made.end_of_turn_id,)
+    assert prepare.stop_ids(str(folder), made) == (made.end_of_turn_id, other)
+    assert prepare.stop_ids(None, made) == (made.end_of_turn_id,)
     told = []
     monkeypatch.setattr(progress, "notice", told.append)
     prepare._note_long_texts(64, loaded)

@@ -102,9 +102,9 @@ def sample(
     chat_format = prepare.make_chat(tokenizer.load(folder), config["prompt"])
     model, params = pretrained.load(folder)
     sizes = {key: config["sampling"][key] for key in ("max_length", "max_turn_tokens", "filled_buckets", "width_buckets")}
-    stop_ids = dict.fromkeys((chat_format.end_of_turn_id, *pretrained.stop_ids(folder)))
+    stop_ids = prepare.stop_ids(folder, chat_format)
     sampler = engine.Engine(
-        model, num_slots=1, num_waves=1, stop_ids=list(stop_ids), row_divisors=(1,), notice=progress.notice, **sizes
+        model, num_slots=1, num_waves=1, stop_ids=stop_ids, row_divisors=(1,), notice=progress.notice, **sizes
     )
     played = rollout.collect(
         rollout.episodes([task], group_size=1, stream=(seed,)),
