@@ -95,7 +95,7 @@ class Levels:
         """The next games."""
         counts = [0] * self._latest + [count]
         if self._latest:
-            counts[-1] = math.ceil(self._share * count)
+            counts[-1] = math.ceil(round(self._share * count, 9))  # 0.1 * 30 is a little above 3
             rest = count - counts[-1]
             for index in range(self._latest):  # what is left over goes to the later ones
                 counts[index] = rest // (self._latest - index)
@@ -163,7 +163,7 @@ class Learnability:
 
     def take(self, count: int) -> list[Task]:
         """The next games: first those of the epoch, then others by learnability, as far as there are others."""
-        drawn = self._uniform.take(count - min(len(self._games), math.floor(self._share * count)))
+        drawn = self._uniform.take(count - min(len(self._games), math.floor(round(self._share * count, 9))))
         taken = {_key(task) for task in drawn}
         left = [index for index, task in enumerate(self._games) if _key(task) not in taken]
         # Successive draws without replacement, each by weight: the largest of log weight + Gumbel noise.

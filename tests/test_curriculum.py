@@ -90,6 +90,18 @@ def test_a_level_alone_where_the_share_is_all():
     assert dict(by_level(sampler.take(4))) == {1: 4}
 
 
+@pytest.mark.parametrize("share, count, expected", [(0.1, 30, 3), (0.29, 100, 29), (0.5, 32, 16)])
+def test_a_share_that_comes_out_even_is_not_rounded(share, count, expected):
+    sampler = make("levels", share=share, window=1)
+    sampler.tell(outcomes(level(0), lambda *_: True))
+    assert by_level(sampler.take(count))[1] == expected
+    pool = games(*range(200))
+    sampler, plain = make("learnability", {"train": pool}, share=share), tasks.Sampler(pool, seed=3)
+    drawn = names(sampler.take(count))
+    assert drawn[: count - expected] == names(plain.take(count - expected))
+    assert drawn[count - expected] != names(plain.take(1))[0]
+
+
 def test_learnability_is_the_variance_of_success_as_far_as_it_is_known():
     """E[p (1 − p)] of Beta(a, b) by hand: 1/2 · 1/2 / (1 · 2); 1/2 · 17/2 / (9 · 10); 9/2 · 9/2 / (9 · 10)."""
     new, lost, even = games(1, 2, 3)

@@ -4,9 +4,8 @@
     python tools/play.py runs/quickstart --agent model --game 7
     python tools/play.py runs/quickstart --agent model --temperature 0 --split test_rooms
 
-The run's config says what is played and by which rules (prompts, turns, refusals); its games are found in the cache, or
-made. The model is the run's `model/`, which it writes at its end. Numbers of games are from 0, in the split's order, by
-which evaluations and the report have them, too.
+The run's config says what is played and how many turns it may take; its model, `model/` of the run's end, plays by all of
+the run's rules. Games are found in the run's cache, or made, and numbered from 0 as the run has them.
 """
 
 import argparse
@@ -82,7 +81,9 @@ def find_task(config: Mapping[str, Any], split: str, game: int) -> Task:
     """
     if split not in config["splits"]:
         raise ValueError(f"--split {split}: the run's splits are {', '.join(config['splits'])}.")
-    made = prepare.games(config["env"], config["splits"], config["namings"], only={split})[split]
+    # A game is in one split only, the held-out ones first: without those before it a split would have more.
+    only = prepare.held_out(config["splits"])
+    made = prepare.games(config["env"], config["splits"], config["namings"], only=only if split in only else None)[split]
     if not 0 <= game < len(made):
         raise ValueError(f"--game {game}: splits.{split} has the games 0 to {len(made) - 1}.")
     return made[game]
@@ -101,7 +102,8 @@ def sample(
         raise ValueError(f"{folder} holds no model: a run writes it at its end, and with lora.export 'separate' not there.")
     chat_format = prepare.make_chat(tokenizer.load(folder), config["prompt"])
     model, params = pretrained.load(folder)
-    sizes = {key: config["sampling"][key] for key in ("max_length", "max_turn_tokens", "filled_buckets", "width_buckets")}
+    kept = ("max_length", "max_turn_tokens", "filled_buckets", "width_buckets", "cache_dtype")
+    sizes = {key: config["sampling"][key] for key in kept}
     stop_ids = prepare.stop_ids(folder, chat_format)
     sampler = engine.Engine(
         model, num_slots=1, num_waves=1, stop_ids=stop_ids, row_divisors=(1,), notice=progress.notice, **sizes
