@@ -47,9 +47,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _FIRST = ("test_processes.py", "test_train.py", "test_quickstart_notebook.py")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="the tests marked slow, too; so does naming any")
+
+
+def pytest_collection_modifyitems(config, items):
     """The longest files first: what starts last is waited for with the other core idle."""
     items.sort(key=lambda item: item.path.name not in _FIRST)
+    option = config.option
+    if option.all or option.keyword or option.markexpr or config.args != config.getini("testpaths"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: --all runs it"))
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,7 @@ def plain(q, k, v, mask, softcap):
     return jnp.einsum("bhts,bshe->bthe", weights, values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "softcap"), [(64, None), (65, None), (150, 0.5), (300, None)]
 )  # 1, 2, 3 and 4 blocks of queries

@@ -58,11 +58,13 @@ def finished_run(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_trees_runs(finished_run):
     # Beside torch, too, whose loss and gradient norm must be ours.
     run(f"bench_trees.py {finished_run} --lengths 48 96 --repeats 1 --torch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_benchmark_runs(command, smoke_games):
     run(command.format(games=smoke_games))

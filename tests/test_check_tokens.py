@@ -197,6 +197,7 @@ def test_the_prompts_are_the_runs_own(folder, capsys):
     assert "Did you mean enable_thinking?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [("--fsdp=2", "--tensor=2"), ("--data=4",)], ids=" ".join)
 def test_a_model_on_a_mesh_passes(folder, capsys, monkeypatch, mesh):
     lying_on = []
@@ -231,6 +232,7 @@ def test_bfloat16_is_judged_by_its_mean(folder, capsys):
     assert "(limit of the largest 1e-09)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
 def test_a_coarse_cache_is_judged_by_its_mean(folder, capsys, cache_dtype):
     options = [str(folder), *SMALL, f"--cache_dtype={cache_dtype}"]

@@ -19,6 +19,7 @@ def transposed(monkeypatch):
     monkeypatch.setattr(decoding_layout, "_UNCACHED", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "biases", "query and key norms", "gemma", "adapters"])
 def test_transposed_weights_change_neither_samples_nor_the_cache(name, transposed):
     config, params = variant("plain" if name == "adapters" else name)

@@ -214,6 +214,7 @@ def test_warm_up_compiles_everything_and_changes_nothing(params):
             np.testing.assert_array_equal(a.ids, b.ids)
 
 
+@pytest.mark.slow
 def test_programs_of_a_mesh_are_compiled_once(params):
     """What is compiled ahead is what is called: parameters and caches lie on four devices."""
     said = []

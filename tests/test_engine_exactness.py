@@ -196,6 +196,7 @@ def short_rings(monkeypatch):
     make_engine.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", WINDOWS[1:], ids=["a pattern", "all layers"])
 def test_layers_with_a_window_read_what_they_see(config, short_rings):
     eng = make_engine(config=config)
@@ -209,6 +210,7 @@ def test_layers_with_a_window_read_what_they_see(config, short_rings):
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, WINDOWS[1]], ids=["all alike", "a pattern"])
 def test_what_tpus_take_gives_the_same(config, short_rings, monkeypatch):
     """Caches by rows, decode steps with a tail; vectors of 16 numbers, so that rings are no longer than elsewhere."""

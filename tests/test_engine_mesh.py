@@ -84,6 +84,7 @@ def test_what_is_sampled_does_not_depend_on_the_mesh(sizes, num_slots, config, o
     assert (eng.counters.tokens_forked > 0) == (eng._shapes.shards.size > 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2)], ids=str)
 def test_what_gpus_take_samples_the_same(sizes, monkeypatch):
     """Their layout of the weights and their kernel, interpreted, which every device is to run by itself."""

@@ -56,6 +56,7 @@ def sampled(config, params, lengths, *, capacity: int, filled: int, order=None):
     return held.caches, made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, lengths, capacity, filled",
     [
@@ -103,6 +104,7 @@ def in_a_row(blocks):
     return moved.reshape(*moved.shape[:-2], -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("dtype", kv_cache.DTYPES)
 def test_steps_read_of_a_mirror_what_a_later_call_reads_of_the_cache(dtype, window):

@@ -57,6 +57,7 @@ print(statistics.median(after - before for before, after in zip(seen, seen[1:]))
 """
 
 
+@pytest.mark.slow
 @LINUX
 def test_memory_of_a_program_is_kept_for_the_next():
     def faults(word):

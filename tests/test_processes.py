@@ -94,6 +94,7 @@ def alone(tmp_path_factory, smoke_games):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_mesh_of_eight_devices(alone, tmp_path, smoke_games):
     mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
     (output,) = finish(start(tmp_path / "run", smoke_games, *mesh, devices=8))

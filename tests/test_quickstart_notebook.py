@@ -42,6 +42,7 @@ def test_a_clone_beside_the_notebook_is_not_yet_installed(name, found, is_instal
     assert (sys.path[0] == str(tmp_path / "jaxagentrl")) is not is_installed
 
 
+@pytest.mark.slow
 def test_the_quick_start_notebook_runs(tmp_path, smoke_games):
     notebook = nbformat.read(ROOT / "colab" / "quickstart.ipynb", as_version=4)
     nbformat.validate(notebook)

@@ -190,6 +190,7 @@ def rl_on_one_device():
     return jax.device_get(gradients(MODEL, None, objectives.make_rl_loss(MODEL, **RL)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8)], ids=str)
 def test_the_whole_rl_loss_with_a_tied_prime_vocabulary(shape):
     """On all three axes, and on each alone."""
@@ -198,6 +199,7 @@ def test_the_whole_rl_loss_with_a_tied_prime_vocabulary(shape):
     assert_close(rl_on_one_device(), jax.device_get(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4, 2, 1), (4, 1, 2), (8, 1, 1)], ids=str)
 def test_several_micro_batches_by_parts_of_the_mesh_are_one_devices_step(shape):
     """One of eight rows, two of four: too few for `data` = 8, which leaves them to the compiler."""
@@ -287,6 +289,7 @@ def packed_rows(**options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2, 2), (2, 2, 1)], ids=str)
 def test_a_packed_step_on_a_mesh_changes_parameters_as_one_device_does(shape):
     """Plain gradient descent: its step is the gradient, and Adam's would amplify rounding."""

@@ -141,7 +141,7 @@ def test_the_model_plays_in_the_terminal_what_it_played_in_the_run(finished, pla
     assert f"not won ({record['stop_reason']}), score {record['score']:g} of 1" in shown
 
 
-@pytest.mark.parametrize("phase, step", [("sft", 6), ("rl", 3)])
+@pytest.mark.parametrize("phase, step", [pytest.param("sft", 6, marks=pytest.mark.slow), ("rl", 3)])
 def test_kill_9_and_go_on_equals_an_uninterrupted_run(finished, cache, tmp_path, phase, step):
     workdir = tmp_path / "killed"
     # Meant to be longer, too: where a run ends may change.
@@ -165,6 +165,7 @@ def test_kill_9_and_go_on_equals_an_uninterrupted_run(finished, cache, tmp_path,
     assert comparable(workdir) == comparable(finished)
 
 
+@pytest.mark.slow
 def test_imitation_ends_at_its_target_and_is_not_taken_up_again(finished, cache, tmp_path):
     logged = [line for line in comparable(finished) if line["phase"] == "sft"]
     # Between the losses of the second line and the first: 4 of 12 steps.

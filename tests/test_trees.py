@@ -191,6 +191,7 @@ def test_trees_change_no_gradient(changed, options):
     assert_close(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2, 2), (2, 2, 1), (4, 1, 2)], ids=str)
 def test_trees_on_a_mesh_change_no_gradient(shape):
     loss_fn = objectives.make_rl_loss(UNTIED, **RL)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The test suite, from a bare clone: makes .venv if need be, installs with the test extra, runs pytest.
-# Further arguments go to pytest: tools/test.sh tests/test_advantages.py -x
+# Further arguments go to pytest: --all runs the tests marked slow, too; tests/test_advantages.py -x a part of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python_bin="${PYTHON:-python3}"
