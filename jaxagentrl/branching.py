@@ -71,6 +71,7 @@ def second(
     members: int,
     stream: tuple[int, ...],
     first_group: int,
+    head_starts: Sequence[int] | None = None,
     **options: Any,
 ) -> list[Episode]:
     """The episodes that fill the groups of `first`, which are those played from the start: branches of these and, where
@@ -83,13 +84,16 @@ def second(
         stream: words for the random numbers of branches; of what is played from the start they are what the
             members would have had without branching.
         first_group: of the first task.
+        head_starts: as of `episodes.episodes`.
         options: the other arguments of `points`.
     """
     by_group: dict[int, list[Trajectory]] = {}
     for trajectory in first:
         by_group.setdefault(trajectory.group, []).append(trajectory)
     made = []
-    fresh = episodes(tasks, group_size=group_size, stream=stream, first_group=first_group)
+    fresh = episodes(
+        tasks, group_size=group_size, stream=stream, first_group=first_group, head_starts=head_starts
+    )
     for number, task in enumerate(tasks):
         group = first_group + number
         rng = np.random.default_rng((*stream, task_word(task), group))

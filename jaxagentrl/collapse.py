@@ -27,11 +27,14 @@ _SIGNS = (
 )
 
 
+_STAGES = ("curriculum/level", "curriculum/commands_left")
+
+
 def told(lines: Sequence[Mapping[str, Any]]) -> str | None:
     """What to say after the last of these lines of phase "rl": once, where success has come to be less than half of
     the best it was, by the 95 % intervals of eight iterations each; else None. Games of a curriculum's further level
-    are harder: only iterations of the last line's level are compared."""
-    lines = [line for line in lines if line.get("curriculum/level") == lines[-1].get("curriculum/level")]
+    are harder, and so are earlier beginnings: only iterations of the last line's are compared."""
+    lines = [line for line in lines if all(line.get(key) == lines[-1].get(key) for key in _STAGES)]
     best = _before_the_fall(lines)
     if best is None or _before_the_fall(lines[:-1]) is not None:
         return None

@@ -1,5 +1,5 @@
-"""Which games an iteration of RL plays, and how many turns they may take: all alike, from simple to complex worlds,
-or most of those that are won about as often as lost.
+"""Which games an iteration of RL plays, where they begin, and how many turns they may take: all alike, from simple to
+complex worlds, most of those that are won about as often as lost, or from the end of walkthroughs back to their start.
 
 What is drawn depends on the seed and on what was played before, which the state of a sampler holds: a run that goes on
 from a checkpoint draws what it would have drawn, and all processes, which know all episodes, draw alike.
@@ -16,7 +16,7 @@ from envs_host.types import Task
 from jaxagentrl import tasks
 from jaxagentrl.trajectory import Trajectory
 
-ORDERS = ("uniform", "levels", "learnability")
+ORDERS = ("uniform", "levels", "learnability", "reverse")
 
 # Of what was seen of a game, what still counts when it is played again: the policy was another one then.
 _MEMORY = 0.5
@@ -49,6 +49,20 @@ def check(options: Mapping[str, Any], *, max_turns: int, num_levels: int) -> Non
         )
 
 
+def check_games(games: Sequence[Task], order: str) -> None:
+    """Refuses games that `rl.curriculum.order` cannot begin where it is to.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    without = [task.name for task in games if not task.walkthrough] if order == "reverse" else []
+    if without:
+        raise ValueError(
+            f"rl.curriculum.order 'reverse' begins near the end of walkthroughs, which {len(without)} of the {len(games)} "
+            f"games to train on have not, such as {without[0]}: take games that have one, or set another order."
+        )
+
+
 def max_turns(iteration: int, *, horizons: Sequence[int], horizon_iterations: int, longest: int) -> int:
     """ScalingInter-RL's horizon (arXiv 2509.08755): the n-th phase of an equal number of iterations has
     the n-th horizon, what follows the `longest`.
@@ -63,7 +77,13 @@ def max_turns(iteration: int, *, horizons: Sequence[int], horizon_iterations: in
     return horizons[phase] if phase < len(horizons) else longest
 
 
-class Uniform(tasks.Sampler):
+class _FromTheStart:
+    def head_starts(self, drawn: Sequence[Task]) -> list[int]:
+        """Commands of each game's walkthrough that are given before its episodes begin: none."""
+        return [0] * len(drawn)
+
+
+class Uniform(_FromTheStart, tasks.Sampler):
     """Every game once per epoch, whatever came of it."""
 
     def tell(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -71,7 +91,7 @@ class Uniform(tasks.Sampler):
         return {}
 
 
-class Levels:
+class Levels(_FromTheStart):
     """From simple to complex worlds: the games of the first level, and those of each further level once enough of
     the one before is won. What was learned first goes on being played, lest it be forgotten."""
 
@@ -95,7 +115,7 @@ class Levels:
         """The next games."""
         counts = [0] * self._latest + [count]
         if self._latest:
-            counts[-1] = math.ceil(round(self._share * count, 9))  # 0.1 * 30 is a little above 3
+            counts[-1] = _part(self._share, count)
             rest = count - counts[-1]
             for index in range(self._latest):  # what is left over goes to the later ones
                 counts[index] = rest // (self._latest - index)
@@ -113,9 +133,7 @@ class Levels:
         if outcomes:
             values["curriculum/success"] = sum(outcomes) / len(outcomes)
             self._recent = [*self._recent, (sum(outcomes), len(outcomes))][-self._window :]
-        won, played = map(sum, zip(*self._recent)) if self._recent else (0, 0)
-        is_due = len(self._recent) == self._window and won >= self._threshold * played
-        if is_due and self._latest + 1 < len(self._samplers):
+        if _is_due(self._recent, self._threshold, self._window) and self._latest + 1 < len(self._samplers):
             self._latest, self._recent = self._latest + 1, []
         return values
 
@@ -140,7 +158,7 @@ class Levels:
         self._latest, self._recent = state["latest"], [(won, played) for won, played in state["recent"]]
 
 
-class Learnability:
+class Learnability(_FromTheStart):
     """Most of those games that are won about as often as lost, since what is always won, or always lost, teaches a
     group nothing: p (1 − p), the variance of success (arXiv 2408.15099 and 2502.12272).
 
@@ -211,7 +229,74 @@ class Learnability:
         self._won, self._lost = np.array(state["won"]), np.array(state["lost"])
 
 
-Sampler = Uniform | Levels | Learnability
+class Reverse:
+    """From the end of walkthroughs back to their start (Florensa et al. 2017, arXiv 1707.05300; of demonstrations
+    Salimans and Chen 2018, arXiv 1812.03381; with language models arXiv 2402.05808): episodes begin behind all but the
+    last command of the game's walkthrough and, whenever enough of these are won, one command earlier. What leads to
+    a first win by chance is short then, whatever the game's length. Every game once per epoch."""
+
+    def __init__(self, games: Sequence[Task], *, share: float, threshold: float, window: int, seed: int):
+        """Args:
+        games: each with its walkthrough.
+        share: of an iteration's games, those that begin late; the others are played from the start.
+        threshold: share of the late episodes that are won at which they begin one command earlier,
+        window: counted over as many iterations.
+        seed: of the orders of games.
+        """
+        self._sampler = tasks.Sampler(games, seed=seed)
+        self._share, self._threshold, self._window = share, threshold, window
+        self._longest = max(len(task.walkthrough) for task in games)
+        self._left = 1
+        self._recent: list[tuple[int, int]] = []  # late episodes since then: won and played, iteration by iteration
+
+    def take(self, count: int) -> list[Task]:
+        """The next games."""
+        return self._sampler.take(count)
+
+    def head_starts(self, drawn: Sequence[Task]) -> list[int]:
+        """Commands of each game's walkthrough that are given before its episodes begin."""
+        num_late = _part(self._share, len(drawn))
+        return [
+            max(0, len(task.walkthrough) - self._left) if place < num_late else 0
+            for place, task in enumerate(drawn)
+        ]
+
+    def tell(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Takes note of what was played; begins earlier where that is due.
+
+        Returns:
+            `curriculum/commands_left`, that the walkthroughs of late episodes had left; the success of these,
+            `curriculum/success`, and of what was played from the start, `curriculum/success_from_start`, where there
+            were any.
+        """
+        values = {"curriculum/commands_left": float(self._left)}
+        late = [t.won for t in trajectories if t.head_start]
+        from_start = [t.won for t in trajectories if not t.head_start]
+        if from_start:
+            values["curriculum/success_from_start"] = sum(from_start) / len(from_start)
+        if late:
+            values["curriculum/success"] = sum(late) / len(late)
+            self._recent = [*self._recent, (sum(late), len(late))][-self._window :]
+        if _is_due(self._recent, self._threshold, self._window) and self._left < self._longest:
+            self._left, self._recent = self._left + 1, []
+        return values
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs; JSON-able."""
+        return {"left": self._left, "recent": [list(pair) for pair in self._recent], "sampler": self._sampler.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        Raises:
+            tasks.StateError: the state is another sampler's.
+        """
+        tasks.check_state("curriculum.Reverse", self.state(), state, ())
+        self._sampler.restore(state["sampler"])
+        self._left, self._recent = state["left"], [(won, played) for won, played in state["recent"]]
+
+
+Sampler = Uniform | Levels | Learnability | Reverse
 
 
 def make(levels: Mapping[str, Sequence[Task]], options: Mapping[str, Any], *, seed: int) -> Sampler:
@@ -227,7 +312,10 @@ def make(levels: Mapping[str, Sequence[Task]], options: Mapping[str, Any], *, se
         return Uniform(games, seed=seed)
     if options["order"] == "learnability":
         return Learnability(games, share=options["share"], seed=seed)
-    return Levels(levels, **{key: options[key] for key in ("share", "threshold", "window")}, seed=seed)
+    progress = {key: options[key] for key in ("share", "threshold", "window")}
+    if options["order"] == "reverse":
+        return Reverse(games, **progress, seed=seed)
+    return Levels(levels, **progress, seed=seed)
 
 
 def told(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | None:
@@ -240,12 +328,23 @@ def told(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | None
     parts = []
     for key, said in (
         ("curriculum/level", lambda value: f"games of splits.{names[int(value) - 1]} are played"),
+        ("curriculum/commands_left", lambda value: f"late episodes begin {value:.0f} commands before the end"),
         ("curriculum/max_turns", lambda value: f"episodes may have {value:.0f} turns"),
     ):
         before, now = (line.get(key) for line in (lines[-2:] if len(lines) > 1 else [{}, *lines]))
         if now != before and before is not None:
             parts.append(said(now))
     return f"curriculum: from iteration {lines[-1]['step']} on {' and '.join(parts)}" if parts else None
+
+
+def _part(share: float, count: int) -> int:
+    return math.ceil(round(share * count, 9))  # 0.1 * 30 is a little above 3
+
+
+def _is_due(recent: Sequence[tuple[int, int]], threshold: float, window: int) -> bool:
+    """Whether enough was won of what was (won, played) in as many iterations."""
+    won, played = map(sum, zip(*recent)) if recent else (0, 0)
+    return len(recent) == window and won >= threshold * played
 
 
 def _key(task: Task) -> tuple[str, str]:

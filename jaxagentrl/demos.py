@@ -10,13 +10,11 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-
 from envs_host.types import EnvFailure, ResetResult, StepResult, StopReason, Task
-from jaxagentrl import chat, contexts, windowed
+from jaxagentrl import chat, expert_turns, windowed
 from jaxagentrl.rollout import Pool
 from jaxagentrl.rules import Rules
-from jaxagentrl.trajectory import Trajectory, Turn, anchor_of
+from jaxagentrl.trajectory import Trajectory, Turn
 
 
 class DemonstrationError(RuntimeError):
@@ -154,27 +152,9 @@ def encode(
     trajectories = []
     for group, played in enumerate(replays):
         seen = [played.reset, *played.steps[:-1]]
-        turns = []
+        turns: list[Turn] = []
         for command, answer, step in zip(played.commands, seen, played.steps, strict=True):
-            prompt_ids, is_fresh = contexts.of_next_turn(chat_format, turns, answer, rules, **sizes)
-            action_ids = chat_format.encode_action(_said(command, rules.prompt_style))
-            turns.append(
-                Turn(
-                    prompt_ids=prompt_ids,
-                    action_ids=action_ids,
-                    logprobs=np.zeros(len(action_ids), np.float32),
-                    entropies=np.zeros(len(action_ids), np.float32),
-                    observation=answer.observation,
-                    action=chat_format.decode_action(action_ids),
-                    command=step.info.command,
-                    reward=step.reward,
-                    intermediate_reward=step.info.intermediate_reward,
-                    valid_command=step.info.valid_command,
-                    score=step.info.score,
-                    anchor=anchor_of(turns, answer),
-                    fresh=is_fresh,
-                )
-            )
+            turns.append(expert_turns.make(chat_format, turns, answer, command, step, rules, **sizes))
         last = played.steps[-1].info
         trajectories.append(
             Trajectory(
@@ -203,12 +183,7 @@ def texts(
         yield from played.user_texts(
             prompt_style=prompt_style, show_admissible=show_admissible, history_turns=history_turns
         )
-        yield from (_said(command, prompt_style) for command in played.commands)
-
-
-def _said(command: str, prompt_style: str) -> str:
-    """The turn that gives a command."""
-    return windowed.action_text(command) if prompt_style == windowed.STYLE else command
+        yield from (expert_turns.said(command, prompt_style) for command in played.commands)
 
 
 def _handle(index: int) -> tuple[str, int]:

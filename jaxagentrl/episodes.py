@@ -20,6 +20,8 @@ class Episode:
         prefix: turns of an earlier episode of this task to be gone through first: their commands
             are replayed in the environment, their tokens put into the slot. See `branch`.
         expected: what the environment said then, after those commands; None is not compared.
+        head_start: commands of the task's walkthrough that are given before everything else, fewer than it has. What
+            was said until then is context, as if the policy had given them, and no turn of the episode.
     """
 
     task: Task
@@ -28,6 +30,7 @@ class Episode:
     stream: tuple[int, ...]
     prefix: tuple[Turn, ...] = ()
     expected: str | None = None
+    head_start: int = 0
 
     def observation(self, turn: int) -> str | None:
         """What the environment said before this turn, of the prefix or the one after it; None if that is
@@ -36,20 +39,29 @@ class Episode:
 
 
 def episodes(
-    tasks: Sequence[Task], *, group_size: int, stream: tuple[int, ...], first_group: int = 0
+    tasks: Sequence[Task],
+    *,
+    group_size: int,
+    stream: tuple[int, ...],
+    first_group: int = 0,
+    head_starts: Sequence[int] | None = None,
 ) -> list[Episode]:
     """`group_size` episodes of each task. Equal tasks, members and streams replay equal episodes.
+
+    Args:
+        head_starts: of each task's episodes; None: all are played from the start.
 
     A task that is there twice has two groups, which go on counting members in their streams: the second
     would otherwise be the first once more, token for token.
     """
     earlier: collections.Counter[int] = collections.Counter()
     made = []
-    for group, task in enumerate(tasks, first_group):
+    heads = [0] * len(tasks) if head_starts is None else head_starts
+    for group, (task, head_start) in enumerate(zip(tasks, heads, strict=True), first_group):
         word = task_word(task)
         for member in range(group_size):
             words = (*stream, word, group_size * earlier[word] + member)
-            made.append(Episode(task, group, member, words))
+            made.append(Episode(task, group, member, words, head_start=head_start))
         earlier[word] += 1
     return made
 
@@ -80,6 +92,7 @@ def branch(
             (*words, member),
             prefix,
             expected=trajectory.turns[turn].observation,
+            head_start=trajectory.head_start,
         )
         for member in range(num_members)
     ]

@@ -104,7 +104,13 @@ def iteration(
         stream = (session.config["seed"], STREAM_RL, number, *again)
         drawn = sampler.take(count)
         played, branched = _groups(
-            session, params, drawn, stream=stream, first_group=num_games, changes={"max_turns": max_turns}
+            session,
+            params,
+            drawn,
+            stream=stream,
+            first_group=num_games,
+            head_starts=sampler.head_starts(drawn),
+            changes={"max_turns": max_turns},
         )
         found = filters.kept(
             [trajectory for part in played for trajectory in part.trajectories],
@@ -137,6 +143,7 @@ def _groups(
     *,
     stream: tuple[int, ...],
     first_group: int,
+    head_starts: list[int],
     changes: Mapping[str, Any],
 ) -> tuple[list[rollout.Rollout], int]:
     """Plays a group of each task: from the start and, with `rl.branching`, those after it that branch off.
@@ -145,7 +152,7 @@ def _groups(
         What was played first and then, and how many episodes branched.
     """
     rl = session.config["rl"]
-    sizes = dict(group_size=rl["group_size"], stream=stream, first_group=first_group)
+    sizes = dict(group_size=rl["group_size"], stream=stream, first_group=first_group, head_starts=head_starts)
     num_first = rl["group_size"] - rl["branching"]["members"]
     begun = [episode for episode in rollout.episodes(drawn, **sizes) if episode.member < num_first]
     first = play(session, params, begun, changes=changes)

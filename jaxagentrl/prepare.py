@@ -22,6 +22,7 @@ from envs_host.types import Task
 from jaxagentrl import (
     chat,
     checkpoints,
+    curriculum,
     demos,
     engine,
     hosts,
@@ -176,6 +177,7 @@ def everything(config: Mapping[str, Any], workdir: Workdir) -> Iterator[Setup]:
     workdir.record("games", {name: _fingerprint(split) for name, split in splits.items()})
     levels = {name: splits[name] for name in sorted(splits) if kind(name) == "train"}
     splits = together(splits)
+    curriculum.check_games(splits.get("train", []), config["rl"]["curriculum"]["order"])
     with make_pool(config) as pool:
         replays = _replays(splits.get("demo", []), pool)
         loaded = _tokenizer(config, replays, workdir)

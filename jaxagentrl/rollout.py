@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from envs_host.types import EnvFailure, ResetResult, StepResult, StopReason, Task
-from jaxagentrl import chat, contexts, windowed
+from jaxagentrl import chat, contexts, expert_turns, windowed
 from jaxagentrl.engine import Engine, TurnRequest, TurnSample
 from jaxagentrl.episodes import Episode, branch, episodes, task_word
 from jaxagentrl.rules import Rules
@@ -54,6 +54,8 @@ class _Live:
     episode: Episode
     since: float = 0.0  # when it got its slot
     asked: float = 0.0  # when its environment was sent what it has to answer
+    head: list[Turn] = dataclasses.field(default_factory=list)  # of the walkthrough, see `Episode.head_start`
+    walks_from: ResetResult | StepResult | None = None  # what the command of the walkthrough on its way answers
     turns: list[Turn] = dataclasses.field(default_factory=list)
     observation: str = ""
     anchor: str | None = None  # of the turn on its way
@@ -241,8 +243,12 @@ class _Player:
         """Records what the environment answered; asks for the next turn, or ends the episode.
 
         Returns:
-            Whether the environment was asked again, which a replayed prefix does.
+            Whether the environment was asked again, which walkthroughs and replayed prefixes do.
         """
+        if not isinstance(answer, EnvFailure) and len(item.head) < item.episode.head_start:
+            answer = self._walked(item, answer)
+        if answer is None:
+            return True
         if isinstance(answer, EnvFailure):
             self._fail(wave, slot, item, answer)
             return False
@@ -262,14 +268,36 @@ class _Player:
             item.turns.append(turn)
             self._ask(item, self._command(turn.action))
             return True
-        self._begin_turn(wave, slot, item, answer)
-        return False
+        return self._begin_turn(wave, slot, item, answer)
+
+    def _walked(
+        self, item: _Live, answer: ResetResult | StepResult
+    ) -> StepResult | EnvFailure | None:
+        """Takes in what was answered to a command of the walkthrough, and gives the next.
+
+        Returns:
+            None where there was one to give; the answer to the last.
+        """
+        commands, before = item.episode.task.walkthrough, item.walks_from
+        if before is not None:
+            said = before, commands[len(item.head)], answer
+            item.head.append(
+                expert_turns.make(self.chat_format, item.head, *said, self.rules, **self._sizes)
+            )
+            if answer.terminated or answer.truncated:
+                at = f"task {item.episode.task.name}: after command {len(item.head)} of {len(commands)} of its walkthrough "
+                return EnvFailure("not deterministic", at + f"the episode is over, saying {answer.observation!r}.")
+        if len(item.head) == item.episode.head_start:
+            return answer
+        item.walks_from = answer
+        self._ask(item, commands[len(item.head)])
+        return None
 
     def _differs(self, item: _Live, answer: ResetResult | StepResult) -> str | None:
         """What the environment of a replayed prefix does otherwise than it did then."""
         turns, expected = item.turns, item.episode.observation(len(item.turns))
         at = f"task {item.episode.task.name}: replayed to turn {len(turns)}, "
-        if isinstance(answer, StepResult):
+        if isinstance(answer, StepResult) and turns:
             if answer.terminated or answer.truncated:
                 return at + f"the episode is over, saying {answer.observation!r}, but then it said {expected!r}."
             if answer.info.score != turns[-1].score:
@@ -292,20 +320,29 @@ class _Player:
 
     def _begin_turn(
         self, wave: int, slot: int, item: _Live, answer: ResetResult | StepResult
-    ) -> None:
-        """Asks the model for the episode's next turn, or ends the episode where no turn fits."""
+    ) -> bool:
+        """Asks the model for the episode's next turn, or ends the episode where no turn fits.
+
+        Returns:
+            Whether the environment was asked again: the episode is played from the start where its head start leaves no
+            room for a turn.
+        """
         budget = self.engine.max_turn_tokens
         room = self.engine.max_length - budget
-        sizes = dict(max_length=self.engine.max_length, max_turn_tokens=budget)
         prompt_ids, item.fresh = contexts.of_next_turn(
-            self.chat_format, item.turns, answer, self.rules, **sizes
+            self.chat_format, [*item.head, *item.turns], answer, self.rules, **self._sizes
         )
+        if item.head and not item.turns and not item.fresh:  # what was said until here is the first prompt
+            prompt_ids, item.fresh = np.concatenate([*contexts.newest(item.head), prompt_ids]), True
         new_ids = prompt_ids
         if item.fresh:  # what it begins with as before stays in the slot
             new_ids = prompt_ids[self.engine.rewind(wave, slot, prompt_ids) :]
         elif item.episode.prefix and self.engine.length(wave, slot) == 0:
             new_ids = np.concatenate([*contexts.newest(item.turns), prompt_ids])
         if self.engine.length(wave, slot) + len(new_ids) > room:
+            if item.head and not item.turns:
+                self._play_from_the_start(item)
+                return True
             if not item.turns:
                 raise ValueError(
                     f"task {item.episode.task.name}: the first prompt has {len(prompt_ids)} tokens; "
@@ -313,7 +350,7 @@ class _Player:
                     f"({self.engine.max_length}). Raise it, or shorten the prompt (prompt.style)."
                 )
             self._finish(wave, slot, item, StopReason.TOKEN_LIMIT)
-            return
+            return False
         item.observation, item.prompt_ids = answer.observation, prompt_ids
         item.anchor = anchor_of(item.turns, answer)
         rules, stream = self.rules, (*item.episode.stream, len(item.turns))
@@ -330,6 +367,18 @@ class _Player:
                 min_p=rules.min_p,
             ),
         )
+        return False
+
+    def _play_from_the_start(self, item: _Live) -> None:
+        item.episode = dataclasses.replace(item.episode, head_start=0)
+        item.head, item.walks_from, item.score = [], None, 0.0
+        self.pool.release(item.index)
+        self.pool.reset(item.index, item.episode.task)
+        item.asked = time.monotonic()
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return dict(max_length=self.engine.max_length, max_turn_tokens=self.engine.max_turn_tokens)
 
     def _command(self, action: str) -> str:
         """What a turn gives the environment."""
@@ -418,6 +467,7 @@ class _Player:
             won=item.won,
             score=item.score,
             max_score=task.max_score,
+            head_start=len(item.head),
         )
         self._free(wave, slot, item)
 

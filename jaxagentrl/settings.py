@@ -457,8 +457,8 @@ def unused(config: Config) -> list[str]:
         "eval.attempts": config["eval"]["attempts"] == 1
         or max(config["eval"]["temperature"], *config["eval"]["other_temperatures"], 0) > 0,
         "rl.curriculum.share": rl["curriculum"]["order"] != "uniform",
-        "rl.curriculum.threshold": rl["curriculum"]["order"] == "levels",
-        "rl.curriculum.window": rl["curriculum"]["order"] == "levels",
+        "rl.curriculum.threshold": rl["curriculum"]["order"] in ("levels", "reverse"),
+        "rl.curriculum.window": rl["curriculum"]["order"] in ("levels", "reverse"),
         "rl.curriculum.horizon_iterations": len(rl["curriculum"]["horizons"]) > 0,
         **dict.fromkeys(
             (f"rl.branching.{key}" for key in rl["branching"] if key != "members"), rl["branching"]["members"] > 0

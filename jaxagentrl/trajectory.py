@@ -34,7 +34,8 @@ class Turn:
         anchor: key of the state the action was taken in, equal for equal states, see `anchor_of`;
             None if unknown.
         fresh: before this turn the context slid: the model saw nothing of the episode but what
-            `prompt_ids` holds. False for an episode's first turn, which has nothing before it.
+            `prompt_ids` holds. Of an episode's first turn it says that there was something before it
+            (`Trajectory.head_start`).
     """
 
     prompt_ids: np.ndarray
@@ -125,6 +126,8 @@ class Trajectory:
         score: final score of the environment.
         max_score: the best possible score.
         tail_ids: int32 [k], tokens after the last action that belong to the record; normally none.
+        head_start: commands of the task's walkthrough that were given before the first turn, in whose prompt they
+            are: nothing of them was sampled.
     """
 
     task: Task
@@ -136,6 +139,7 @@ class Trajectory:
     score: float
     max_score: float
     tail_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    head_start: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "tail_ids", np.asarray(self.tail_ids, np.int32).reshape(-1))
@@ -232,6 +236,7 @@ class Trajectory:
             "score": float(self.score),
             "max_score": float(self.max_score),
             "tail_ids": self.tail_ids.tolist(),
+            "head_start": int(self.head_start),
         }
 
     @classmethod
@@ -241,6 +246,7 @@ class Trajectory:
         Raises:
             ValueError: a field is missing or unknown.
         """
+        record = {"head_start": 0} | record  # records of before there was any lack it
         _check_keys(cls, record)
         parts = {
             "task": Task.from_json(record["task"]),

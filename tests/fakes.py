@@ -100,6 +100,11 @@ class ScriptedEnv:
         return None
 
 
+def _random(task: Task, *parts: str) -> random.Random:
+    text = "|".join((str(task.seed), *parts))
+    return random.Random(hashlib.sha256(text.encode()).digest())
+
+
 class RaggedEnv:
     """Answers with words that depend on all that was said, after as many turns as the seed says.
 
@@ -127,7 +132,7 @@ class RaggedEnv:
         if self._task.seed == self._stuck_seed and len(self._said) == 2:
             time.sleep(1000)
         time.sleep(self._clock.random() * self._latency_s)
-        done = len(self._said) > self._random("turns").randrange(20)
+        done = len(self._said) >= self.num_turns(self._task)
         return StepResult(self._answer(), float(done), done, False, self._info(text, done))
 
     def close(self) -> None:
@@ -139,9 +144,13 @@ class RaggedEnv:
         forgotten = self._forgets or len(self._said) > self._forgets_after
         return " ".join(said + [str(time.time_ns())] * forgotten)
 
+    @classmethod
+    def num_turns(cls, task: Task) -> int:
+        """After how many the task ends."""
+        return 1 + _random(task, "turns").randrange(20)
+
     def _random(self, *parts: str) -> random.Random:
-        text = "|".join((str(self._task.seed), *parts))
-        return random.Random(hashlib.sha256(text.encode()).digest())
+        return _random(self._task, *parts)
 
     def _info(self, command: str, done: bool) -> Info:
         return Info(float(done), 1.0, done, False, True, command, 0.0, (), "Say words.")

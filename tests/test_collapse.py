@@ -59,8 +59,9 @@ def test_iterations_whose_environments_all_failed_are_no_fall():
     assert times_told(lines(*[0.6] * 10) + lines(*[0.0] * 10, episodes=0)) == []
 
 
-def test_a_harder_level_of_a_curriculum_is_no_fall():
+@pytest.mark.parametrize("key", ["curriculum/level", "curriculum/commands_left"])
+def test_a_harder_level_of_a_curriculum_is_no_fall(key):
     rates = [0.6] * 10 + [0.1] * 16 + [0.02] * 8
-    level = {"curriculum/level": [1.0] * 10 + [2.0] * 24}
+    level = {key: [1.0] * 10 + [2.0] * 24}
     assert times_told(lines(*rates[:26])) and not times_told(lines(*rates[:26], **level))
     assert times_told(lines(*rates, **level)) == [33]  # within one it is: 57 wins of 2,048 after 205

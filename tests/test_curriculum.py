@@ -1,11 +1,13 @@
 """Which games are drawn, by level and by learnability, how long they may take, and that it all goes on after a restart."""
 
 import collections
+import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
+import test_filters
 from records import make_trajectory, make_turn
 from test_filters import play_rounds, tasks_named
 from test_settings import changed
@@ -28,12 +30,22 @@ def names(drawn):
     return [task.name for task in drawn]
 
 
-def ended(task, won):
-    return make_trajectory([make_turn([1], [2])], task=task, won=won)
+def ended(task, won, head_start=0):
+    return make_trajectory([make_turn([1], [2])], task=task, won=won, head_start=head_start)
 
 
-def outcomes(drawn, won_by=lambda task, member: False, group_size=4):
-    return [ended(task, won_by(task, member)) for task in drawn for member in range(group_size)]
+def outcomes(drawn, won_by=lambda task, member: False, group_size=4, head_starts=None):
+    heads = head_starts or [0] * len(drawn)
+    return [
+        ended(task, won_by(task, member), head) for task, head in zip(drawn, heads) for member in range(group_size)
+    ]
+
+
+def with_walkthroughs(*lengths):
+    return [
+        dataclasses.replace(task, walkthrough=("go east",) * length)
+        for task, length in zip(games(*range(len(lengths))), lengths, strict=True)
+    ]
 
 
 def make(order, levels=None, **changes):
@@ -174,22 +186,25 @@ def test_a_restart_changes_nothing(order, stopped):
     def play(sampler, count):
         drawn = []
         for _ in range(count):
-            drawn.append(names(games_now := sampler.take(5)))
-            sampler.tell(outcomes(games_now, lambda task, member: (task.seed + member) % 3 > 0))
+            games_now = sampler.take(5)
+            heads = sampler.head_starts(games_now)
+            drawn.append((names(games_now), heads))
+            sampler.tell(outcomes(games_now, lambda task, member: (task.seed + member) % 3 > 0, head_starts=heads))
         return drawn
 
-    whole = make(order, window=3)
+    levels = {"train": with_walkthroughs(*range(1, 13)), "train_2": level(1), "train_3": level(2)}
+    whole = make(order, levels, window=3)
     expected = play(whole, 10)
-    first = make(order, window=3)
+    first = make(order, levels, window=3)
     begun = play(first, stopped)
-    restored = make(order, window=3)
+    restored = make(order, levels, window=3)
     play(restored, 2)  # whatever it had drawn
     restored.restore(json.loads(json.dumps(first.state())))
     assert begun + play(restored, 10 - stopped) == expected
     assert restored.state() == whole.state()
 
 
-@pytest.mark.parametrize("order", ["levels", "learnability"])
+@pytest.mark.parametrize("order", ["levels", "learnability", "reverse"])
 def test_a_state_of_something_else_is_refused(order):
     sampler = make(order)
     with pytest.raises(tasks.StateError, match=f"curriculum.{order.capitalize()}: a state needs"):
@@ -202,6 +217,56 @@ def test_fewer_levels_are_another_task_set():
     two = make("levels", {"train": level(0), "train_2": level(1)})
     with pytest.raises(tasks.StateError, match="the saved state has 3 levels, 2 are here"):
         two.restore(make("levels").state())
+
+
+def test_episodes_begin_earlier_when_enough_of_the_late_ones_are_won():
+    """Walkthroughs of four commands, three and one; three games of an iteration's four begin late."""
+    drawn = with_walkthroughs(4, 3, 1, 4)
+    sampler = make("reverse", {"train": drawn}, share=0.75)
+    told = []
+    # Won of the four members of each late game: half of two iterations is reached after the second, fourth and sixth.
+    for wins in (2, 2, 1, 3, 4, 0, 4, 4):
+        heads = sampler.head_starts(drawn)
+        values = sampler.tell(outcomes(drawn, lambda task, member: task.seed < 3 and member < wins, head_starts=heads))
+        told.append((heads, values["curriculum/commands_left"], values.get("curriculum/success")))
+    assert told == [
+        ([3, 2, 0, 0], 1, 0.5),  # the third game has no more than one command, the fourth is not late
+        ([3, 2, 0, 0], 1, 0.5),
+        ([2, 1, 0, 0], 2, 0.25),
+        ([2, 1, 0, 0], 2, 0.75),
+        ([1, 0, 0, 0], 3, 1.0),
+        ([1, 0, 0, 0], 3, 0.0),
+        ([0, 0, 0, 0], 4, None),  # the whole way, and no further
+        ([0, 0, 0, 0], 4, None),
+    ]
+    assert values["curriculum/success_from_start"] == 0.75
+    assert "curriculum/success_from_start" not in sampler.tell(outcomes(drawn, head_starts=[1] * 4))
+
+
+def test_the_others_play_from_the_start():
+    drawn = level(0)
+    for order in ("uniform", "levels", "learnability"):
+        assert make(order).head_starts(drawn) == [0] * 6
+
+
+def test_an_iteration_begins_where_the_curriculum_says(monkeypatch):
+    plan = OPTIONS | dict(order="reverse", share=0.5)
+    monkeypatch.setattr(
+        test_filters, "tasks_named", lambda n: dataclasses.replace(tasks_named(n), walkthrough=("go east", "take it"))
+    )
+    (*_, values), (episodes,), _ = play_rounds(monkeypatch, [1, 3, 0, 2], plan=plan, name="none")
+    assert [(e.group, e.head_start) for e in episodes] == [(g, int(g < 2)) for g in range(4) for _ in range(3)]
+    assert values == {
+        "curriculum/commands_left": 1.0, "curriculum/success": 4 / 6, "curriculum/success_from_start": 2 / 6
+    }
+
+
+def test_games_without_walkthroughs_cannot_be_begun_near_their_end():
+    drawn = [*with_walkthroughs(2, 2), dataclasses.replace(tasks_named(7), walkthrough=())]
+    with pytest.raises(ValueError, match="which 1 of the 3 games to train on have not, such as game-7: take games"):
+        curriculum.check_games(drawn, "reverse")
+    curriculum.check_games(drawn[:2], "reverse")
+    curriculum.check_games(drawn, "uniform")
 
 
 def test_horizons_are_phases_of_equal_length():
@@ -224,6 +289,8 @@ def test_what_begins_is_told():
         "curriculum: from iteration 4 on episodes may have 8 turns",
     ]
     assert curriculum.told([{"step": 1}, {"step": 2}], names) is None
+    lines = [{"step": 4, "curriculum/commands_left": 2.0}, {"step": 5, "curriculum/commands_left": 3.0}]
+    assert curriculum.told(lines, names) == "curriculum: from iteration 5 on late episodes begin 3 commands before the end"
 
 
 def test_an_iteration_plays_by_its_horizon_and_tells_what_came_of_it(monkeypatch):
@@ -237,7 +304,7 @@ def test_an_iteration_plays_by_its_horizon_and_tells_what_came_of_it(monkeypatch
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"order": "random"}, "rl.curriculum.order must be one of uniform, levels, learnability, got 'random'"),
+        ({"order": "random"}, "rl.curriculum.order must be one of uniform, levels, learnability, reverse, got 'random'"),
         ({"order": "levels"}, "splits has no train_<name> beside train"),
         ({"share": 0.0}, "rl.curriculum.share is a share, above 0 and at most 1, got 0.0"),
         ({"threshold": 1.5}, "rl.curriculum.threshold is a share, above 0 and at most 1, got 1.5"),
@@ -260,6 +327,7 @@ def test_what_a_curriculum_does_not_read_is_told():
         return {key.removeprefix("rl.curriculum.") for key in settings.unused(config) if "curriculum" in key}
 
     assert idle() == {"horizon_iterations"}
+    assert idle(order="reverse") == {"horizon_iterations"}
     assert idle(order="learnability", horizons=(4,)) == {"threshold", "window"}
     assert idle(order="uniform") == {"share", "threshold", "window", "horizon_iterations"}
 

@@ -94,7 +94,10 @@ def play_rounds(monkeypatch, wins, *, num_tasks=50, plan={}, max_turns=8, **opti
         assert changes == {"max_turns": max_turns}
         won = [episode.member < wins[episode.group] for episode in episodes]
         found = [
-            make_trajectory([make_turn([1], [2])], task=e.task, group=e.group, member=e.member, won=w, score=2.0 * w)
+            make_trajectory(
+                [make_turn([1], [2])], task=e.task, group=e.group, member=e.member, won=w, score=2.0 * w,
+                head_start=e.head_start,
+            )
             for e, w in zip(episodes, won, strict=True)
         ]
         return rollout.Rollout(found, [(episodes[0], EnvFailure("crash", "gone"))], LEDGER)

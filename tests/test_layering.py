@@ -123,6 +123,7 @@ jaxagentrl.episodes
 jaxagentrl.branching
 jaxagentrl.rewards
 jaxagentrl.contexts
+jaxagentrl.expert_turns
 jaxagentrl.rollout
 jaxagentrl.openings
 jaxagentrl.batching

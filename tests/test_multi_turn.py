@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 
+import fakes
 import jax
 import numpy as np
 import pytest
 
 from envs_host.pool import EnvPool
 from envs_host.types import StopReason, Task
-from jaxagentrl import chat, engine, logprobs, rollout, tokenizer
+from jaxagentrl import chat, demos, engine, logprobs, rollout, tokenizer
 from jaxagentrl.models import decoder
 
 LENGTH = 256
@@ -336,6 +337,94 @@ def test_a_score_that_is_another_is_told_of(chat_format, reference):
         played = play(chat_format, make_engine(chat_format, num_slots=4, num_waves=1), pool, to_play)
     ((_, failure),) = played.failures
     assert "replayed to turn 2, the score is 0.0, but then it was 0.25" in failure.message
+
+
+@pytest.fixture(scope="module")
+def walked():
+    """Games of 6 to 9 turns with their walkthroughs, and these as they went."""
+    ends = {task.name: fakes.RaggedEnv.num_turns(task) for task in make_tasks(40)}
+    tasks = [
+        dataclasses.replace(task, walkthrough=("take the box", "say door") * 20)
+        for task in make_tasks(40)
+        if 6 <= ends[task.name] <= 9
+    ]
+    tasks = [dataclasses.replace(task, walkthrough=task.walkthrough[: ends[task.name]]) for task in tasks]
+    with make_pool() as pool:
+        return tasks, demos.replay(tasks, pool)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [{}, {"context": "last_turns", "history_turns": 1}, {"context": "window", "context_keep": 0.3}],
+    ids=["whole", "last turns", "window"],
+)
+def test_an_episode_begins_behind_its_walkthrough(chat_format, walked, rules):
+    """With the very ids that a demonstration has there, and nothing of them among its turns."""
+    tasks, replays = walked
+    heads = [1 + index % 5 for index in range(len(tasks))]
+    size = dict(max_length=112 if rules.get("context") == "window" else LENGTH)
+    eng = make_engine(chat_format, num_slots=4, num_waves=2, filled_buckets=(size["max_length"],), **size)
+    to_play = rollout.episodes(tasks, group_size=2, stream=(3,), head_starts=heads)
+    with make_pool(2) as pool:
+        played = play(chat_format, eng, pool, to_play, max_turns=5, cut_turns="send", **rules)
+    shown = demos.encode(replays, chat_format, make_rules(**rules), max_turn_tokens=8, **size)
+    assert not played.failures and len(played.trajectories) == 2 * len(tasks)
+    slid = 0
+    for trajectory in played.trajectories:
+        demonstration, head = shown[trajectory.group], heads[trajectory.group]
+        first, expected = trajectory.turns[0], demonstration.turns[head]
+        held = demonstration.turns[:head]
+        since = max((index for index, turn in enumerate(held) if turn.fresh), default=0)
+        before = [ids for turn in held[since:] for ids in (turn.prompt_ids, turn.action_ids)]
+        slid += expected.fresh or since > 0
+        ids = expected.prompt_ids if expected.fresh else np.concatenate([*before, expected.prompt_ids])
+        assert trajectory.head_start == head
+        np.testing.assert_array_equal(first.prompt_ids, ids)
+        assert first.observation == expected.observation and first.reward == 0.0
+        assert trajectory.num_turns <= 5  # the walkthrough's are none of these
+        left = len(trajectory.task.walkthrough) - head
+        assert trajectory.stop_reason == (StopReason.DONE if left <= 5 else StopReason.TURN_LIMIT)
+    assert (slid > 0) == bool(rules)
+    assert_scored_alike(chat_format, played.trajectories)
+    # A turn of such an episode can be forked, too.
+    parent = max(played.trajectories, key=lambda trajectory: trajectory.num_turns)
+    with make_pool() as pool:
+        branches = rollout.branch(parent, 2, group=0, num_members=2, stream=(9,))
+        forked = play(chat_format, eng, pool, branches, max_turns=5, cut_turns="send", **rules)
+    assert not forked.failures
+    for trajectory in forked.trajectories:
+        assert trajectory.head_start == parent.head_start
+        for one, other in zip(trajectory.turns[:2], parent.turns[:2], strict=True):
+            np.testing.assert_array_equal(one.prompt_ids, other.prompt_ids)
+            np.testing.assert_array_equal(one.action_ids, other.action_ids)
+        np.testing.assert_array_equal(trajectory.turns[2].prompt_ids, parent.turns[2].prompt_ids)
+    assert_scored_alike(chat_format, forked.trajectories)
+
+
+def test_where_a_head_start_leaves_no_room_an_episode_is_played_from_the_start(chat_format, walked):
+    tasks, _ = walked
+    eng = make_engine(chat_format, num_slots=4, num_waves=1, max_length=128, filled_buckets=(128,))
+    with make_pool() as pool:
+        late, plain = (
+            play(chat_format, eng, pool, rollout.episodes(tasks, group_size=1, stream=(3,), head_starts=heads))
+            for heads in ([5] * len(tasks), None)
+        )
+    starts = [trajectory.head_start for trajectory in late.trajectories]
+    assert set(starts) == {0, 5} and len(starts) == len(tasks) and not late.failures
+    for one, other in zip(late.trajectories, plain.trajectories, strict=True):
+        if not one.head_start:
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            assert (one.score, one.stop_reason) == (other.score, other.stop_reason)
+
+
+def test_a_walkthrough_that_ends_before_the_episode_begins_is_a_failure(chat_format, walked):
+    tasks, _ = walked
+    number = len(tasks[0].walkthrough)
+    (episode,) = rollout.episodes(tasks[:1], group_size=1, stream=(3,), head_starts=[number])
+    with make_pool() as pool:
+        played = play(chat_format, make_engine(chat_format, num_slots=4, num_waves=1), pool, [episode])
+    ((_, failure),) = played.failures
+    assert f"after command {number} of {number} of its walkthrough the episode is over" in failure.message
 
 
 def test_stop_strings_cut_after_the_token_that_completes_one(chat_format, reference):

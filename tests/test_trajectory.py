@@ -65,11 +65,12 @@ def test_json_round_trip_is_exact():
         ),
         make_turn([9], [4]),
     ]
-    made = make_trajectory(turns, tail_ids=[1], stop_reason=StopReason.TURN_LIMIT, won=False)
+    made = make_trajectory(turns, tail_ids=[1], stop_reason=StopReason.TURN_LIMIT, won=False, head_start=2)
     text = json.dumps(made.to_json(), allow_nan=False)
     again = Trajectory.from_json(json.loads(text))
     assert json.dumps(again.to_json()) == text
     assert again.task == made.task and again.stop_reason is StopReason.TURN_LIMIT
+    assert again.head_start == 2
     assert again.won is False and again.turns[0].valid_command is False
     np.testing.assert_array_equal(again.tokens, made.tokens)
     for one, two in zip(made.turns, again.turns, strict=True):
@@ -89,6 +90,12 @@ def test_records_of_another_version_are_refused():
     del record["won"]
     with pytest.raises(ValueError, match=r"a Trajectory record .*missing \['won'\]"):
         Trajectory.from_json(record)
+
+
+def test_records_of_before_there_were_head_starts_are_read():
+    record = make_trajectory([make_turn([5], [8])]).to_json()
+    del record["head_start"]
+    assert Trajectory.from_json(record).head_start == 0
 
 
 def test_turns_that_do_not_fit_together_are_refused():
