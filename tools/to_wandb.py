@@ -1,0 +1,105 @@
+"""A run's metrics in Weights & Biases, while it goes on or afterwards.
+
+    pip install wandb
+    python tools/to_wandb.py runs/quickstart --project text-agents             what there is
+    python tools/to_wandb.py runs/quickstart --project text-agents --follow    and what comes, until Ctrl-C
+
+Reads the workdir and writes to W&B alone, in a process of its own: a run neither waits for it nor ends with it, and what was
+sent once is not sent again, also where the run was killed and goes on. Each line of metrics.jsonl is a step; metrics
+are named by phase and drawn over the phase's own steps (`rl/loss/policy` over `rl/step`). The config, package versions
+and hashes of games are the W&B run's config. WANDB_MODE=offline keeps all of it in a folder, for `wandb sync`.
+"""
+
+import argparse
+import hashlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxagentrl import metrics
+
+
+def run_id(root: pathlib.Path) -> str:
+    """The W&B run of a workdir: the same whenever it is sent from this place."""
+    where = str(root.resolve())
+    return f"{root.resolve().name}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
+
+
+def values(line: metrics.Line) -> dict[str, Any]:
+    """A line of the metrics as W&B is given it: keys with their phase before them."""
+    return {f"{line['phase']}/{key}": value for key, value in line.items() if key != "phase"}
+
+
+def send(run: Any, lines: Sequence[metrics.Line], first: int) -> int:
+    """Sends the lines from number `first` on; returns the number of the next."""
+    for number in range(first, len(lines)):
+        run.log(values(lines[number]), step=number)
+    return max(first, len(lines))
+
+
+def following(path: pathlib.Path, poll_s: float) -> Iterator[list[metrics.Line]]:
+    """The lines that there are, again and again."""
+    while True:
+        yield metrics.read(path)
+        time.sleep(poll_s)
+
+
+def read_config(root: pathlib.Path) -> Mapping[str, Any]:
+    """What is known of the run beside its metrics: the config, and versions and games.
+
+    Raises:
+        ValueError: this is no workdir.
+    """
+    path = root / "config.json"
+    if not path.exists():
+        raise ValueError(f"{root} has no config.json: name the workdir of a run, such as runs/quickstart.")
+    record = json.loads(path.read_text())
+    return record.pop("config") | record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdir", type=pathlib.Path)
+    parser.add_argument("--project", required=True)
+    parser.add_argument("--entity", help="user or team; default: yours")
+    parser.add_argument("--name", help="default: the workdir's")
+    parser.add_argument("--follow", action="store_true", help="go on sending what comes, until Ctrl-C")
+    parser.add_argument("--poll-s", type=float, default=5.0, help="seconds between two looks at the metrics")
+    args = parser.parse_args(argv)
+    try:
+        import wandb
+    except ImportError:
+        parser.error("needs W&B's package, which is none of ours: pip install wandb")
+    try:
+        config = read_config(args.workdir)
+    except ValueError as error:
+        parser.error(str(error))
+    path = args.workdir / "metrics.jsonl"
+    run = wandb.init(
+        project=args.project,
+        entity=args.entity,
+        name=args.name or args.workdir.resolve().name,
+        id=run_id(args.workdir),
+        resume="allow",
+        config=config,
+    )
+    for phase in ("baseline", "sft", "eval", "rl"):
+        run.define_metric(f"{phase}/step", hidden=True)
+        run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
+    sent = run.step  # lines that an earlier call has sent
+    try:
+        for lines in following(path, args.poll_s) if args.follow else [metrics.read(path)]:
+            sent = send(run, lines, sent)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        run.finish()
+    print(f"{args.workdir}: {sent} lines of metrics are in W&B's run {run_id(args.workdir)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
