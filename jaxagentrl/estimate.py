@@ -10,6 +10,7 @@
     reinforce_plus_plus_baseline   the same against the group's mean, whitened over the batch
     rewards_to_go_group   dense turn rewards against the group at equal turn, without a critic
     gigpo                 GiGPO: the episode against its group, a turn against its anchor state
+    mt_grpo               MT-GRPO: the outcome against the group, a turn's reward against the same turn of the others
 
 KL in the reward is the k1 estimate of the scored policy against the reference, paid on every action
 token before anything else sees the rewards (docs/estimators.md).
@@ -26,7 +27,7 @@ from jaxagentrl.types import Array, TrajectoryBatch
 
 NEEDS_CRITIC = ("gae", "turn_gae", "bilevel_gae")
 NEEDS_GROUPS = (
-    "group_normalized", "leave_one_out", "rewards_to_go_group", "gigpo", "opo", "reinforce_plus_plus_baseline"
+    "group_normalized", "leave_one_out", "opo", "reinforce_plus_plus_baseline", "rewards_to_go_group", "gigpo", "mt_grpo"
 )
 NAMES = (*NEEDS_CRITIC, *NEEDS_GROUPS, "reinforce_plus_plus")
 
@@ -96,6 +97,21 @@ def _make_credit(
             first_visit=first_visit,
         )
 
+    def mt_grpo(rewards: Array, batch: TrajectoryBatch, *_: Array) -> Array:
+        mask, turn_ids = batch.action_mask, batch.turn_ids
+        last = jnp.max(jnp.where(mask, turn_ids, -1), axis=-1, keepdims=True)
+        is_last = mask & (turn_ids == last)
+        return advantages.mt_grpo(
+            jnp.where(is_last, 0.0, rewards),
+            masking.masked_sum(rewards, is_last, axis=-1),  # the outcome is what the last turn is paid
+            mask,
+            turn_ids,
+            batch.group_ids,
+            num_groups=num_groups,
+            num_turns=max_turns,
+            turn_weight=step_weight,
+        )
+
     def leave_one_out(rewards: Array, batch: TrajectoryBatch, *_: Array) -> Array:
         scores = masking.masked_sum(rewards, batch.action_mask, axis=-1)
         credit = advantages.leave_one_out(scores, batch.group_ids, num_groups=num_groups)
@@ -128,6 +144,7 @@ def _make_credit(
         reinforce_plus_plus_baseline,
         rewards_to_go_group,
         gigpo,
+        mt_grpo,
         leave_one_out,
         opo,
         group_normalized,
@@ -177,9 +194,9 @@ def make_estimate(
         group_scale: "std" or "none", of group_normalized, rewards_to_go_group and gigpo.
         turn_horizon: "episode" or "turn", of rewards_to_go_group.
         turn_discount: γ per turn of gigpo's step returns and of bilevel_gae.
-        step_weight: ω of gigpo: weight of the turn's credit beside the episode's.
+        step_weight: ω of gigpo, w_I of mt_grpo: weight of the turn's credit beside the episode's.
         first_visit: of gigpo: a state's mean is over each trajectory's first visit of it.
-        max_turns: static bound on turns, of rewards_to_go_group and gigpo.
+        max_turns: static bound on turns, of rewards_to_go_group, gigpo and mt_grpo.
         kl_in_reward: coefficient of −k1 on every action token; 0 for none.
         skip_zero_signal: rows whose credit is 0 throughout, such as those of a group that was won or
             lost by all, are no part of the whitening statistics and keep their 0.

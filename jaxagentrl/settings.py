@@ -450,7 +450,7 @@ def unused(config: Config) -> list[str]:
         "rl.advantage.group_scale": name in ("group_normalized", "rewards_to_go_group", "gigpo"),
         "rl.advantage.turn_horizon": name == "rewards_to_go_group",
         "rl.advantage.turn_discount": name in ("gigpo", "bilevel_gae"),
-        "rl.advantage.step_weight": name == "gigpo",
+        "rl.advantage.step_weight": name in ("gigpo", "mt_grpo"),
         "rl.advantage.first_visit": name == "gigpo",
         "rl.filter.fraction": rl["filter"]["name"] == "uncertainty",
         "rl.filter.max_rounds": rl["filter"]["name"] == "dynamic_sampling",

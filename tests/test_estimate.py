@@ -50,6 +50,7 @@ ARGUMENTS = {
     "rewards_to_go_group": [dict(group_scale="none"), dict(turn_horizon="turn")],
     "gigpo": [dict(group_scale="none"), dict(turn_discount=0.4), dict(step_weight=2.0),
               dict(first_visit=True)],
+    "mt_grpo": [dict(step_weight=2.0)],
     "reinforce_plus_plus": [],
     "reinforce_plus_plus_baseline": [],
 }
@@ -157,6 +158,15 @@ def by_definition(name, rewards=BATCH.rewards, **changes):
             scale=options["group_scale"],
             first_visit=options["first_visit"],
         )
+    if name == "mt_grpo":  # the last turn's reward is the outcome
+        outcomes, before = np.zeros(len(rewards)), np.array(rewards, np.float64)
+        for row, (mask, turns) in enumerate(zip(MASK, turn_ids)):
+            for token in np.flatnonzero(mask & (turns == turns[mask].max(initial=-1))):
+                outcomes[row] += before[row, token]
+                before[row, token] = 0.0
+        return oracles.mt_grpo(
+            before, outcomes, MASK, turn_ids, groups, num_groups=GROUPS, turn_weight=options["step_weight"]
+        )
     totals = [sum(float(r) for r in row[mask]) for row, mask in zip(rewards, MASK)]
     if name == "leave_one_out":
         credit = oracles.leave_one_out(totals, groups, num_groups=GROUPS)
@@ -188,7 +198,7 @@ def test_each_name_is_its_algorithm_with_the_given_arguments(name, change):
     np.testing.assert_allclose(run(name, **change)[0], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["gae", "leave_one_out", "gigpo"])
+@pytest.mark.parametrize("name", ["gae", "leave_one_out", "gigpo", "mt_grpo"])
 def test_kl_is_taken_off_the_reward_of_every_action_token(name):
     """Unlikelier than under the reference is rewarded, likelier is not: r − β (log π − log π_ref)."""
     k1 = SCORES.logprobs.astype(np.float64) - REF
