@@ -4,10 +4,11 @@
     python tools/to_wandb.py runs/quickstart --project text-agents             what there is
     python tools/to_wandb.py runs/quickstart --project text-agents --follow    and what comes, until Ctrl-C
 
-Reads the workdir and writes to W&B alone, in a process of its own: a run neither waits for it nor ends with it, and what was
-sent once is not sent again, also where the run was killed and goes on. Each line of metrics.jsonl is a step; metrics
-are named by phase and drawn over the phase's own steps (`rl/loss/policy` over `rl/step`). The config, package versions
-and hashes of games are the W&B run's config. WANDB_MODE=offline keeps all of it in a folder, for `wandb sync`.
+A process of its own, which reads the workdir: a run neither waits for W&B nor ends with it. A workdir is one run of W&B, which
+goes on where an earlier call has left it, also where the run itself was killed and goes on. Each line of metrics.jsonl is
+a step; metrics are named by phase and drawn over the phase's own steps (`rl/loss/policy` over `rl/step`). The config,
+package versions and hashes of games are the W&B run's config. WANDB_MODE=offline writes all of it into ./wandb, for
+`wandb sync`.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for phase in ("baseline", "sft", "eval", "rl"):
         run.define_metric(f"{phase}/step", hidden=True)
         run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
-    sent = run.step  # lines that an earlier call has sent
+    sent = run.step  # of the next line: an earlier call may have sent those before it
     try:
         for lines in following(path, args.poll_s) if args.follow else [metrics.read(path)]:
             sent = send(run, lines, sent)
