@@ -21,5 +21,5 @@ def get_config(method: str = "") -> ml_collections.ConfigDict:
     config.env.params.update(world_size=4, nb_objects=6, quest_length=8)
     # Of the splits of `textworld_transfer.py` the held-out games of this world alone.
     config.splits = dict(demo=config.splits.demo, train=config.splits.train, test=(4001, 300))
-    config.rl.curriculum.update(order="reverse", share=0.8, threshold=0.3, window=4)
+    config.rl.curriculum.update(order="reverse", share=0.8, threshold=0.2, window=4)
     return methods.apply(config, method)

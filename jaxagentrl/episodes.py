@@ -32,6 +32,13 @@ class Episode:
     expected: str | None = None
     head_start: int = 0
 
+    def __post_init__(self) -> None:
+        if self.head_start and not 0 < self.head_start < len(self.task.walkthrough):
+            raise ValueError(
+                f"task {self.task.name}: a head start of {self.head_start} commands, expected 0 or more and fewer than its "
+                f"walkthrough has ({len(self.task.walkthrough)})."
+            )
+
     def observation(self, turn: int) -> str | None:
         """What the environment said before this turn, of the prefix or the one after it; None if that is
         not known."""

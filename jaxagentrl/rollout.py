@@ -273,16 +273,12 @@ class _Player:
     def _walked(
         self, item: _Live, answer: ResetResult | StepResult
     ) -> StepResult | EnvFailure | None:
-        """Takes in what was answered to a command of the walkthrough, and gives the next.
-
-        Returns:
-            None where there was one to give; the answer to the last.
-        """
+        """Takes in what a command of the walkthrough was answered and gives the next; returns the answer to the last."""
         commands, before = item.episode.task.walkthrough, item.walks_from
         if before is not None:
-            said = before, commands[len(item.head)], answer
+            command = commands[len(item.head)]
             item.head.append(
-                expert_turns.make(self.chat_format, item.head, *said, self.rules, **self._sizes)
+                expert_turns.make(self.chat_format, item.head, before, command, answer, self.rules, **self._sizes)
             )
             if answer.terminated or answer.truncated:
                 at = f"task {item.episode.task.name}: after command {len(item.head)} of {len(commands)} of its walkthrough "
@@ -341,8 +337,7 @@ class _Player:
             new_ids = np.concatenate([*contexts.newest(item.turns), prompt_ids])
         if self.engine.length(wave, slot) + len(new_ids) > room:
             if item.head and not item.turns:
-                self._play_from_the_start(item)
-                return True
+                return self._play_from_the_start(item)
             if not item.turns:
                 raise ValueError(
                     f"task {item.episode.task.name}: the first prompt has {len(prompt_ids)} tokens; "
@@ -369,12 +364,13 @@ class _Player:
         )
         return False
 
-    def _play_from_the_start(self, item: _Live) -> None:
+    def _play_from_the_start(self, item: _Live) -> bool:
         item.episode = dataclasses.replace(item.episode, head_start=0)
         item.head, item.walks_from, item.score = [], None, 0.0
         self.pool.release(item.index)
         self.pool.reset(item.index, item.episode.task)
         item.asked = time.monotonic()
+        return True
 
     @property
     def _sizes(self) -> dict[str, int]:

@@ -420,11 +420,12 @@ def test_where_a_head_start_leaves_no_room_an_episode_is_played_from_the_start(c
 def test_a_walkthrough_that_ends_before_the_episode_begins_is_a_failure(chat_format, walked):
     tasks, _ = walked
     number = len(tasks[0].walkthrough)
-    (episode,) = rollout.episodes(tasks[:1], group_size=1, stream=(3,), head_starts=[number])
+    task = dataclasses.replace(tasks[0], walkthrough=(*tasks[0].walkthrough, "say door", "say door"))
+    (episode,) = rollout.episodes([task], group_size=1, stream=(3,), head_starts=[number + 1])
     with make_pool() as pool:
         played = play(chat_format, make_engine(chat_format, num_slots=4, num_waves=1), pool, [episode])
     ((_, failure),) = played.failures
-    assert f"after command {number} of {number} of its walkthrough the episode is over" in failure.message
+    assert f"after command {number} of {number + 2} of its walkthrough the episode is over" in failure.message
 
 
 def test_stop_strings_cut_after_the_token_that_completes_one(chat_format, reference):

@@ -574,3 +574,10 @@ def test_episodes_of_a_group_share_the_task_and_not_the_stream():
     made = rollout.episodes([task], group_size=3, stream=(1, 2))
     assert len({episode.stream for episode in made}) == 3
     assert {episode.group for episode in made} == {0}
+
+
+@pytest.mark.parametrize("head_start", [-1, 1, 5])
+def test_a_head_start_leaves_a_command_of_the_walkthrough(head_start):
+    task = make_task("game", 0)
+    with pytest.raises(ValueError, match=rf"task game: a head start of {head_start} commands, expected 0 or more and fewer"):
+        rollout.Episode(task, 0, 0, (1,), head_start=head_start)
