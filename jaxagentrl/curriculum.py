@@ -245,7 +245,6 @@ class Reverse:
         """
         self._sampler = tasks.Sampler(games, seed=seed)
         self._share, self._threshold, self._window = share, threshold, window
-        self._longest = max(len(task.walkthrough) for task in games)
         self._left = 1
         self._recent: list[tuple[int, int]] = []  # late episodes since then: won and played, iteration by iteration
 
@@ -277,7 +276,7 @@ class Reverse:
         if late:
             values["curriculum/success"] = sum(late) / len(late)
             self._recent = [*self._recent, (sum(late), len(late))][-self._window :]
-        if _is_due(self._recent, self._threshold, self._window) and self._left < self._longest:
+        if _is_due(self._recent, self._threshold, self._window):  # never, once no walkthrough is longer
             self._left, self._recent = self._left + 1, []
         return values
 

@@ -1,5 +1,6 @@
 """Tree rollouts: where episodes branch off, who fills a group, and that a run learns from such groups."""
 
+import dataclasses
 import math
 import types
 
@@ -65,6 +66,14 @@ def test_a_group_is_filled_by_branches_and_by_what_is_played_from_the_start():
     assert made[3:] == [e for e in whole if e.group > 4 and e.member >= 2]
     streams = [e.stream for e in (*made, *whole)]
     assert len(set(streams)) == 3 + len(whole)
+
+
+def test_all_members_of_a_group_have_its_head_start():
+    drawn = [dataclasses.replace(tasks_named(n), walkthrough=("look",) * 4) for n in range(2)]
+    parent = dataclasses.replace(episode([1.0] * 6, task=drawn[0]), head_start=3)
+    sizes = dict(group_size=3, stream=(7, 2, 0), first_group=0, head_starts=[3, 1])
+    made = branching.second(drawn, [parent], members=2, **sizes, **OPTIONS | dict(probability=1.0))
+    assert [len(e.prefix) for e in made] == [1, 2, 0, 0] and [e.head_start for e in made] == [3, 3, 1, 1]
 
 
 @pytest.mark.parametrize(

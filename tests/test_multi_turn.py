@@ -380,6 +380,7 @@ def test_an_episode_begins_behind_its_walkthrough(chat_format, walked, rules):
         ids = expected.prompt_ids if expected.fresh else np.concatenate([*before, expected.prompt_ids])
         assert trajectory.head_start == head
         np.testing.assert_array_equal(first.prompt_ids, ids)
+        assert first.fresh  # what is before it counts once, in its prompt
         assert first.observation == expected.observation and first.reward == 0.0
         assert trajectory.num_turns <= 5  # the walkthrough's are none of these
         left = len(trajectory.task.walkthrough) - head
