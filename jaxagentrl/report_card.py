@@ -49,7 +49,7 @@ def text(run: report_data.Run, *, library: str) -> str:
         "",
         f"# An agent for {_games(env['params'])}",
         "",
-        f"{_origin(base, library)} Trained with jaxagentrl by {_training(config, run)}.",
+        f"{_origin(base, library)} Trained with jaxagentrl by {_training(config, run)}.{_past(run.content)}",
         "",
         "## What it wins",
         "",
@@ -111,6 +111,12 @@ def _training(config: Mapping[str, Any], run: report_data.Run) -> str:
             f"`{rl['advantage']['name']}`, surrogate `{rl['loss']['surrogate']}`, reward `{config['reward']['kind']}`)"
         )
     return f"{' and '.join(parts) or 'nothing yet'}, seed {config['seed']}"
+
+
+def _past(content: Mapping[str, Any]) -> str:
+    """Of a run that was forked: where its settings were others, and which."""
+    told = (f" After {fork['after']} was changed: {'; '.join(fork['changed'])}." for fork in content.get("forked", []))
+    return "".join(told)
 
 
 def _rows(run: report_data.Run) -> Iterator[str]:

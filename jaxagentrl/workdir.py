@@ -36,6 +36,8 @@ _LAYOUT = (
 )
 # What a run has from its first measurement on; not what it prepares.
 _BEGUN = ("checkpoints", "trajectories", "model", "adapters")
+# What it needs to go on elsewhere; the rest is made again at its end.
+_FORKED = ("metrics.jsonl", "tensorboard", "checkpoints", "trajectories", "tokenizer")
 _MAX_LISTED = 8
 
 ANY = object()  # of `open_workdir`'s later_keys
@@ -172,6 +174,63 @@ def open_workdir(
     return Workdir(root, version_changes=changes, replaced=replaced, _lock=lock)
 
 
+def fork(
+    source: str | os.PathLike,
+    path: str | os.PathLike,
+    config: Mapping[str, Any],
+    *,
+    may_differ: Iterable[str],
+    later_keys: Mapping[str, Any] = {},
+    after: str,
+) -> list[str]:
+    """Copies what a run has to go on from, so that it goes on in another folder by another config.
+
+    Args:
+        source: the run's workdir, which nobody writes into meanwhile and which stays as it is.
+        path: a folder that is not there, or is empty.
+        config: of the new run.
+        may_differ: dotted keys, or prefixes of such, that may be others than the run's.
+        later_keys: as of `open_workdir`.
+        after: what the new run keeps in config.json about where it left the other's settings.
+
+    Returns:
+        One line per key that differs.
+
+    Raises:
+        WorkdirError: there is no such run, it has no checkpoint, is in use or one of several processes, the new folder
+            holds something, or keys differ that may not.
+    """
+    root, target = pathlib.Path(source).expanduser(), pathlib.Path(path).expanduser()
+    config, keys = _as_json(dict(config), "the config"), tuple(may_differ)
+    for is_wrong, message in (
+        (not (root / "config.json").is_file(), f"{root} has no config.json: name the workdir of a run."),
+        ((root / "processes").exists(), f"{root} is of a run of several processes, which cannot be forked."),
+        (not (root / "checkpoints").exists(), f"{root} has no checkpoint yet: start a new run instead."),
+        (target.exists() and any(target.iterdir()), f"{target} holds something: give --workdir a folder that is new."),
+    ):
+        if is_wrong:
+            raise WorkdirError(message)
+    lock = _lock(root)
+    with contextlib.closing(lock) if lock is not None else contextlib.nullcontext():
+        content = _read_json(root / "config.json")
+        changed = differences(_with_later(content["config"], config, later_keys), config, "")
+        refused = [line for line in changed if not any(is_under(line.split(":", 1)[0], key) for key in keys)]
+        if refused:
+            raise WorkdirError(
+                f"{root} has a checkpoint that other values of {len(refused)} key(s) do not fit, or a past that they would "
+                f"not tell (there → here): {_listed(refused)}. Keep the run's, or start a new run."
+            )
+        past = [*content.get("forked", []), {"after": after, "changed": changed}]
+        with replacing_folder(target) as new:
+            for name in _FORKED:
+                if (root / name).is_dir():
+                    shutil.copytree(root / name, new / name)
+                elif (root / name).exists():
+                    shutil.copy2(root / name, new / name)
+            write_atomic(new / "config.json", json.dumps(content | {"config": config, "forked": past}, indent=2) + "\n")
+    return changed
+
+
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
     """Writes a file so that a kill at any moment leaves the old content or the new one."""
     path = pathlib.Path(path)
@@ -295,7 +354,7 @@ def _write_or_compare_config(
         raise WorkdirError(
             f"{root} holds a run of another config. {len(changed)} key(s) differ (there → "
             f"here): {_listed(changed)}. Use another --workdir, or the config the run was "
-            "started with; the old run has not been touched."
+            "started with, or go on from it in another folder (tools/fork_run.py); the old run has not been touched."
         )
     if content["config"] != config:  # as of its newest start
         write_atomic(path, json.dumps(content | {"config": config}, indent=2) + "\n")

@@ -191,6 +191,23 @@ def test_imitation_ends_at_its_target_and_is_not_taken_up_again(finished, cache,
     assert kept["config"]["rl"]["num_iterations"] == 2
 
 
+@pytest.mark.slow
+def test_a_fork_goes_on_with_what_was_changed(finished, cache, tmp_path):
+    """One iteration more, with a learning rate of 0: the policy of the checkpoint plays and stays as it is."""
+    arguments = (tmp_path / "new", cache, "--config.rl.num_iterations=5", "--config.rl.optimizer.learning_rate=0.0")
+    _, _, _, *flags = command(*arguments)
+    forked = [sys.executable, str(ROOT / "tools" / "fork_run.py"), f"--from={finished}", *flags]
+    done = subprocess.run(forked, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "after RL iteration 4, rl.num_iterations: 4 → 5; rl.optimizer.learning_rate:" in done.stdout
+    assert "continuing after rl step 4" in run(*arguments).stderr
+    *earlier, last = comparable(tmp_path / "new")
+    assert earlier == comparable(finished) and (last["phase"], last["step"]) == ("rl", 5)
+    played = [key for key in last if key.startswith("eval/") and "pass_at" not in key]
+    assert played and [last[key] for key in played] == [earlier[-1][key] for key in played]
+    assert "After RL iteration 4 was changed" in (tmp_path / "new" / "model" / "README.md").read_text()
+
+
 def test_a_model_is_evaluated_without_what_training_needs(finished, cache, tmp_path):
     folder = finished / "model"
     arguments = (

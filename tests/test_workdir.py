@@ -81,6 +81,61 @@ def test_what_a_run_has_made_keeps_its_config(name, tmp_path):
         open_once(tmp_path, CONFIG | {"seed": 1})
 
 
+def make_begun(path, config=CONFIG):
+    folder = open_begun(path, config)
+    (folder.checkpoints / "rl").mkdir(parents=True)
+    (folder.checkpoints / "rl" / "state").write_text("weights")
+    folder.model.mkdir()
+    folder.record("games", {"train": "abc"})
+    return folder
+
+
+def contents(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_fork_goes_on_in_another_folder_by_another_config(tmp_path):
+    old = make_begun(tmp_path / "old")
+    before = contents(old.root)
+    changed = CONFIG | {"env": CONFIG["env"] | {"num_workers": 8}}
+    options = dict(may_differ=["env.num_workers"], after="RL iteration 3")
+    told = workdir.fork(old.root, tmp_path / "runs" / "new", changed, **options)
+    assert told == ["env.num_workers: 2 → 8"] and contents(old.root) == before
+    new = open_once(tmp_path / "runs" / "new", changed)  # it is that config's, without being told what may differ
+    assert (new.checkpoints / "rl" / "state").read_text() == "weights"
+    assert new.metrics.read_text() == old.metrics.read_text() and not new.model.exists()
+    content = json.loads(new.config.read_text())
+    assert content["forked"] == [{"after": "RL iteration 3", "changed": told}]
+    with pytest.raises(workdir.WorkdirError, match="other games"):
+        new.record("games", {"train": "def"})
+    # A fork of the fork has both pasts.
+    workdir.fork(new.root, tmp_path / "third", CONFIG, may_differ=["env"], after="RL iteration 5")
+    assert [fork["after"] for fork in json.loads((tmp_path / "third" / "config.json").read_text())["forked"]] == [
+        "RL iteration 3", "RL iteration 5"
+    ]
+
+
+def test_what_cannot_be_forked_is_refused_and_nothing_is_made(tmp_path):
+    def refused(words, config=CONFIG, source="old", target="new"):
+        with pytest.raises(workdir.WorkdirError, match=words):
+            workdir.fork(tmp_path / source, tmp_path / target, config, may_differ=["env.num_workers"], after="")
+        assert not (tmp_path / "new").exists()
+
+    refused("has no config.json: name the workdir of a run")
+    begun = open_begun(tmp_path / "old")
+    refused("has no checkpoint yet")
+    begun.checkpoints.mkdir()
+    refused(r"of 1 key\(s\) do not fit, or a past .*seed: 0 → 1", CONFIG | {"seed": 1})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    refused("full holds something", target="full")
+    held = workdir.open_workdir(tmp_path / "old", CONFIG)
+    refused("is in use by another running process")
+    held.close()
+    (tmp_path / "old" / "processes").mkdir()
+    refused("of several processes")
+
+
 @pytest.mark.parametrize("old, new", [(1, True), (0, False), ([1], 1), (None, 0), ("1", 1)])
 def test_values_that_only_look_alike_differ(old, new, tmp_path):
     open_begun(tmp_path, {"a": old})

@@ -1,0 +1,64 @@
+"""Goes on from where a run stands, in another workdir and with some settings otherwise; the run stays as it is.
+
+    python tools/fork_run.py --from=runs/quickstart --config=configs/textworld_quickstart.py --workdir=runs/longer \\
+        --config.rl.num_iterations=240 --config.rl.kl.coefficient=0.01
+
+The flags are those of the new run, and the same command by `python -m jaxagentrl.main`, without `--from`, runs it: from the
+newest checkpoint, with the optimizer's state, the draws of games and the metrics until there. What may be others are `rl`
+but for the critic and the order of games, `reward`, `rollout`, `eval`, `learner`, `sampling` and what any run may be
+continued with (docs/config.md). The new run's config.json and model card say what was changed, and when.
+"""
+
+import shlex
+import sys
+
+from absl import app, flags, logging
+
+from jaxagentrl import checkpoints, main, settings, train, workdir
+
+_FROM = flags.DEFINE_string("from", None, "Workdir of the run to go on from.")
+
+_SECTIONS = ("rl", "reward", "rollout", "eval", "learner", "sampling")
+# The state in a checkpoint has a critic's parameters or not, and is of one sampler of games.
+_FIXED = ("rl.critic", "rl.curriculum.order")
+
+
+def stands(root: str) -> str:
+    """How far a run has come that has a checkpoint: "RL iteration 80"."""
+    for stage, name in (("rl", "RL iteration"), ("sft", "imitation step")):
+        if (step := checkpoints.latest_step(f"{root}/checkpoints/{stage}")) is not None:
+            return f"{name} {step}"
+    return "the start"
+
+
+def may_differ(config: settings.Config) -> list[str]:
+    """The keys by which a fork may be another run."""
+    keys = [key for key, _ in settings.flat(config) if key.startswith(tuple(f"{name}." for name in _SECTIONS))]
+    return [*train.FREE_KEYS, *(key for key in keys if key not in _FIXED)]
+
+
+def run(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    source, target, config = _FROM.value, flags.FLAGS.workdir, flags.FLAGS.config.to_dict()
+    if source is None or target is None:
+        sys.exit("error: --from must be given, the workdir of a run, and --workdir, where the new one goes on.")
+    try:
+        settings.check(config)
+        after = stands(source)
+        changed = workdir.fork(
+            source, target, config, may_differ=may_differ(config), later_keys=train.LATER_KEYS, after=after
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    given = [argument for argument in sys.argv[1:] if not argument.lstrip("-").startswith("from=")]
+    print(
+        f"{target}: {source} after {after}, " + ("; ".join(changed) or "with all settings as they were"),
+        f"python -m jaxagentrl.main {shlex.join(given)}",
+        sep="\n",
+    )
+
+
+if __name__ == "__main__":
+    app.run(run, flags_parser=main.parse)
