@@ -232,21 +232,23 @@ class Learnability(_FromTheStart):
 class Reverse:
     """From the end of walkthroughs back to their start (Florensa et al. 2017, arXiv 1707.05300; of demonstrations
     Salimans and Chen 2018, arXiv 1812.03381; with language models arXiv 2402.05808): episodes begin behind all but the
-    last command of the game's walkthrough and, whenever enough of these are won, one command earlier. What leads to
-    a first win by chance is short then, whatever the game's length. Every game once per epoch."""
+    last command of the game's walkthrough and, whenever enough of these are won, also one command earlier. What leads
+    to a first win by chance is short then, whatever the game's length. A game's commands left are drawn from all that
+    were reached (as in the last of these papers): where all begin at the newest, of which nothing may be won at first, a
+    policy that knows how games end has nothing to hold it (docs/study.md). Every game once per epoch."""
 
     def __init__(self, games: Sequence[Task], *, share: float, threshold: float, window: int, seed: int):
         """Args:
         games: each with its walkthrough.
         share: of an iteration's games, those that begin late; the others are played from the start.
-        threshold: share of the late episodes that are won at which they begin one command earlier,
+        threshold: share that is won of those that begin earliest at which others begin one command earlier still,
         window: counted over as many iterations.
         seed: of the orders of games.
         """
-        self._sampler = tasks.Sampler(games, seed=seed)
+        self._sampler, self._seed = tasks.Sampler(games, seed=seed), seed
         self._share, self._threshold, self._window = share, threshold, window
         self._left = 1
-        self._recent: list[tuple[int, int]] = []  # late episodes since then: won and played, iteration by iteration
+        self._recent: list[tuple[int, int]] = []  # of episodes that begin earliest: won and played, by iteration
 
     def take(self, count: int) -> list[Task]:
         """The next games."""
@@ -254,28 +256,28 @@ class Reverse:
 
     def head_starts(self, drawn: Sequence[Task]) -> list[int]:
         """Commands of each game's walkthrough that are given before its episodes begin."""
-        num_late = _part(self._share, len(drawn))
-        return [
-            max(0, len(task.walkthrough) - self._left) if place < num_late else 0
-            for place, task in enumerate(drawn)
-        ]
+        state, num_late = self._sampler.state(), _part(self._share, len(drawn))
+        rng = np.random.default_rng((self._seed, 1, state["epoch"], state["position"]))
+        left = rng.integers(1, self._left, size=num_late, endpoint=True)
+        late = [max(0, len(task.walkthrough) - int(count)) for task, count in zip(drawn, left)]
+        return late + [0] * (len(drawn) - num_late)
 
     def tell(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Takes note of what was played; begins earlier where that is due.
 
         Returns:
-            `curriculum/commands_left`, that the walkthroughs of late episodes had left; the success of these,
-            `curriculum/success`, and of what was played from the start, `curriculum/success_from_start`, where there
-            were any.
+            `curriculum/commands_left`, the most that walkthroughs of late episodes had left; the success of those with
+            as many, `curriculum/success`, and of what was played from the start, `curriculum/success_from_start`,
+            where there were any.
         """
         values = {"curriculum/commands_left": float(self._left)}
-        late = [t.won for t in trajectories if t.head_start]
+        earliest = [t.won for t in trajectories if 0 < t.head_start == len(t.task.walkthrough) - self._left]
         from_start = [t.won for t in trajectories if not t.head_start]
         if from_start:
             values["curriculum/success_from_start"] = sum(from_start) / len(from_start)
-        if late:
-            values["curriculum/success"] = sum(late) / len(late)
-            self._recent = [*self._recent, (sum(late), len(late))][-self._window :]
+        if earliest:
+            values["curriculum/success"] = sum(earliest) / len(earliest)
+            self._recent = [*self._recent, (sum(earliest), len(earliest))][-self._window :]
         if _is_due(self._recent, self._threshold, self._window):  # never, once no walkthrough is longer
             self._left, self._recent = self._left + 1, []
         return values

@@ -219,28 +219,36 @@ def test_fewer_levels_are_another_task_set():
         two.restore(make("levels").state())
 
 
-def test_episodes_begin_earlier_when_enough_of_the_late_ones_are_won():
-    """Walkthroughs of four commands, three and one; three games of an iteration's four begin late."""
-    drawn = with_walkthroughs(4, 3, 1, 4)
-    sampler = make("reverse", {"train": drawn}, share=0.75)
-    told = []
-    # Won of the four members of each late game: half of two iterations is reached after the second, fourth and sixth.
-    for wins in (2, 2, 1, 3, 4, 0, 4, 4):
+def test_episodes_begin_earlier_when_enough_of_the_earliest_are_won():
+    """Walkthroughs of four commands; of an iteration's sixteen games twelve begin late, the earliest of these are asked."""
+    sampler = make("reverse", {"train": with_walkthroughs(*[4] * 40)}, share=0.75)
+    told, left = [], []
+    # Won of the four members: half of two iterations is reached after the second, fourth and sixth.
+    for wins in (2, 2, 1, 4, 4, 4, 4, 4):
+        drawn = sampler.take(16)
         heads = sampler.head_starts(drawn)
-        values = sampler.tell(outcomes(drawn, lambda task, member: task.seed < 3 and member < wins, head_starts=heads))
-        told.append((heads, values["curriculum/commands_left"], values.get("curriculum/success")))
+        earliest = min(heads[:12])
+        played = [
+            ended(task, head > earliest or member < wins, head) for task, head in zip(drawn, heads) for member in range(4)
+        ]
+        values = sampler.tell(played)
+        left.append({4 - head for head in heads[:12]})
+        told.append((values["curriculum/commands_left"], values.get("curriculum/success")))
+        assert heads[12:] == [0] * 4
     assert told == [
-        ([3, 2, 0, 0], 1, 0.5),  # the third game has no more than one command, the fourth is not late
-        ([3, 2, 0, 0], 1, 0.5),
-        ([2, 1, 0, 0], 2, 0.25),
-        ([2, 1, 0, 0], 2, 0.75),
-        ([1, 0, 0, 0], 3, 1.0),
-        ([1, 0, 0, 0], 3, 0.0),
-        ([0, 0, 0, 0], 4, None),  # the whole way, and no further
-        ([0, 0, 0, 0], 4, None),
+        (1, 0.5), (1, 0.5), (2, 0.25), (2, 1.0), (3, 1.0), (3, 1.0), (4, None), (4, None),  # the whole way, no further
     ]
-    assert values["curriculum/success_from_start"] == 0.75
-    assert "curriculum/success_from_start" not in sampler.tell(outcomes(drawn, head_starts=[1] * 4))
+    assert left == [set(range(1, int(count) + 1)) for count, _ in told]
+    assert values["curriculum/success_from_start"] == 1.0
+    assert "curriculum/success_from_start" not in sampler.tell(outcomes(drawn, head_starts=[1] * 16))
+
+
+def test_a_walkthrough_that_is_shorter_is_played_from_the_start():
+    drawn = with_walkthroughs(3, 1)
+    sampler = make("reverse", {"train": drawn}, share=1.0, window=1)
+    assert sampler.head_starts(drawn) == [2, 0]
+    sampler.tell(outcomes(drawn, lambda *_: True, head_starts=[2, 0]))
+    assert {tuple(sampler.head_starts(sampler.take(2))) for _ in range(20)} <= {(2, 0), (1, 0), (0, 2), (0, 1)}
 
 
 def test_the_others_play_from_the_start():
