@@ -55,11 +55,11 @@ def episodes(
 ) -> list[Episode]:
     """`group_size` episodes of each task. Equal tasks, members and streams replay equal episodes.
 
-    Args:
-        head_starts: of each task's episodes; None: all are played from the start.
-
     A task that is there twice has two groups, which go on counting members in their streams: the second
     would otherwise be the first once more, token for token.
+
+    Args:
+        head_starts: of each task's episodes; None: all are played from the start.
     """
     earlier: collections.Counter[int] = collections.Counter()
     made = []
