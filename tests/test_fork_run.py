@@ -34,5 +34,5 @@ def test_what_a_checkpoint_fits_may_be_changed_and_nothing_else(fork_run):
 
 def test_how_far_a_run_has_come(fork_run, monkeypatch):
     steps = {"runs/a/checkpoints/sft": 40, "runs/b/checkpoints/sft": 40, "runs/b/checkpoints/rl": 8}
-    monkeypatch.setattr(fork_run.checkpoints, "latest_step", steps.get)
+    monkeypatch.setattr(fork_run.checkpoints, "latest_step", lambda folder: steps.get(str(folder)))
     assert [fork_run.stands(f"runs/{name}") for name in "abc"] == ["imitation step 40", "RL iteration 8", "the start"]

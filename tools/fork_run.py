@@ -1,7 +1,7 @@
 """Goes on from where a run stands, in another workdir and with some settings otherwise; the run stays as it is.
 
     python tools/fork_run.py --from=runs/quickstart --config=configs/textworld_quickstart.py --workdir=runs/longer \\
-        --config.rl.num_iterations=240 --config.rl.kl.coefficient=0.01
+        --config.rl.num_iterations=240 --config.rl.optimizer.learning_rate=1e-4
 
 The flags are those of the new run, and the same command by `python -m jaxagentrl.main`, without `--from`, runs it: from the
 newest checkpoint, with the optimizer's state, the draws of games and the metrics until there. What may be others are `rl`
@@ -9,6 +9,7 @@ but for the critic and the order of games, `reward`, `rollout`, `eval`, `learner
 continued with (docs/config.md). The new run's config.json and model card say what was changed, and when.
 """
 
+import pathlib
 import shlex
 import sys
 
@@ -25,8 +26,9 @@ _FIXED = ("rl.critic", "rl.curriculum.order")
 
 def stands(root: str) -> str:
     """How far a run has come that has a checkpoint: "RL iteration 80"."""
+    folder = pathlib.Path(root).expanduser() / "checkpoints"
     for stage, name in (("rl", "RL iteration"), ("sft", "imitation step")):
-        if (step := checkpoints.latest_step(f"{root}/checkpoints/{stage}")) is not None:
+        if (step := checkpoints.latest_step(folder / stage)) is not None:
             return f"{name} {step}"
     return "the start"
 
@@ -52,7 +54,9 @@ def run(argv: list[str]) -> None:
         )
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    given = [argument for argument in sys.argv[1:] if not argument.lstrip("-").startswith("from=")]
+    given = sys.argv[1:]
+    place = next(place for place, argument in enumerate(given) if argument.lstrip("-").partition("=")[0] == "from")
+    del given[place : place + (1 if "=" in given[place] else 2)]
     print(
         f"{target}: {source} after {after}, " + ("; ".join(changed) or "with all settings as they were"),
         f"python -m jaxagentrl.main {shlex.join(given)}",
