@@ -174,6 +174,18 @@ def open_workdir(
     return Workdir(root, version_changes=changes, replaced=replaced, _lock=lock)
 
 
+def content(root: str | os.PathLike) -> dict[str, Any]:
+    """What a run's config.json holds: its "config", "versions" and "facts".
+
+    Raises:
+        WorkdirError: the folder is none of a run.
+    """
+    root = pathlib.Path(root).expanduser()
+    if not (root / "config.json").is_file():
+        raise WorkdirError(f"{root} holds no config.json: name the workdir of a run.")
+    return _read_json(root / "config.json")
+
+
 def fork(
     source: str | os.PathLike,
     path: str | os.PathLike,
@@ -201,9 +213,8 @@ def fork(
             holds something, or keys differ that may not.
     """
     root, target = pathlib.Path(source).expanduser(), pathlib.Path(path).expanduser()
-    config, keys = _as_json(dict(config), "the config"), tuple(may_differ)
+    config, keys, found = _as_json(dict(config), "the config"), tuple(may_differ), content(root)
     for is_wrong, message in (
-        (not (root / "config.json").is_file(), f"{root} has no config.json: name the workdir of a run."),
         ((root / "processes").exists(), f"{root} is of a run of several processes, which cannot be forked."),
         (not (root / "checkpoints").exists(), f"{root} has no checkpoint yet: start a new run instead."),
         (target.exists() and any(target.iterdir()), f"{target} holds something: give --workdir a folder that is new."),
@@ -212,22 +223,21 @@ def fork(
             raise WorkdirError(message)
     lock = _lock(root)
     with contextlib.closing(lock) if lock is not None else contextlib.nullcontext():
-        content = _read_json(root / "config.json")
-        changed = differences(_with_later(content["config"], config, later_keys), config, "")
+        changed = differences(_with_later(found["config"], config, later_keys), config, "")
         refused = [line for line in changed if not any(is_under(line.split(":", 1)[0], key) for key in keys)]
         if refused:
             raise WorkdirError(
                 f"{root} has a checkpoint that other values of {len(refused)} key(s) do not fit, or a past that they would "
                 f"not tell (there → here): {_listed(refused)}. Keep the run's, or start a new run."
             )
-        past = [*content.get("forked", []), {"after": after, "changed": changed}]
+        past = [*found.get("forked", []), {"after": after, "changed": changed}]
         with replacing_folder(target) as new:
             for name in _FORKED:
                 if (root / name).is_dir():
                     shutil.copytree(root / name, new / name)
                 elif (root / name).exists():
                     shutil.copy2(root / name, new / name)
-            write_atomic(new / "config.json", json.dumps(content | {"config": config, "forked": past}, indent=2) + "\n")
+            write_atomic(new / "config.json", json.dumps(found | {"config": config, "forked": past}, indent=2) + "\n")
     return changed
 
 

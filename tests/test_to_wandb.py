@@ -111,7 +111,7 @@ def test_what_comes_is_sent_until_ctrl_c_and_a_run_that_goes_back_is_waited_for(
 def test_what_is_missing_gets_a_sentence(to_wandb, wandb, folder, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         to_wandb.main([str(folder.parent), "--project", "p"])
-    assert "has no config.json: name the workdir of a run" in capsys.readouterr().err
+    assert "holds no config.json: name the workdir of a run" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit):
         to_wandb.main([str(folder), "--project", "p"])

@@ -121,7 +121,7 @@ def test_what_cannot_be_forked_is_refused_and_nothing_is_made(tmp_path):
             workdir.fork(tmp_path / source, tmp_path / target, config, may_differ=["env.num_workers"], after="")
         assert not (tmp_path / "new").exists()
 
-    refused("has no config.json: name the workdir of a run")
+    refused("holds no config.json: name the workdir of a run")
     begun = open_begun(tmp_path / "old")
     refused("has no checkpoint yet")
     begun.checkpoints.mkdir()

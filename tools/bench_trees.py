@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from counts import positive
-from jaxagentrl import learner, pages, reinforce, states
+from jaxagentrl import learner, pages, reinforce, states, workdir
 from jaxagentrl.models import decoder, pretrained
 from jaxagentrl.trajectory import Trajectory
 
@@ -182,9 +182,10 @@ def learn_in_torch(config, folder, trajectories, credit, *, tokens_per_part, onl
 def main() -> None:
     args = arguments()
     pages.keep()
-    if not (args.run / "config.json").is_file():
-        raise SystemExit(f"{args.run} holds no config.json: name the workdir of a run of RL.")
-    config = json.loads((args.run / "config.json").read_text(encoding="utf-8"))["config"]
+    try:
+        config = workdir.content(args.run)["config"]
+    except workdir.WorkdirError as error:
+        raise SystemExit(str(error))
     if config["rollout"]["context"] != "end":
         raise SystemExit("trees are of episodes that are one text: rollout.context 'end'.")
     if args.torch:

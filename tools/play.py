@@ -9,7 +9,6 @@ the run's rules. Games are found in the run's cache, or made, and numbered from 
 """
 
 import argparse
-import json
 import os
 import pathlib
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 import envs_host
 from envs_host.pool import EnvPool
 from envs_host.types import EnvFailure, ResetResult, StepResult, Task
-from jaxagentrl import engine, evaluate, prepare, progress, rollout, rules, tokenizer
+from jaxagentrl import engine, evaluate, prepare, progress, rollout, rules, tokenizer, workdir
 from jaxagentrl.models import decoding_layout, pretrained
 from jaxagentrl.trajectory import Trajectory
 
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def play(args: argparse.Namespace) -> None:
-    config = read_config(args.run)
+    config = workdir.content(args.run)["config"]
     task = find_task(config, args.split, args.game)
     show(f"{task.name}: {task.objective or 'no objective is told'}")
     options = {}
@@ -59,18 +58,6 @@ def play(args: argparse.Namespace) -> None:
         else:
             policy = evaluate.random_policy(args.seed) if args.agent == "random" else walkthrough(task)
             step_through(task, pool, policy, max_turns=config["rollout"]["max_turns"])
-
-
-def read_config(run: pathlib.Path) -> dict[str, Any]:
-    """The config of a run's workdir.
-
-    Raises:
-        ValueError: the folder is none.
-    """
-    path = run / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{run} holds no config.json: name the workdir of a run.")
-    return json.loads(path.read_text(encoding="utf-8"))["config"]
 
 
 def find_task(config: Mapping[str, Any], split: str, game: int) -> Task:

@@ -13,14 +13,13 @@ package versions and hashes of games are the W&B run's config. WANDB_MODE=offlin
 
 import argparse
 import hashlib
-import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxagentrl import metrics
+from jaxagentrl import metrics, workdir
 
 
 def run_id(root: pathlib.Path) -> str:
@@ -48,19 +47,6 @@ def following(path: pathlib.Path, poll_s: float) -> Iterator[list[metrics.Line]]
         time.sleep(poll_s)
 
 
-def read_config(root: pathlib.Path) -> Mapping[str, Any]:
-    """What is known of the run beside its metrics: the config, and versions and games.
-
-    Raises:
-        ValueError: this is no workdir.
-    """
-    path = root / "config.json"
-    if not path.exists():
-        raise ValueError(f"{root} has no config.json: name the workdir of a run, such as runs/quickstart.")
-    record = json.loads(path.read_text())
-    return record.pop("config") | record
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workdir", type=pathlib.Path)
@@ -75,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         parser.error("needs W&B's package, which is none of ours: pip install wandb")
     try:
-        config = read_config(args.workdir)
-    except ValueError as error:
+        content = workdir.content(args.workdir)
+    except workdir.WorkdirError as error:
         parser.error(str(error))
     path = args.workdir / "metrics.jsonl"
     run = wandb.init(
@@ -85,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name=args.name or args.workdir.resolve().name,
         id=run_id(args.workdir),
         resume="allow",
-        config=config,
+        config=content.pop("config") | content,
     )
     for phase in ("baseline", "sft", "eval", "rl"):
         run.define_metric(f"{phase}/step", hidden=True)
