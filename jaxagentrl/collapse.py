@@ -26,7 +26,7 @@ _SIGNS = (
     ("batch/group_std_mean", "deviation within groups", "number"),
 )
 
-
+# How far a curriculum has come.
 _STAGES = ("curriculum/level", "curriculum/commands_left")
 
 

@@ -114,9 +114,12 @@ def _training(config: Mapping[str, Any], run: report_data.Run) -> str:
 
 
 def _past(content: Mapping[str, Any]) -> str:
-    """Of a run that was forked: where its settings were others, and which."""
-    told = (f" After {fork['after']} was changed: {'; '.join(fork['changed'])}." for fork in content.get("forked", []))
-    return "".join(told)
+    """Of a run that was forked: where its settings were others, and which, but for the places of a machine."""
+    told = ""
+    for fork in content.get("forked", []):
+        changed = [line for line in fork["changed"] if line.split(":", 1)[0].split(".")[-1] not in _PLACES]
+        told += f" After {fork['after']} was changed: {'; '.join(changed)}." if changed else ""
+    return told
 
 
 def _rows(run: report_data.Run) -> Iterator[str]:

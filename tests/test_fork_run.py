@@ -27,8 +27,8 @@ def test_what_a_checkpoint_fits_may_be_changed_and_nothing_else(fork_run):
     for key in ("rl.optimizer.learning_rate", "rl.num_iterations", "rl.kl.coefficient", "rl.group_size",
                 "reward.intermediate_scale", "rollout.temperature", "eval.attempts", "sampling.num_slots", "mesh.data"):
         assert may(key), key
-    for key in ("seed", "rl.critic", "rl.curriculum.order", "splits", "env.name", "model.hidden_size", "sft.num_steps",
-                "prompt.style", "tokenizer.vocab_size", "namings"):
+    for key in ("seed", "rl.critic", "rl.curriculum.order", "rl.kl.placement", "rl.optimizer.moment_dtype",
+                "splits", "env.name", "model.hidden_size", "sft.num_steps", "prompt.style", "tokenizer.vocab_size", "namings"):
         assert not may(key), key
 
 

@@ -14,7 +14,7 @@ import rich.console
 import yaml
 
 from envs_host.types import StopReason, Task
-from jaxagentrl import metrics, report, report_curves, report_data, report_page, tokenizer
+from jaxagentrl import metrics, report, report_card, report_curves, report_data, report_page, tokenizer
 from jaxagentrl.trajectory import Trajectory, Turn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -300,6 +300,16 @@ def test_a_model_has_a_card_with_what_it_wins_and_came_from(root):
     settings = json.loads(text.split("```json\n")[1].split("```")[0])
     assert settings["rl"]["advantage"]["name"] == "gigpo" and settings["splits"]["test"] == [1, 300]
     assert "/home/me" not in text and "cache_dir" not in text
+
+
+def test_a_card_tells_what_a_fork_changed_but_no_places():
+    forked = [
+        {"after": "RL iteration 8", "changed": ["env.cache_dir: \"/a\" → \"/b\"", "rl.num_iterations: 8 → 12"]},
+        {"after": "RL iteration 9", "changed": ["env.cache_dir: \"/b\" → \"/c\""]},
+        {"after": "RL iteration 10", "changed": []},
+    ]
+    assert report_card._past({"forked": forked}) == " After RL iteration 8 was changed: rl.num_iterations: 8 → 12."
+    assert report_card._past({}) == ""
 
 
 def test_a_card_that_somebody_wrote_stays(root):

@@ -5,8 +5,9 @@
 
 The flags are those of the new run, and the same command by `python -m jaxagentrl.main`, without `--from`, runs it: from the
 newest checkpoint, with the optimizer's state, the draws of games and the metrics until there. What may be others are `rl`
-but for the critic and the order of games, `reward`, `rollout`, `eval`, `learner`, `sampling` and what any run may be
-continued with (docs/config.md). The new run's config.json and model card say what was changed, and when.
+but for the critic, the order of games, KL's placement and the moments' dtype, `reward`, `rollout`, `eval`, `learner`,
+`sampling` and what any run may be continued with (docs/config.md). The new run's config.json and model card say what was
+changed, and when.
 """
 
 import pathlib
@@ -20,8 +21,9 @@ from jaxagentrl import checkpoints, main, settings, train, workdir
 _FROM = flags.DEFINE_string("from", None, "Workdir of the run to go on from.")
 
 _SECTIONS = ("rl", "reward", "rollout", "eval", "learner", "sampling")
-# The state in a checkpoint has a critic's parameters or not, and is of one sampler of games.
-_FIXED = ("rl.critic", "rl.curriculum.order")
+# The state in a checkpoint has a critic's parameters or not, moments of a dtype, and that of one sampler of games; the
+# policy that KL refers to was kept as RL began, or was not.
+_FIXED = ("rl.critic", "rl.curriculum.order", "rl.kl.placement", "rl.optimizer.moment_dtype")
 
 
 def stands(root: str) -> str:
