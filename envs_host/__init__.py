@@ -83,7 +83,8 @@ def _class_of(name: str) -> type:
     try:
         members = vars(importlib.import_module(module))
     except ImportError as error:
-        raise ValueError(f"environment {name!r}: the module {module!r} cannot be imported ({error}).") from error
+        hint = f": run pip install 'jaxagentrl[{name}]'" if name in ENVIRONMENTS else ""
+        raise ValueError(f"environment {name!r}: the module {module!r} cannot be imported ({error}){hint}.") from error
     if attribute not in members:
         own = [
             key

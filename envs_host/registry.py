@@ -47,6 +47,13 @@ ENVIRONMENTS = {
         suffix=".swe.json",
         cache_format=2,
     ),
+    "gymnasium": Registered(
+        played_by="envs_host.gymnasium:GymnasiumEnv",
+        maker="envs_host.gymnasium_maker",
+        digest="envs_host.gymnasium_world:digest",
+        suffix=".gymnasium.json",
+        cache_format=1,
+    ),
 }
 
 

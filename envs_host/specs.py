@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import sys
@@ -38,9 +39,10 @@ class _Parameter(NamedTuple):
 
     Attributes:
         default: `_REQUIRED` if there is none.
-        form: its place in the task's name; a parameter at None or False has none.
-        allowed: `int` (from 0), a range of integers, `bool`, `str` or `pathlib.Path` (a text that is made an absolute
-            path), or a tuple of the values to choose from. Of a text with slashes the name has what is behind the last.
+        form: its place in the task's name; a parameter at None or False has none, nor one whose form is empty.
+        allowed: `int` (from 0), a range of integers, `float` (above 0), `bool`, `str` or `pathlib.Path` (a text that is
+            made an absolute path), `list` (of texts) or `dict` (of what JSON can hold, as which it is kept), or a tuple
+            of the values to choose from. Of a text with slashes the name has what is behind the last.
     """
 
     default: Any
@@ -104,10 +106,19 @@ FAMILIES: dict[str, dict[str, _Parameter]] = {
         "expert": _Parameter("reader", "{}", ("reader", "direct", "looker")),
         "window_lines": _Parameter(None, "{}", _FROM_1),
     },
+    # A Gymnasium environment of anyone's; see gymnasium_maker.py.
+    "gymnasium": {
+        "id": _Parameter(_REQUIRED, "{}", str),
+        "kwargs": _Parameter({}, "{}", dict),
+        "actions": _Parameter(None, "", list),
+        "expert": _Parameter(None, "", str),
+        "objective": _Parameter(None, "", str),
+        "max_score": _Parameter(1.0, "", float),
+    },
 }
 
 # The environment that plays a family; TextWorld, unless it is named here.
-_ENVIRONMENTS = {"alfworld": "alfworld", "swe-bugs": "swe"}
+_ENVIRONMENTS = {"alfworld": "alfworld", "swe-bugs": "swe", "gymnasium": "gymnasium"}
 
 
 def environment(family: str) -> str:
@@ -150,8 +161,7 @@ class Spec:
             raise ValueError(f"{family} needs the parameter {missing}: add it to {dict(spec)}.")
         for name, value in params.items():
             _check(family, name, value)
-            if known[name].allowed is pathlib.Path and value is not None:
-                params[name] = os.path.abspath(os.path.expanduser(value))
+            params[name] = _kept(known[name].allowed, value)
         _check_makeable(family, params)
         return cls(family, tuple(params.items()), seed)
 
@@ -167,7 +177,7 @@ class Spec:
         parts = [
             forms[name].form.format(_shown(value))
             for name, value in self.params
-            if value is not None and value is not False
+            if value not in (None, False, "{}") and forms[name].form
         ]
         return "-".join([self.family, *parts, f"s{self.seed}"])
 
@@ -179,16 +189,22 @@ class Spec:
 
     def _version(self) -> str:
         """Of what a game is made with: a library, or the files of a repository."""
+        params = dict(self.params)
         if self.env == "swe":
-            return _tree(dict(self.params)["repository"])
+            return _tree(params["repository"])
         try:
-            return importlib.metadata.version(self.env)
+            version = importlib.metadata.version(self.env)
         except importlib.metadata.PackageNotFoundError:
             raise ValueError(
                 f"games of the family {self.family!r} need the library {self.env!r}: run "
                 f"pip install 'jaxagentrl[{self.env}]' (from a checkout: pip install -e "
                 f"'.[{self.env}]')."
             ) from None
+        if self.env == "gymnasium":  # the library is the least of it
+            from envs_host import gymnasium_world
+
+            version = " ".join([version, *gymnasium_world.sources(params["id"], params["expert"])])
+        return version
 
     def paths(self, cache_dir: str) -> tuple[str, str, str]:
         """Absolute paths of the entry in a cache: game, description, record."""
@@ -210,7 +226,20 @@ def forget_repositories() -> None:
     _tree.cache_clear()
 
 
+def _kept(allowed: Any, value: Any) -> Any:
+    """A parameter that was found right, as a `Spec` can hold it."""
+    if value is None:
+        return None
+    if allowed is pathlib.Path:
+        return os.path.abspath(os.path.expanduser(value))
+    if allowed is dict:
+        return json.dumps(dict(value), sort_keys=True)
+    return tuple(value) if allowed is list else value
+
+
 def _shown(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("{"):
+        return ",".join(f"{key}={entry}" for key, entry in json.loads(value).items())
     return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else value
 
 
@@ -223,6 +252,15 @@ def _check(family: str, name: str, value: Any) -> None:
         good, expected = isinstance(value, bool), "True or False"
     elif allowed in (str, pathlib.Path):
         good, expected = isinstance(value, str) and bool(value), "a text"
+    elif allowed is float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        good, expected = is_number and 0 < value < math.inf, "a number above 0"
+    elif allowed is list:
+        good = isinstance(value, list | tuple) and all(isinstance(text, str) and text.strip() == text for text in value)
+        good = good and "" not in value and 0 < len(value) == len({text.casefold() for text in value})
+        expected = "different texts, without spaces around them"
+    elif allowed is dict:
+        good, expected = isinstance(value, Mapping) and _is_json(dict(value)), "named values that JSON can hold"
     else:
         bounds = range(sys.maxsize) if allowed is int else allowed
         good = isinstance(value, int) and not isinstance(value, bool) and value in bounds
@@ -231,6 +269,14 @@ def _check(family: str, name: str, value: Any) -> None:
             expected = f"an integer from {bounds.start} to {bounds.stop - 1}"
     if not good and not (value is None and default is None):
         raise ValueError(f"{family}: {name} must be {expected}, got {value!r}.")
+
+
+def _is_json(value: dict[Any, Any]) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return all(isinstance(key, str) for key in value)
 
 
 def _check_makeable(family: str, params: dict[str, Any]) -> None:

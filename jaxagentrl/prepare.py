@@ -90,9 +90,16 @@ def games(
             progress.notice(f"{name}: {told}")
     # The same small game can come out of two seeds: held-out games stay held out.
     seen: list[Task] = []
+    before: list[str] = []
     for name in sorted(made, key=lambda name: (not name.startswith("test"), name)):
-        made[name] = tasks.without(made[name], seen)
-        seen += made[name]
+        kept = tasks.without(made[name], seen)
+        if left_out := len(made[name]) - len(kept):
+            others = f" or of {', '.join(before)}" if before else ""
+            told = f"{left_out} of {len(made[name])} games left out: other seeds of it{others} gave the same"
+            progress.notice(f"{name}: {told}")
+        made[name] = kept
+        seen += kept
+        before.append(name)
     tasks.check_splits(made)
     return {
         name: [naming.renamed(task, number) for number in range(namings.get(kind(name), 1)) for task in split]

@@ -28,7 +28,7 @@ from typing import Any, TextIO
 
 VERSIONED_PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
-    "textworld", "alfworld",
+    "textworld", "alfworld", "gymnasium",
 )
 _LAYOUT = (
     "metrics.jsonl", "tensorboard", "checkpoints", "trajectories", "tokenizer", "model", "adapters",

@@ -23,6 +23,7 @@ envs_host.arrival
 envs_host.swe_tests
 envs_host.swe_text
 envs_host.swe_problem
+envs_host.gymnasium_world
 envs_host.specs
 envs_host.textworld_text
 envs_host.textworld_engine
@@ -36,6 +37,8 @@ envs_host.alfworld_houses
 envs_host.alfworld_maker
 envs_host.swe
 envs_host.swe_maker
+envs_host.gymnasium
+envs_host.gymnasium_maker
 envs_host.maker
 envs_host.games
 envs_host.alfworld_data

@@ -38,7 +38,7 @@ _PARAMS = {
                   "theme": "basic"},
     "alfworld": {"family": "alfworld", "split": "valid_unseen"},
 }
-_VERSIONS = {"textworld": ("textworld", "jericho"), "alfworld": ("alfworld",), "swe": ("pytest",)}
+_VERSIONS = {"textworld": ("textworld", "jericho"), "alfworld": ("alfworld",), "swe": ("pytest",), "gymnasium": ("gymnasium",)}
 
 
 @dataclasses.dataclass
