@@ -29,10 +29,10 @@ def folder(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("own")
     page = (ROOT / "docs" / "own_environment.md").read_text()
     blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, flags=re.S)
-    assert [name for name, _ in blocks] == ["guess.py", "make_tasks.py", "guess_config.py"]
+    assert [name for name, _ in blocks] == ["guess.py", "make_tasks.py", "guess_config.py", "lake.py", "lake_config.py"]
     for name, text in blocks:
         text = text.replace("configs/textworld_quickstart.py", str(ROOT / "configs" / "textworld_smoke.py"))
-        (folder / name).write_text(text.replace("    return config", f"{SMALL}    return config"))
+        (folder / name).write_text(text.replace("    return methods", f"{SMALL}    return methods"))
     run(folder, "make_tasks.py")
     return folder
 
@@ -82,9 +82,24 @@ def test_the_pages_environment_is_trained_on(folder):
 
 
 @pytest.mark.slow
-def test_the_doctor_examines_the_pages_environment(folder):
-    done = run(folder, ROOT / "tools" / "env_doctor.py", "--env=guess:Guess", "--tasks=guess.jsonl", "--num_episodes=8")
-    assert "| guess:Guess |" in done.stdout
+def test_the_pages_gymnasium_environment_is_trained_on(folder):
+    larger = '--config.splits={"demo": (1, 60), "train": (1001, 40), "test": (2001, 40), "test_larger": (3001, 20, LARGER)}'
+    larger = larger.replace("LARGER", '{"kwargs": {"size": 5}}')
+    begun, ended = train(folder, "lake_config.py", "lake", larger)
+    assert begun["walkthrough/success_rate"] == 1 and begun["random/success_rate"] < 0.3
+    assert begun["eval/success_rate"] == 0 < ended["eval/success_rate"] and 30 <= ended["eval/episodes"] <= 40
+    assert 0 < ended["eval_larger/episodes"] <= 20
+    shown = run(folder, ROOT / "tools" / "play.py", "lake", "--agent", "walkthrough").stdout
+    assert "Walk from S to G" in shown and "won (the game ended)" in shown
+
+
+@pytest.mark.slow
+def test_the_doctor_examines_the_pages_environments(folder):
+    doctor = [ROOT / "tools" / "env_doctor.py", "--num_episodes=8"]
+    assert "| guess:Guess |" in run(folder, *doctor, "--env=guess:Guess", "--tasks=guess.jsonl").stdout
+    params = {"family": "gymnasium", "id": "lake:Lake-v0", "actions": ["left", "down", "right", "up"]}
+    told = run(folder, *doctor, "--env=gymnasium", f"--params={json.dumps(params)}").stdout
+    assert "| two processes at once, one killed and replayed: same answers | yes |" in told and "gymnasium 1." in told
 
 
 def write(tmp_path, *lines):
