@@ -24,7 +24,7 @@ COMMANDS = (
     "bench_packed.py --model tiny --length 128 --rows 1 --parts 1 --repeats 1 "
     "--compute_dtype float32",
     "bench_update.py --sizes 1M --rows 1 --length 16 --repeats 1",
-    "bench_rollout.py --size tiny --turns 1 --episodes 1 --repeats 1 --cache-dir {games}",
+    "bench_rollout.py --size tiny --turns 1 --episodes 2 --group-size 2 --repeats 1 --cache-dir {games}",
     "bench_rollout.py --size tiny --turns 1 --episodes 1 --per-turn --workers 1 --dtype bfloat16 "
     "--cache-dir {games}",
     "bench_rollout.py --size tiny --turns 2 --episodes 8 --alike --cache-dir {games}",
@@ -89,6 +89,7 @@ WRONG = (
     ("plot_rollout.py README.md x.png", "README.md is no file that bench_rollout.py --record wrote"),
     ("bench_rollout.py --alike --turns 1", "--alike times the turns after the first"),
     ("bench_rollout.py --slots 3", "--slots must be a multiple of --waves, got 3 and 2"),
+    ("bench_rollout.py --group-size 3", "--group-size 3 must divide --episodes (32)"),
     ("mutate_core.py --at foo:1 losses:20", "--at: there is no mutant at foo:1"),
 )
 

@@ -2,6 +2,7 @@
 
     python tools/bench_rollout.py --size 25M --turns 5
     python tools/bench_rollout.py --size 25M --turns 25 --episodes 16
+    python tools/bench_rollout.py --size 25M --turns 5 --group-size 8       groups of one game, as RL samples them
     python tools/bench_rollout.py --size 25M --turns 25 --per-turn     what each turn costs, ours alone
     python tools/bench_rollout.py --size 25M --alike                   groups whose members act alike for a while
     python tools/bench_rollout.py --size 1M --spread                   short and long episodes mixed or apart
@@ -104,6 +105,7 @@ class World:
     stop_ids: list[int]
     turns: int
     max_length: int
+    group_size: int = 1  # episodes of each task
     dtype: str = "float32"  # of parameters, computation and cache
 
 
@@ -147,7 +149,7 @@ def ours(world: World, num_slots: int, num_waves: int):
 
     def play(seed: int) -> dict[str, float]:
         played = rollout.collect(
-            rollout.episodes(world.tasks, group_size=1, stream=(seed,)),
+            rollout.episodes(world.tasks, group_size=world.group_size, stream=(seed,)),
             rules=rules,
             pool=world.pool,
             engine=sampler,
@@ -166,8 +168,9 @@ def lockstep(world: World, sample_turn):
 
     def play(seed: int) -> dict[str, float]:
         del seed
-        count = len(world.tasks)
-        for index, task in enumerate(world.tasks):
+        tasks = [task for task in world.tasks for _ in range(world.group_size)]
+        count = len(tasks)
+        for index, task in enumerate(tasks):
             world.pool.reset(index, task)
         answers = _answers(world.pool, count)
         live = list(range(count))
@@ -249,7 +252,7 @@ def make_world(args, directory: str, pool: EnvPool, tasks, *, budget: int = BUDG
 def compare(world: World, args) -> dict[str, float]:
     """Turns per second of every contender."""
     pretrained.save(world.folder, world.config, world.params, tokenizer=world.chat_format.tokenizer)
-    slots = args.slots or -(-len(world.tasks) // args.waves) * args.waves
+    slots = args.slots or -(-len(world.tasks) * world.group_size // args.waves) * args.waves
     contenders = {
         "ours": lambda world: ours(for_sampling(world, args.dtype), slots, args.waves),
         "kept": transformers_kept_cache,
@@ -429,6 +432,7 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="1M")
     parser.add_argument("--turns", type=positive, help="default: 5, or 20 with --spread")
     parser.add_argument("--episodes", type=positive, default=32)
+    parser.add_argument("--group-size", type=positive, default=1, help="episodes of one game; of a comparison alone")
     parser.add_argument("--slots", type=positive, help="default: one for each episode, 32 with --spread")
     parser.add_argument("--waves", type=positive, default=2, help="on a CPU up to one per core run side by side")
     parser.add_argument("--workers", type=positive, default=2, help="processes of environments")
@@ -450,6 +454,10 @@ def main() -> int:
         )
     if args.alike and args.turns == 1:
         parser.error("--alike times the turns after the first: give --turns at least 2.")
+    if args.episodes % args.group_size or (args.group_size > 1 and (args.per_turn or args.alike or args.spread)):
+        parser.error(
+            f"--group-size {args.group_size} must divide --episodes ({args.episodes}) and goes with the comparison alone."
+        )
     if args.slots is None and args.spread:
         args.slots = 32
     if args.waves < 1 or (args.slots or 0) % args.waves:
@@ -459,17 +467,17 @@ def main() -> int:
 
     if args.turns is None:
         args.turns = 20 if args.spread else 5
-    specs = [dict(GAMES, seed=seed) for seed in range(1, args.episodes + 1)]
+    specs = [dict(GAMES, seed=seed) for seed in range(1, args.episodes // args.group_size + 1)]
     tasks = textworld.generate(specs, cache_dir=args.cache_dir, num_workers=args.workers).tasks
     limits = dict(step_limit_s=60.0, reset_limit_s=60.0, worker_memory_mb=2000.0)
     with tempfile.TemporaryDirectory() as directory, EnvPool(
         "textworld", {}, num_workers=args.workers, **limits
     ) as pool:
-        world = make_world(args, directory, pool, tasks)
+        world = dataclasses.replace(make_world(args, directory, pool, tasks), group_size=args.group_size)
         size = sum(x.size for x in jax.tree.leaves(world.params))
         print(
-            f"{args.size}: {size / 1e6:.1f} M parameters, {args.dtype}, {len(tasks)} episodes of "
-            f"{args.turns} turns, at most {BUDGET} tokens a turn, {jax.devices()[0].platform}"
+            f"{args.size}: {size / 1e6:.1f} M parameters, {args.dtype}, {len(tasks) * args.group_size} episodes of "
+            f"{args.turns} turns in groups of {args.group_size}, at most {BUDGET} tokens a turn, {jax.devices()[0].platform}"
         )
         if args.per_turn:
             per_turn(for_sampling(world, args.dtype))
@@ -481,7 +489,9 @@ def main() -> int:
             rates = compare(world, args)
             if args.record:
                 with open(args.record, "a") as file:
-                    result = dict(size=args.size, turns=args.turns, turns_per_second=rates)
+                    result = dict(
+                        size=args.size, turns=args.turns, group_size=args.group_size, turns_per_second=rates
+                    )
                     file.write(json.dumps(result) + "\n")
     return 0
 

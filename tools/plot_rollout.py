@@ -25,8 +25,8 @@ def _parameters(size: str) -> float:
     return 0.0 if size == "tiny" else float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
 
 
-def read(record: str) -> dict[tuple[float, int], tuple[str, dict[str, float]]]:
-    """How many times faster ours was than whom, by parameters and turns.
+def read(record: str) -> dict[tuple[float, int, int], tuple[str, dict[str, float]]]:
+    """How many times faster ours was than whom, by parameters, turns and size of groups.
 
     Raises:
         SystemExit: it is no record of the benchmark.
@@ -37,7 +37,8 @@ def read(record: str) -> dict[tuple[float, int], tuple[str, dict[str, float]]]:
             result = json.loads(line)
             rates = result["turns_per_second"]
             ratios = {name: rates["ours"] / rates[name] for name in rates if name != "ours"}
-            cases[_parameters(result["size"]), result["turns"]] = result["size"], ratios
+            key = _parameters(result["size"]), result["turns"], result.get("group_size", 1)
+            cases[key] = result["size"], ratios
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{record} is no file that bench_rollout.py --record wrote: {error!r}.") from error
     if not any(ratios for _, ratios in cases.values()):
@@ -70,7 +71,10 @@ def main() -> None:
     axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("times faster (turns per second)")
-    labels = [f"{cases[key][0]} parameters\n{key[1]} turns" for key in sorted(cases)]
+    labels = [
+        f"{cases[key][0]} parameters\n{key[1]} turns" + (f", groups of {key[2]}" if key[2] > 1 else "")
+        for key in sorted(cases)
+    ]
     axes.set_xticks(range(len(labels)), labels)
     axes.set_title("Multi-turn sampling: how many times faster jaxagentrl is than", loc="left")
     figure.legend(loc="outside lower center", ncols=len(measured), frameon=False)
