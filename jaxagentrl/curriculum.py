@@ -268,9 +268,12 @@ class Reverse:
         Returns:
             `curriculum/commands_left`, the most that walkthroughs of late episodes had left; the success of those with
             as many, `curriculum/success`, and of what was played from the start, `curriculum/success_from_start`,
-            where there were any.
+            where there were any; `curriculum/late_share`, what part of the episodes was begun late, which is less than
+            was drawn where a head start left no room for a turn.
         """
         values = {"curriculum/commands_left": float(self._left)}
+        if trajectories:
+            values["curriculum/late_share"] = sum(t.head_start > 0 for t in trajectories) / len(trajectories)
         earliest = [t.won for t in trajectories if 0 < t.head_start == len(t.task.walkthrough) - self._left]
         from_start = [t.won for t in trajectories if not t.head_start]
         if from_start:

@@ -247,7 +247,7 @@ def test_a_walkthrough_that_is_shorter_is_played_from_the_start():
     drawn = with_walkthroughs(3, 1)
     sampler = make("reverse", {"train": drawn}, share=1.0, window=1)
     assert sampler.head_starts(drawn) == [2, 0]
-    sampler.tell(outcomes(drawn, lambda *_: True, head_starts=[2, 0]))
+    assert sampler.tell(outcomes(drawn, lambda *_: True, head_starts=[2, 0]))["curriculum/late_share"] == 0.5
     assert {tuple(sampler.head_starts(sampler.take(2))) for _ in range(20)} <= {(2, 0), (1, 0), (0, 2), (0, 1)}
 
 
@@ -265,8 +265,9 @@ def test_an_iteration_begins_where_the_curriculum_says(monkeypatch):
     (*_, values), (episodes,), _ = play_rounds(monkeypatch, [1, 3, 0, 2], plan=plan, name="none")
     assert [(e.group, e.head_start) for e in episodes] == [(g, int(g < 2)) for g in range(4) for _ in range(3)]
     assert values == {
-        "curriculum/commands_left": 1.0, "curriculum/success": 4 / 6, "curriculum/success_from_start": 2 / 6
-    }
+        "curriculum/commands_left": 1.0, "curriculum/success": 4 / 6, "curriculum/success_from_start": 2 / 6,
+        "curriculum/late_share": 0.5,
+    }  # fmt: skip
 
 
 def test_games_without_walkthroughs_cannot_be_begun_near_their_end():

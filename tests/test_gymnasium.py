@@ -75,6 +75,8 @@ def test_a_game_is_won_lost_or_cut_short(tmp_path):
     for command in ("right", "left") * 2 if place == 0 else ("left", "right") * 2:
         answer = env.step(command)
     assert (answer.terminated, answer.truncated, answer.info.won, answer.info.lost) == (False, True, False, False)
+    with pytest.raises(RuntimeError, match="without a live episode"):
+        env.step("right")
     env.close()
     env.close()
 
