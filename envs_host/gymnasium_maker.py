@@ -31,7 +31,7 @@ def build(spec: Spec, game_path: str, played_path: str) -> Task:
             f"reset(seed={spec.seed}) began with {opening[:200]!r}, and then with {again[:200]!r}: what is random in "
             f"{params['id']} must follow from the seed (in Gymnasium's environments from self.np_random)."
         )
-    walkthrough = [] if params["expert"] is None else _ask(params["expert"], world, spec.seed)
+    walkthrough = [] if params["expert"] is None else _ask(params["expert"], world)
     world.close()
     identity = None if "identity" not in info else str(info["identity"])
     game = gymnasium_world.Game(params["id"], params["kwargs"], params["actions"], spec.seed, opening, identity)
@@ -51,13 +51,12 @@ def build(spec: Spec, game_path: str, played_path: str) -> Task:
     return task
 
 
-def _ask(expert: str, world: gymnasium_world.World, seed: int) -> list[str]:
-    """What the expert would do in the episode of a seed."""
+def _ask(expert: str, world: gymnasium_world.World) -> list[str]:
+    """What the expert would do in the episode that has just begun."""
     try:
         find = registry.find(expert)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"env.params.expert must be 'module:function', got {expert!r}: {error}") from error
-    world.reset(seed)
     said = find(world.env)
     if not isinstance(said, list | tuple) or not all(isinstance(command, str) for command in said):
         raise ValueError(f"{expert} must return a list of the texts that win, empty if there are none, got {said!r}.")

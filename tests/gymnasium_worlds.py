@@ -76,6 +76,10 @@ def wrong_way(env):
     return ["right", "LEFT", *way(env)[:-1]]
 
 
+def way_off(env):
+    return ["left"] * 20
+
+
 def no_way(env):
     return []
 

@@ -54,9 +54,10 @@ def test_games_are_made_by_seed_and_kept(tmp_path):
 
 
 def test_a_game_is_won_lost_or_cut_short(tmp_path):
-    [task], _ = made(tmp_path, 0, kwargs={"limit": 4})
+    [task], _ = made(tmp_path, 0, kwargs={"limit": 9, "length": 8})
     env = GymnasiumEnv()
     place = int(re.search(r"\d", env.reset(task).observation)[0])
+    assert 1 < len(task.walkthrough) < 8
     for command in task.walkthrough[:-1]:
         answer = env.step(f" {command.upper()}\n")  # whatever its case
         assert not (answer.terminated or answer.truncated or answer.info.won) and answer.reward == 0
@@ -72,7 +73,7 @@ def test_a_game_is_won_lost_or_cut_short(tmp_path):
     assert (answer.terminated, answer.info.won, answer.info.lost, answer.info.score) == (True, False, True, -0.5)
 
     env.reset(task)
-    for command in ("right", "left") * 2 if place == 0 else ("left", "right") * 2:
+    for command in (*("left", "right") * 4, "left"):
         answer = env.step(command)
     assert (answer.terminated, answer.truncated, answer.info.won, answer.info.lost) == (False, True, False, False)
     with pytest.raises(RuntimeError, match="without a live episode"):
@@ -170,7 +171,11 @@ def test_what_cannot_be_played_is_told_before_anything_is_learned(tmp_path, para
 
 @pytest.mark.parametrize(
     "expert, words",
-    [("no_way", "the expert finds no way"), ("wrong_way", "the walkthrough goes wrong at command")],
+    [
+        ("no_way", "the expert finds no way"),
+        ("wrong_way", "the walkthrough goes wrong at command"),
+        ("way_off", "the walkthrough goes wrong at command"),
+    ],
 )
 def test_games_whose_expert_does_not_win_are_set_aside(tmp_path, expert, words):
     tasks, reasons = made(tmp_path, 0, kwargs={"length": 5}, expert=f"gymnasium_worlds:{expert}")
