@@ -177,7 +177,7 @@ class Spec:
         parts = [
             forms[name].form.format(_shown(value))
             for name, value in self.params
-            if value not in (None, False, "{}") and forms[name].form
+            if value is not None and value is not False and value != "{}" and forms[name].form
         ]
         return "-".join([self.family, *parts, f"s{self.seed}"])
 
