@@ -232,14 +232,14 @@ def test_a_damaged_game_is_found_out(tmp_path):
     assert made(tmp_path, 0, 1, kwargs={"named": False})[0] == [one, two]  # and made again
 
 
-def test_games_that_came_out_twice_are_left_out_and_told(tmp_path, capsys):
+def test_games_that_came_out_twice_are_left_out_and_told(tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(prepare.progress, "notice", told.append)
     env = {"params": WALK, "cache_dir": str(tmp_path), "num_workers": 1}
     splits = {"train": (100, 10, {"kwargs": {"length": 9}}), "test": (0, 10, {"kwargs": {"length": 9}})}
     found = prepare.games(env, splits, {"demo": 1, "train": 1})
     digests = [task.digest for split in found.values() for task in split]
     assert len(set(digests)) == len(digests) < 20
-    told = capsys.readouterr()
-    told = " ".join((told.out + told.err).split())
     for name, others in (("test", ""), ("train", " or of test")):
         gone = 10 - len(found[name])
         assert f"{name}: {gone} of 10 games left out: other seeds of it{others} gave the same" in told
