@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxagentrl import precision
+
 # Logits that exist at once: 256 MiB of float32, 1 GiB on accelerators, where every chunk reads and writes
 # the unembedding's gradient once more.
 _CHUNK_LOGITS = {"cpu": 1 << 26, "gpu": 1 << 28, "tpu": 1 << 28}
@@ -188,10 +190,8 @@ def _score_bwd(reading, saved, cotangents):
         probs = jnp.exp(log_probs)
         d_logits = d_chosen * (is_target - probs) - d_entropy * probs * (log_probs + entropy)
         d_scores = (d_logits * _slope(reading, logits)).astype(x.dtype)
-        d_unembedding = jax.lax.dot_general(
-            x, d_scores, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        d_finish, d_taken = slope_of(d_scores @ unembedding.T)
+        d_unembedding = precision.contract(x, d_scores, ((0,), (0,)), jnp.float32)
+        d_finish, d_taken = slope_of(precision.matmul(d_scores, unembedding.T))
         # Summed over chunks in float32, whatever the products are in.
         d_weights = jax.tree.map(jnp.add, d_weights, _Weights(d_finish, d_unembedding))
         return _put(d_contexts, at, d_taken), d_weights
@@ -226,7 +226,7 @@ def cap(x: jax.Array, softcap: float | None) -> jax.Array:
 
 def _logits(reading: _Reading, x: jax.Array, unembedding: jax.Array) -> jax.Array:
     """[C, V] float32."""
-    scores = jnp.matmul(x, unembedding, preferred_element_type=jnp.float32)
+    scores = precision.matmul(x, unembedding, jnp.float32)
     return cap(scores, reading.softcap) / reading.temperature
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_engine import CONFIG, conversations, make_engine
 
-from jaxagentrl import compiles, dispatch, engine, precision
+from jaxagentrl import compiles, dispatch, engine
 from jaxagentrl.models import decoder, sharding
 
 
@@ -161,20 +161,3 @@ def test_who_waits_for_a_wave_hears_of_another_that_is_over_earlier(monkeypatch)
     assert 0 in sampler.receive(1) and sampler.over() == []
     may_end.set()
     assert sampler.wait(0) == [0] and 0 in sampler.receive(0)
-
-
-@pytest.mark.parametrize(
-    "backend, dtype, wanted",
-    [
-        ("cpu", "float32", None),
-        ("gpu", "float32", "float32"),
-        ("tpu", "float32", "float32"),
-        ("gpu", "bfloat16", None),
-    ],
-)
-def test_float32_is_kept_on_accelerators(backend, dtype, wanted, monkeypatch):
-    updates = {}
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
-    precision.keep_float32(dtype)
-    assert updates.get("jax_default_matmul_precision") == wanted

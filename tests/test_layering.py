@@ -55,9 +55,9 @@ envs_host.pool
 jaxagentrl
 jaxagentrl.pages
 jaxagentrl.interrupts
-jaxagentrl.precision
 jaxagentrl.types
 jaxagentrl.arguments
+jaxagentrl.precision
 jaxagentrl.masking
 jaxagentrl.group_advantages
 jaxagentrl.turn_credit

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxagentrl import precision
 from jaxagentrl.logprobs import cap
 from jaxagentrl.models import attention, by_device, decode_kernel, extend_kernel, kv_cache, kv_tail, rope, sharding
 from jaxagentrl.models.decoder_config import DecoderConfig
@@ -366,7 +367,7 @@ def unembed(params: Params, x: jax.Array, *, softcap: float | None = None) -> ja
         z = product_of_few(x, params["lm_head"]["transposed"])
     else:
         kernel = unembedding(params).astype(x.dtype)
-        z = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+        z = precision.matmul(x, kernel, jnp.float32)
     return cap(z, softcap)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxagentrl import precision
 from jaxagentrl.models import rope, sharding
 from jaxagentrl.models.decoder_config import DecoderConfig
 
@@ -36,17 +37,17 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     dy, element by element, in the midst of what dy is made of: a fifth of a whole update's time
     (`docs/performance_log.md`).
     """
-    return x @ kernel
+    return precision.matmul(x, kernel)
 
 
 def _product_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return x @ kernel, (x, kernel)
+    return precision.matmul(x, kernel), (x, kernel)
 
 
 def _product_bwd(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     rows = tuple(range(x.ndim - 1))
-    return dy @ kernel.T, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+    return precision.matmul(dy, kernel.T), precision.contract(x, dy, (rows, rows))
 
 
 product.defvjp(_product_fwd, _product_bwd)
