@@ -97,7 +97,7 @@ class Engine:
         self._notice = notice
         self._seen: set[tuple] = set()
         self._stop_ids = np.array(sorted(self.stop_ids), np.int32)
-        self._extend = sampling.make_extend(config)
+        self._extend = sampling.make_extend(config, cache_dtype)
         self._fork = sampling.make_fork()
         self._decode = sampling.make_decode(config, max_turn_tokens=max_turn_tokens)
         # Compiled: on a mesh a device makes its own part, not the whole first.

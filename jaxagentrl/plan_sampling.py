@@ -158,7 +158,7 @@ def _largest_calls(
     program = sampling.make_decode(model, max_turn_tokens=options["max_turn_tokens"])
     split = possible.shards
     return [
-        calls.extend(sampling.make_extend(model), arrays.policy, {}, extend, shards=split),
+        calls.extend(sampling.make_extend(model, options["cache_dtype"]), arrays.policy, {}, extend, shards=split),
         calls.fork(sampling.make_fork(), [], *fork, shards=split),
         calls.decode(
             program,

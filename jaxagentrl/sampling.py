@@ -26,7 +26,7 @@ _DECODE_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_mer
 # Of extend: jaxlib 0.10's YNNPACK, to which XLA hands products, takes one core for batches of matrices of few
 # rows, which are attention's. Of its fusions only those of sums are left: an extend takes up to 25 % less
 # time, the more the longer the history, and with jaxlib 0.12 the same; decode steps would take more
-# (`docs/performance_log.md`, "Extends on both cores").
+# (`docs/performance_log.md`, "Extends on both cores"). Not so in bfloat16, whose products YNNPACK alone has.
 _EXTEND_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}}
 
 # Blocks of the vocabulary that a token is looked for in. A divisor of most published vocabularies, which are
@@ -146,9 +146,12 @@ class Extend(Protocol):
     ) -> tuple[Held, jax.Array]: ...
 
 
-def make_extend(config: decoder.DecoderConfig) -> Extend:
+def make_extend(config: decoder.DecoderConfig, cache_dtype: str = "float32") -> Extend:
     """Program that appends tokens [R, W] to the cache rows `slots` [R], and keeps the hidden states of
     the last ones, from which `decode` samples the next.
+
+    Any cache can be given. By `cache_dtype` the program is compiled, on CPU, as one that computes in bfloat16, too, if
+    that is "bfloat16"; what it computes in is the dtype of the parameters.
 
     Rows that are padding name a slot out of range. The argument `held` is donated. The rows' new
     lengths [R] are returned beside it: the host can wait for them after `held` was donated to the next call.
@@ -176,7 +179,7 @@ def make_extend(config: decoder.DecoderConfig) -> Extend:
         jax.jit,
         static_argnames="filled",
         donate_argnames="held",
-        compiler_options=_known(_EXTEND_OPTIONS),
+        compiler_options=_known({} if cache_dtype == "bfloat16" else _EXTEND_OPTIONS),
     )
     def extend(params, held, tokens, slots, lengths, counts, *, filled):
         program = functools.partial(append, filled=filled)

@@ -239,7 +239,7 @@ def test_an_extend_makes_keys_and_values_alone_of_all_tokens_in_its_last_layer()
 
 
 def test_products_of_an_extend_are_not_left_to_ynnpack():
-    """Which computes those of attention on one core."""
+    """Which computes those of attention on one core; but it alone has those of bfloat16 numbers."""
     option, value = next(iter(sampling._EXTEND_OPTIONS["cpu"].items()))
     if not compiles.knows(option, value):
         pytest.skip("this jaxlib has no such option.")
@@ -257,6 +257,7 @@ def test_products_of_an_extend_are_not_left_to_ynnpack():
 
     extend = sampling.make_extend(config)
     assert fused(extend) == 0
+    assert fused(sampling.make_extend(config, "bfloat16")) > 0
     assert fused(jax.jit(extend.__wrapped__, static_argnames="filled")) > 0
 
 
