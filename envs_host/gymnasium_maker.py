@@ -57,7 +57,8 @@ def _ask(expert: str, world: gymnasium_world.World) -> list[str]:
         find = registry.find(expert)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"env.params.expert must be 'module:function', got {expert!r}: {error}") from error
-    said = find(world.env)
+    with gymnasium_world.theirs(expert):
+        said = find(world.env)
     if not isinstance(said, list | tuple) or not all(isinstance(command, str) for command in said):
         raise ValueError(f"{expert} must return a list of the texts that win, empty if there are none, got {said!r}.")
     if not said:

@@ -4,12 +4,14 @@ What is asked of the environment: observations are texts, and a seed given to `r
 episode. Its actions are texts (a space `Text`), or the numbers of a `Discrete` space, which the config names.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import importlib.util
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -86,7 +88,9 @@ class World:
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         """Starts the episode of a seed; returns its first observation and what is known beside it."""
-        observation, info = self.env.reset(seed=seed)
+        with theirs(f"reset of {self._id}"):
+            answer = self.env.reset(seed=seed)
+        observation, info = self._parts("reset", answer, ("observation", "info"))
         return self._text(observation), info
 
     def action(self, command: str) -> Any | None:
@@ -97,8 +101,10 @@ class World:
         return named.get(command.casefold())
 
     def step(self, action: Any) -> Answer:
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        return Answer(self._text(observation), float(reward), bool(terminated), bool(truncated), info)
+        with theirs(f"step of {self._id}"):
+            answer = self.env.step(action)
+        observation, reward, terminated, truncated, info = self._parts("step", answer, Answer._fields)
+        return Answer(self._text(observation), self._number(reward), bool(terminated), bool(truncated), info)
 
     def admissible(self, info: dict[str, Any]) -> tuple[str, ...]:
         """The commands that make sense now, where that is known: as `info` has them under "admissible_commands", or
@@ -113,6 +119,24 @@ class World:
     def close(self) -> None:
         self.env.close()
 
+    def _parts(self, method: str, answer: Any, names: Sequence[str]) -> tuple[Any, ...]:
+        """What the environment answered, whose last part is the info."""
+        if not isinstance(answer, tuple) or len(answer) != len(names) or not isinstance(answer[-1], dict):
+            raise ValueError(
+                f"{self._id}: {method} must return ({', '.join(names)}), the info being a dict, as Gymnasium's do, got "
+                f"{repr(answer)[:_SHOWN]}."
+            )
+        return answer
+
+    def _number(self, reward: Any) -> float:
+        try:
+            number = float(reward)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{self._id}: a reward must be a number, and a finite one, got {reward!r}.")
+        return number
+
     def _text(self, observation: Any) -> str:
         if not isinstance(observation, str):
             raise ValueError(
@@ -120,6 +144,16 @@ class World:
                 f"{repr(observation)[:_SHOWN]}: wrap it (gymnasium.wrappers.TransformObservation)."
             )
         return observation
+
+
+@contextlib.contextmanager
+def theirs(what: str) -> Iterator[None]:
+    """Around code of the environment's authors, whose ValueErrors are not to be taken for those of a setting, which are
+    told without where they came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError(f"{what} raised {error!r}") from error
 
 
 def save(game: Game, path: str) -> None:

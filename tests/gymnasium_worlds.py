@@ -3,6 +3,7 @@
 import random
 
 import gymnasium
+import numpy as np
 from gymnasium import spaces
 
 ACTIONS = ("Left", "right")
@@ -66,6 +67,34 @@ class Grid(Echo):
     action_space = spaces.Box(0, 1)
 
 
+class Odd(Echo):
+    """Answers in a way that Gymnasium's do not."""
+
+    def __init__(self, oddity):
+        super().__init__()
+        self._oddity = oddity
+
+    def reset(self, *, seed=None, options=None):
+        answer = super().reset(seed=seed)
+        return answer[0] if self._oddity == "old reset" else answer
+
+    def step(self, action):
+        observation, _, terminated, truncated, info = super().step(action)
+        if self._oddity == "raises":
+            return [].index(action)
+        if self._oddity == "old step":
+            return observation, 0.0, terminated, info
+        rewards = {"nan": float("nan"), "array": np.zeros(1), "text": "1", "numpy": np.float32(1)}
+        return observation, rewards.get(self._oddity, 0.0), terminated, truncated, None if self._oddity == "no info" else info
+
+
+def bye(env):
+    """The expert of `Echo`."""
+    if env.unwrapped._opening == "sad":
+        raise ValueError("too sad to go")
+    return ["bye"]
+
+
 def way(env):
     """The expert of `Walk`."""
     world = env.unwrapped
@@ -88,5 +117,5 @@ def one_word(env):
     return "right"
 
 
-for name in ("Walk", "Echo", "Moody", "Grid"):
+for name in ("Walk", "Echo", "Moody", "Grid", "Odd"):
     gymnasium.register(f"{name}-v0", entry_point=f"gymnasium_worlds:{name}")

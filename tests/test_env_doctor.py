@@ -1,6 +1,7 @@
 """The environment doctor names the argument that is wrong, and suggests limits that a run takes."""
 
 import importlib
+import json
 import pathlib
 
 import pytest
@@ -44,3 +45,14 @@ def test_a_step_may_be_a_run_of_tests(doctor):
     assert doctor._longest_step("swe", {}) == 70.0
     assert doctor._longest_step("swe", {"test_limit_s": 5.0}) == 15.0
     assert doctor._longest_step("textworld", {}) == 0.0
+
+
+def test_why_games_were_set_aside_is_told(doctor, monkeypatch, capsys):
+    pytest.importorskip("gymnasium")
+    expert = "gymnasium_worlds:no_way"
+    params = {"family": "gymnasium", "id": "gymnasium_worlds:Walk-v0", "actions": ["left", "right"], "expert": expert}
+    command = ["env_doctor.py", "--env=gymnasium", f"--params={json.dumps(params)}", "--num_tasks=2"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match="no task is usable"):
+        doctor.main()
+    assert "2 of 2 games set aside, e.g.: the expert finds no way" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Environments of Gymnasium's shape: games made of them, how these are played, and what is refused."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import pytest
 
 import envs_host
 from envs_host import gymnasium_world, specs
-from envs_host.games import generate
+from envs_host.games import GenerationError, generate
 from envs_host.gymnasium import GymnasiumEnv
 from envs_host.pool import EnvPool
 from envs_host.types import GameFileError, StepResult
@@ -167,6 +168,30 @@ def test_the_pool_plays_them_and_survives_a_killed_worker(tmp_path):
 def test_what_cannot_be_played_is_told_before_anything_is_learned(tmp_path, params, words):
     with pytest.raises(ValueError, match=words):
         made(tmp_path, 0, **params)
+
+
+@pytest.mark.parametrize(
+    "oddity, error, words",
+    [
+        ("old reset", ValueError, r"Odd-v0: reset must return \(observation, info\), .* got 'Hello\?'"),
+        ("old step", ValueError, r"step must return \(observation, reward, terminated, truncated, info\)"),
+        ("no info", ValueError, "the info being a dict, .* None"),
+        ("nan", ValueError, "a reward must be a number, and a finite one, got nan"),
+        ("array", ValueError, r"a reward must be a number, and a finite one, got array\(\[0"),
+        # With where it came from, as every error that is theirs.
+        ("raises", GenerationError, r"(?s)gymnasium_worlds.py.*step of gymnasium_worlds:Odd-v0 raised ValueError\("),
+        ("numpy", None, ""),
+    ],
+)  # fmt: skip
+def test_odd_answers_are_told(tmp_path, oddity, error, words):
+    params = echo(oddity=oddity) | {"id": "gymnasium_worlds:Odd-v0", "expert": "gymnasium_worlds:bye"}
+    with pytest.raises(error, match=words) if error else contextlib.nullcontext():
+        made(tmp_path, 0, **params)
+
+
+def test_an_experts_error_is_told_with_where_it_came_from(tmp_path):
+    with pytest.raises(GenerationError, match=r"(?s)in bye.*gymnasium_worlds:bye raised ValueError\('too sad to go'\)"):
+        made(tmp_path, 0, **echo(opening="sad") | {"expert": "gymnasium_worlds:bye"})
 
 
 @pytest.mark.parametrize(

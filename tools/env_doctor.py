@@ -126,7 +126,7 @@ def _check_env(env: str, options: dict[str, Any]) -> None:
 
 def _tasks(args: argparse.Namespace, cache_dir: str) -> list[Task]:
     if args.tasks:
-        found = own_tasks.read(args.tasks)
+        found, notices = own_tasks.read(args.tasks), []
     else:
         params = args.params or _PARAMS.get(args.env)
         if params is None:
@@ -139,8 +139,10 @@ def _tasks(args: argparse.Namespace, cache_dir: str) -> list[Task]:
         except OSError as error:
             raise ValueError(f"--cache_dir={cache_dir} cannot be made: {error.strerror}.") from error
         seeds = range(_SEED, _SEED + args.num_tasks)
-        found = collect.tasks(
-            params, seeds, first=_SEED, cache_dir=cache_dir, num_workers=None).tasks
+        collected = collect.tasks(params, seeds, first=_SEED, cache_dir=cache_dir, num_workers=None)
+        found, notices = collected.tasks, collected.notices
+    for notice in notices:
+        print(notice, file=sys.stderr)
     if not found:
         sys.exit("no task is usable")
     return found
