@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import gymnasium
 
 from envs_host import arrival
-from envs_host.types import GameFileError
 
 _FORMAT = 1
 _SHOWN = 200  # characters of what a message quotes
@@ -158,7 +157,7 @@ def theirs(what: str) -> Iterator[None]:
 
 def save(game: Game, path: str) -> None:
     """Writes the game file, whole or not at all."""
-    arrival.write_json({"format": _FORMAT, **dataclasses.asdict(game)}, path)
+    arrival.save_game(game, _FORMAT, path)
 
 
 def load(path: str) -> Game:
@@ -167,15 +166,12 @@ def load(path: str) -> Game:
     Raises:
         GameFileError: the file is missing or damaged.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        if content.pop("format") != _FORMAT:
-            raise GameFileError(f"{path} was written by another version: make the games again.")
+
+    def build(content: dict[str, Any]) -> Game:
         actions = content["actions"]
         return Game(**content | {"actions": None if actions is None else tuple(actions)})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GameFileError(f"the game file {path} cannot be read ({error!r}): make the games again.") from error
+
+    return arrival.load_game(path, _FORMAT, build)
 
 
 def digest(path: str) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from envs_host import arrival
-from envs_host.types import GameFileError
 
 _FORMAT = 1
 
@@ -47,7 +46,7 @@ class Problem:
 
 def save(problem: Problem, path: str) -> None:
     """Writes the task file, whole or not at all."""
-    arrival.write_json({"format": _FORMAT, **dataclasses.asdict(problem)}, path)
+    arrival.save_game(problem, _FORMAT, path)
 
 
 def load(path: str) -> Problem:
@@ -56,15 +55,11 @@ def load(path: str) -> Problem:
     Raises:
         GameFileError: the file is missing or damaged.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        if content.pop("format") != _FORMAT:
-            raise GameFileError(f"{path} was written by another version: make the tasks again.")
-        lists = {name: tuple(content[name]) for name in ("tests", "fail_to_pass", "pass_to_pass")}
-        return Problem(**content | lists)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GameFileError(f"the task file {path} cannot be read ({error!r}): make the tasks again.") from error
+
+    def build(content: dict[str, Any]) -> Problem:
+        return Problem(**content | {name: tuple(content[name]) for name in ("tests", "fail_to_pass", "pass_to_pass")})
+
+    return arrival.load_game(path, _FORMAT, build)
 
 
 def test_files(ids: Iterable[str]) -> frozenset[str]:

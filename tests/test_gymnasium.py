@@ -228,6 +228,7 @@ def test_parameters_are_looked_at(params, words):
         specs.Spec.parse({"family": "gymnasium", "seed": 0} | params)
 
 
+@pytest.mark.filterwarnings("ignore:.*Overriding environment")
 def test_games_are_made_again_when_their_code_has_changed(tmp_path, monkeypatch):
     folder = tmp_path / "code"
     folder.mkdir()
