@@ -252,6 +252,10 @@ def test_a_damaged_game_is_found_out(tmp_path):
     pathlib.Path(one.file).write_text(pathlib.Path(two.file).read_text())
     with pytest.raises(GameFileError, match="is not the one of task"):
         GymnasiumEnv().reset(one)
+    other = json.loads(pathlib.Path(two.file).read_text()) | {"format": 0}
+    pathlib.Path(two.file).write_text(json.dumps(other))
+    with pytest.raises(GameFileError, match="was written by another version"):
+        GymnasiumEnv().reset(two)
     pathlib.Path(two.file).write_text("{")
     with pytest.raises(GameFileError, match="cannot be read"):
         GymnasiumEnv().reset(two)
