@@ -64,7 +64,8 @@ class World:
         """
         try:
             # Its checker holds texts to a space's alphabet, which few declare: what matters is looked at here.
-            self.env = gymnasium.make(id, disable_env_checker=True, **kwargs)
+            with theirs(f"gymnasium.make({id!r})"):
+                self.env = gymnasium.make(id, disable_env_checker=True, **kwargs)
         except (gymnasium.error.Error, ImportError, TypeError) as error:
             raise ValueError(f"gymnasium.make({id!r}, **{kwargs}) fails: {error}") from error
         self.actions = None if actions is None else tuple(actions)

@@ -73,6 +73,8 @@ class Odd(Echo):
     def __init__(self, oddity):
         super().__init__()
         self._oddity = oddity
+        if oddity == "not made":
+            raise ValueError("no board")
 
     def reset(self, *, seed=None, options=None):
         answer = super().reset(seed=seed)

@@ -180,6 +180,7 @@ def test_what_cannot_be_played_is_told_before_anything_is_learned(tmp_path, para
         ("array", ValueError, r"a reward must be a number, and a finite one, got array\(\[0"),
         # With where it came from, as every error that is theirs.
         ("raises", GenerationError, r"(?s)gymnasium_worlds.py.*step of gymnasium_worlds:Odd-v0 raised ValueError\("),
+        ("not made", GenerationError, r"(?s)gymnasium_worlds.py.*gymnasium.make\('gymnasium_worlds:Odd-v0'\) raised ValueError"),
         ("numpy", None, ""),
     ],
 )  # fmt: skip

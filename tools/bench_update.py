@@ -6,14 +6,14 @@
 
 Same model, same weights, same batch, same loss (mean cross-entropy of the action tokens), same optimizer
 (AdamW with clipping by global norm), float32 unless --compute_dtype says bfloat16 (torch's autocast; weights
-and optimizer stay float32); loss and gradient norm of the first step are compared before
-anything is timed. Ours unembeds the action tokens alone (and, on CPU, runs the last feed-forward for them
-alone), theirs computes all, as `transformers` does. Each side has a process of its own, so that peak memory
-is its own, and they take turns, step by step: a machine's speed moves by more than they differ. "of ceiling"
-is the model's arithmetic (three forward passes) per second over what this machine reaches in a plain float32
-matrix product, one before each step, in the same process. "by rounds" is the median of the rounds' ratios.
-The last three columns say the same as "ms" by processor time, which other programs on the machine disturb
-less: on a busy one, run with --threads=1 and read those.
+and optimizer stay float32); loss and gradient norm of the first step are compared before anything is timed.
+Ours unembeds the action tokens alone (and, on CPU, runs the last feed-forward for them alone), theirs
+computes all, as `transformers` does. Each side has a process of its own, so that peak memory is its own, and
+they take turns, step by step: a machine's speed moves by more than they differ. "of ceiling" is the model's
+arithmetic (three forward passes) per second over what this machine reaches in a plain float32 matrix product,
+one before each step, in the same process. "by rounds" is the median of the rounds' ratios. The last three
+columns say the same as "ms" by processor time, which other programs on the machine disturb less: on a busy
+one, run with --threads=1 and read those.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--actions", type=float, default=2 / 3, help="share of tokens trained on")
     parser.add_argument("--repeats", type=positive, default=8)
     parser.add_argument("--only", choices=["jax", "torch"])
-    parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32", help="of activations and products; weights stay float32")
+    parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32", help="of products")
     parser.add_argument("--remat", default="none", help="of our side")
     parser.add_argument("--threads", type=positive, default=os.cpu_count(), help="cores to use")
     parser.add_argument("--profile", help="folder for a trace of one of our steps")
