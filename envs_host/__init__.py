@@ -17,7 +17,8 @@ def make(name: str, **kwargs) -> TextEnv:
     """Makes an environment, ready for `reset`.
 
     Args:
-        name: a name of `ENVIRONMENTS`, or "package.module:Class" for an environment of your own.
+        name: a name of `ENVIRONMENTS`, or "package.module:Class" for an environment of your own: a `TextEnv`, or a class
+            without `step` whose methods are tools (`envs_host.tools`).
         **kwargs: options of that environment.
 
     Raises:
@@ -95,10 +96,15 @@ def _class_of(name: str) -> type:
             f"environment {name!r}: the module {module!r} has no class {attribute!r}: name one of "
             f"its classes {sorted(own)} after the colon, or another module before it."
         )
-    missing = sorted({"reset", "step", "close"} - set(dir(members[attribute])))
-    if isinstance(members[attribute], type) and missing:
+    found = members[attribute]
+    missing = sorted({"reset", "step", "close"} - set(dir(found)))
+    if isinstance(found, type) and "step" in missing and "reset" not in missing:
+        from envs_host import tools  # not above: pydantic takes a fifth of a second, of other environments' workers, too
+
+        return tools.played(found)
+    if isinstance(found, type) and missing:
         raise ValueError(
             f"environment {name!r}: the class has no {', '.join(missing)}: an environment has what "
-            "envs_host.types.TextEnv has."
+            "envs_host.types.TextEnv has, or `reset` and methods that are tools (envs_host/tools.py)."
         )
-    return members[attribute]
+    return found

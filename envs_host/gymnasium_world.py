@@ -10,13 +10,13 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
 
 from envs_host import arrival
+from envs_host.types import finite_reward
 
 _FORMAT = 1
 _SHOWN = 200  # characters of what a message quotes
@@ -104,7 +104,7 @@ class World:
         with theirs(f"step of {self._id}"):
             answer = self.env.step(action)
         observation, reward, terminated, truncated, info = self._parts("step", answer, Answer._fields)
-        return Answer(self._text(observation), self._number(reward), bool(terminated), bool(truncated), info)
+        return Answer(self._text(observation), finite_reward(reward, self._id), bool(terminated), bool(truncated), info)
 
     def admissible(self, info: dict[str, Any]) -> tuple[str, ...]:
         """The commands that make sense now, where that is known: as `info` has them under "admissible_commands", or
@@ -127,15 +127,6 @@ class World:
                 f"{repr(answer)[:_SHOWN]}."
             )
         return answer
-
-    def _number(self, reward: Any) -> float:
-        try:
-            number = float(reward)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"{self._id}: a reward must be a number, and a finite one, got {reward!r}.")
-        return number
 
     def _text(self, observation: Any) -> str:
         if not isinstance(observation, str):

@@ -8,6 +8,7 @@ the agent's failure.
 
 import dataclasses
 import enum
+import math
 from typing import Any, NamedTuple, Protocol
 
 
@@ -131,6 +132,21 @@ class EnvFailure:
 
 class GameFileError(Exception):
     """A game file is missing, or is not the file its task was recorded with."""
+
+
+def finite_reward(value: Any, source: str) -> float:
+    """A reward that an environment's authors gave, as a number.
+
+    Raises:
+        ValueError: it is none, or not finite; `source` is named.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{source}: a reward must be a number, and a finite one, got {value!r}.")
+    return number
 
 
 class TextEnv(Protocol):

@@ -13,6 +13,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # lowest place from which it sees what it needs.
 ORDER = """
 envs_host.types
+envs_host.tool_calls
+envs_host.tools
 envs_host.registry
 envs_host.processes
 envs_host.swe_installed
