@@ -121,28 +121,16 @@ class ToolEnv:
         return ResetResult(said or "", self._info("", valid=True, won=False, lost=False))
 
     def step(self, text: str) -> StepResult:
-        """Makes the calls of a message, one after the other until the task is done; a message without calls ends it.
+        """Makes the calls of a message, one after the other until the task is done; a message without calls ends it, but
+        for an empty one, which is refused: that is what is left of an answer that never came to an end of its thought.
 
         Raises:
             RuntimeError: there is no live episode.
         """
         if self._task is None:
             raise RuntimeError("step was called without a live episode: call reset first.")
-        command, before, results, valid, is_over = text.strip(), self._score, [], True, False
-        try:
-            calls = tool_calls.read(command)
-        except tool_calls.NotACall as error:
-            calls, results, valid = [], [str(error)], False
-        else:
-            is_over = not calls
-        if is_over and hasattr(self._tools, "finish"):
-            self._tools.finish(command)
-        for call in calls:
-            result, is_right = self._result(call)
-            results.append(result)
-            valid &= is_right
-            if is_over := self._is_done():
-                break
+        command, before = text.strip(), self._score
+        results, valid, is_over = self._take(command)
         self._score = self._reward()
         won = is_over and bool(getattr(self._tools, "won", self._score >= self._task.max_score))
         info = self._info(command, valid=valid, won=won, lost=is_over and not won)
@@ -156,6 +144,27 @@ class ToolEnv:
         if hasattr(self._tools, "close"):  # not of None
             self._tools.close()
             self._tools = None
+
+    def _take(self, command: str) -> tuple[list[str], bool, bool]:
+        """What a message leads to: results, whether there was nothing to refuse, whether the episode is over."""
+        try:
+            calls = tool_calls.read(command)
+        except tool_calls.NotACall as error:
+            return [str(error)], False, False
+        if not calls and not command:
+            return [f"Call a tool, or answer. A call: {tool_calls.FORM}"], False, False
+        if not calls:
+            if hasattr(self._tools, "finish"):
+                self._tools.finish(command)
+            return [], True, True
+        results, valid = [], True
+        for call in calls:
+            result, is_right = self._result(call)
+            results.append(result)
+            valid &= is_right
+            if self._is_done():
+                return results, valid, True
+        return results, valid, False
 
     def _result(self, call: tool_calls.Call) -> tuple[str, bool]:
         """What a call answers, and whether it was none to refuse."""

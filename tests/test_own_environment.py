@@ -29,11 +29,15 @@ def folder(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("own")
     page = (ROOT / "docs" / "own_environment.md").read_text()
     blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, flags=re.S)
-    assert [name for name, _ in blocks] == ["guess.py", "make_tasks.py", "guess_config.py", "lake.py", "lake_config.py"]
+    assert [name for name, _ in blocks] == [
+        "guess.py", "make_tasks.py", "guess_config.py", "oracle.py", "make_calls.py", "oracle_config.py", "lake.py",
+        "lake_config.py",
+    ]  # fmt: skip
     for name, text in blocks:
         text = text.replace("configs/textworld_quickstart.py", str(ROOT / "configs" / "textworld_smoke.py"))
         (folder / name).write_text(text.replace("    return methods", f"{SMALL}    return methods"))
     run(folder, "make_tasks.py")
+    run(folder, "make_calls.py")
     return folder
 
 
@@ -82,6 +86,14 @@ def test_the_pages_environment_is_trained_on(folder):
 
 
 @pytest.mark.slow
+def test_the_pages_tools_are_learned_to_call(folder):
+    begun, ended = train(folder, "oracle_config.py", "oracle")
+    assert begun["walkthrough/success_rate"] == 56 / 64 and ended["eval/success_rate"] > begun["eval/success_rate"]
+    shown = run(folder, ROOT / "tools" / "play.py", "oracle", "--agent", "walkthrough").stdout
+    assert '{"name": "guess", "arguments": {"number":' in shown and "won (the game ended)" in shown
+
+
+@pytest.mark.slow
 def test_the_pages_gymnasium_environment_is_trained_on(folder):
     larger = '--config.splits={"demo": (1, 60), "train": (1001, 40), "test": (2001, 40), "test_larger": (3001, 20, LARGER)}'
     larger = larger.replace("LARGER", '{"kwargs": {"size": 5}}')
@@ -97,6 +109,9 @@ def test_the_pages_gymnasium_environment_is_trained_on(folder):
 def test_the_doctor_examines_the_pages_environments(folder):
     doctor = [ROOT / "tools" / "env_doctor.py", "--num_episodes=8"]
     assert "| guess:Guess |" in run(folder, *doctor, "--env=guess:Guess", "--tasks=guess.jsonl").stdout
+    assert "| nonsense is answered, not raised | yes |" in run(
+        folder, *doctor, "--env=oracle:Oracle", "--tasks=oracle.jsonl"
+    ).stdout
     params = {"family": "gymnasium", "id": "lake:Lake-v0", "actions": ["left", "down", "right", "up"]}
     told = run(folder, *doctor, "--env=gymnasium", f"--params={json.dumps(params)}").stdout
     assert "| two processes at once, one killed and replayed: same answers | yes |" in told and "gymnasium 1." in told
