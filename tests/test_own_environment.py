@@ -87,7 +87,8 @@ def test_the_pages_environment_is_trained_on(folder):
 
 @pytest.mark.slow
 def test_the_pages_tools_are_learned_to_call(folder):
-    begun, ended = train(folder, "oracle_config.py", "oracle")
+    longer = ("--config.sft.num_steps=200", "--config.sft.optimizer.decay_steps=200")  # than SMALL, for the form of a call
+    begun, ended = train(folder, "oracle_config.py", "oracle", *longer)
     assert begun["walkthrough/success_rate"] == 56 / 64 and ended["eval/success_rate"] > begun["eval/success_rate"]
     shown = run(folder, ROOT / "tools" / "play.py", "oracle", "--agent", "walkthrough").stdout
     assert '{"name": "guess", "arguments": {"number":' in shown and "won (the game ended)" in shown
