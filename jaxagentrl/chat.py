@@ -15,9 +15,9 @@ Nothing of a template is written down here: `make` reads the glue out of the tok
 (`chat_template`). A system prompt that the template adds by itself (Qwen2.5) is found
 that way. The first prompt always equals the template's. Some templates render the same history in
 another way later on: Qwen3 drops `<think>` blocks of earlier turns, Llama 3 and Gemma trim what the
-assistant said, Mistral moves the system message to the last user message. Here what was sampled stays
-as it was; `ChatFormat.differences` says where that departs from the template. Any other rewriting of
-the history is refused.
+assistant said, Mistral moves system message and tools to the last user message. Here what was sampled
+stays as it was; `ChatFormat.differences` says where that departs from the template. Any other rewriting
+of the history is refused.
 """
 
 import dataclasses

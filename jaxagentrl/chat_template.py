@@ -195,6 +195,12 @@ class _Template:
     system: str | None
     options: Mapping[str, Any]
 
+    def without(self, parts: list[str]) -> "_Template":
+        """The same without a "system message" of ours or "tools", where it has them."""
+        options = {key: value for key, value in self.options.items() if key not in parts}
+        system = None if "system message" in parts else self.system
+        return dataclasses.replace(self, system=system, options=options)
+
     def render(self, turns: tuple[str, ...]) -> str:
         """The template's own text of a conversation that alternates user and assistant."""
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -213,7 +219,7 @@ class _Template:
 class _Glue:
     """How the template writes a history."""
 
-    template: _Template  # without the system message where that moves
+    template: _Template  # without what moves
     family: str
     before_first: str
     history_header: str  # between a user text and the action that answered it
@@ -259,17 +265,21 @@ def _probe_first(template: _Template) -> tuple[str, str, bool]:
 def _probe_history(
     template: _Template, before_first: str, header: str, family: str | None
 ) -> _Glue:
-    """Reads the glue between turns; a system message that moves later on is left out for that."""
+    """Reads the glue between turns; what moves later on is left out for that."""
     differences = []
     rendered = template.render((_USER[0], _ACTION[0], _USER[1]))
-    if template.system is not None and not rendered.startswith(before_first + _USER[0]):
-        template = dataclasses.replace(template, system=None)
-        before_first = template.render((_USER[0],)).split(_USER[0])[0]
-        rendered = template.render((_USER[0], _ACTION[0], _USER[1]))
-        differences.append(
-            "the template moves the system message to the last user message; here it stays at the "
-            "first"
-        )
+    for moved in (["system message"], ["tools"], ["system message", "tools"]):
+        if rendered.startswith(before_first + _USER[0]):
+            break
+        bare = template.without(moved)
+        opened, later = bare.render((_USER[0],)), bare.render((_USER[0], _ACTION[0], _USER[1]))
+        opened = opened.split(_USER[0])[0]
+        if bare != template and later.startswith(opened + _USER[0]):
+            template, before_first, rendered = bare, opened, later
+            differences.append(
+                f"the template moves the {' and the '.join(moved)} to the last user message; here "
+                f"{'it stays' if moved == ['system message'] else 'they stay'} at the first"
+            )
     opening = before_first + _USER[0]
     rest = rendered.removeprefix(opening)
     if not rendered.startswith(opening) or rest.count(_ACTION[0]) != 1:

@@ -127,6 +127,17 @@ def test_what_the_template_would_do_later_is_said(folders):
     assert made.decode(ids).count("Play well.") == 1
     assert made.decode(ids).index("Play well.") < made.decode(ids).index(USERS[0])
 
+    said = '    {%- if message["role"] == "user" %}\n'
+    listing = '        {%- if tools and loop.last %}{{- "[AVAILABLE_TOOLS] " + (tools | tojson) }}{%- endif %}\n'
+    assert moving.chat_template.count(said) == 1
+    moving.chat_template = moving.chat_template.replace(said, said + listing)
+    for system, moves in ((None, "the tools to"), ("Play well.", "the system message and the tools to")):
+        made = chat.make(moving, system=system, template_options={"tools": [{"name": "look"}]})
+        assert [moves in text for text in made.differences] == [True, False] and not made.keeps_plain_history
+        text = made.decode(np.concatenate(conversation(made, USERS, ACTIONS)))
+        assert text.startswith('<s>[AVAILABLE_TOOLS] [{"name": "look"}]') and text.count("TOOLS") == 1
+        assert text.count("Play well.") == (system is not None)
+
     qwen3 = tokenizer.load(folders["qwen3"])
     made = chat.make(qwen3, template_options={"enable_thinking": False})
     assert any("opens an answer with '<think>" in text for text in made.differences)
