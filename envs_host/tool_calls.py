@@ -58,7 +58,7 @@ def read(text: str) -> list[Call]:
     except (ValueError, RecursionError):
         return []
     found = whole if isinstance(whole, list) else [whole]
-    return [_of(entry) for entry in found] if found and all(map(_is_call, found)) else []
+    return [_of(entry) for entry in found] if all(map(_is_call, found)) else []
 
 
 def heard(results: list[str]) -> str:

@@ -77,7 +77,7 @@ def played(tools: type) -> type["ToolEnv"]:
             f"docstrings, but {wrong}: write one, begin the names of other methods with _, or give it a `step`, as "
             "envs_host.types.TextEnv has."
         )
-    members = {"tools": tools, "__signature__": inspect.signature(tools), "__doc__": tools.__doc__, "__module__": tools.__module__}
+    members = dict(tools=tools, __signature__=inspect.signature(tools), __doc__=tools.__doc__, __module__=tools.__module__)
     if hasattr(tools, "check_here"):
         members["check_here"] = staticmethod(tools.check_here)
     return type(tools.__name__, (ToolEnv,), members)

@@ -83,6 +83,7 @@ def test_tools_are_called_and_their_results_heard():
     result = answered(env, ("orders", {}))
     assert result.observation == '<tool_response>\n["17", "23"]\n</tool_response>'
     assert (result.reward, result.terminated, result.truncated, result.info.valid_command) == (0.0, False, False, True)
+    assert not result.info.won and not result.info.lost
     result = answered(env, ("look", {"order": "23"}), ("look", {"order": "17", "part": "price"}))
     assert result.observation == (
         '<tool_response>\n{"item": "chair"}\n</tool_response>\n<tool_response>\n{"price": "3 EUR"}\n</tool_response>'
@@ -118,13 +119,27 @@ def test_an_episode_is_lost_by_the_wrong_end_or_by_a_message_without_calls():
 )
 def test_what_an_agent_does_wrong_is_told_to_it(call, words):
     env = desk()
-    result = answered(env, ("orders", {}), call)
+    result = answered(env, call, ("orders", {}))
     assert words in result.observation and '["17", "23"]' in result.observation
     assert (result.terminated, result.info.valid_command, result.reward) == (False, False, 0.0)
     assert answered(env, ("orders", {})).info.valid_command
     for text in ("<tool_call>", "", " \n"):  # An empty one is what is left of a thought that was cut.
         result = env.step(text)
         assert not result.info.valid_command and not result.terminated and tool_calls.FORM in result.observation
+
+
+def test_the_reward_of_a_turn_is_by_how_much_the_score_rose():
+    env = envs_host.make("toolboxes:Counter")
+    env.reset(task(5.0))
+    steps = [answered(env, ("add", {"number": number})) for number in (2, 0, -1, 4)]
+    assert [step.reward for step in steps] == [2.0, 0.0, -1.0, 4.0] and steps[-1].info.score == 5.0
+    assert [step.info.won for step in steps] == [False] * 4 and env.step("Enough.").info.won
+    assert env.reset(task(5.0)).info.score == 0.0 and answered(env, ("add", {"number": 1})).reward == 1.0
+
+
+def test_a_call_is_written_as_it_is_said():
+    said = written("look", text="ünï ☃", name="a")
+    assert "ünï ☃" in said and tool_calls.read(said) == [Call("look", {"text": "ünï ☃", "name": "a"})]
 
 
 def test_a_number_in_quotes_is_a_number():

@@ -68,6 +68,22 @@ class Answering:
         self._open = False
 
 
+class Counter:
+    """Ends by a message alone; what it earns can be lost again."""
+
+    def reset(self):
+        self.reward = 0
+
+    def add(self, number: int):
+        """Adds.
+
+        Args:
+            number: How much.
+        """
+        self.reward += number
+        return self.reward
+
+
 class Odd:
     """Does one thing that no class of tools may do."""
 
